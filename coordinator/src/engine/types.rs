@@ -1,0 +1,139 @@
+//! The engine's vocabulary: what goes in, what comes out, and the two seams it is driven through.
+
+use std::time::Duration;
+
+use phalanx_proto::step::{Penalties, SampledToken, SequenceId, StepOutput, StepPlan};
+
+/// Time since the engine's start.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
+pub struct Instant(pub Duration);
+
+pub trait Clock {
+    fn now(&self) -> Instant;
+}
+
+/// The rank group seen as one device.
+pub trait Executor {
+    fn submit(&mut self, plan: &StepPlan) -> Result<(), ExecutorError>;
+    /// The output of `step`, or an error once `limit` has passed since the call.
+    fn wait(&mut self, step: u64, limit: Duration) -> Result<StepOutput, ExecutorError>;
+    /// Replaces lost ranks and forms a new group, whose epoch is returned. All KV is gone.
+    fn rebuild(&mut self) -> Result<u32, ExecutorError>;
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ExecutorError {
+    #[error("rank {rank} lost: {cause}")]
+    RankLost { rank: u32, cause: String },
+    #[error("step {step} missed its deadline")]
+    Deadline { step: u64 },
+    #[error("{0}")]
+    Protocol(String),
+    /// The group is being shut down on purpose.
+    #[error("the group is closed")]
+    Closed,
+}
+
+/// One sequence to be completed. Text has become tokens, names have become ids, defaults have been filled in.
+#[derive(Clone, Debug, PartialEq)]
+pub struct EngineRequest {
+    pub id: SequenceId,
+    /// Never empty.
+    pub prompt: Vec<u32>,
+    pub sampling: SamplingParams,
+    pub stop: StopRules,
+    /// Smaller is more urgent; only the priority policy looks at it.
+    pub priority: i32,
+    /// Separates prefix-cache entries of callers who must not see each other's timing.
+    pub cache_salt: Option<String>,
+}
+
+/// How tokens are drawn; the meaning of each field is that of `phalanx_proto::step::RowSampling`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SamplingParams {
+    pub temperature: f32,
+    pub top_p: f32,
+    pub top_k: u32,
+    pub min_p: f32,
+    pub repetition_penalty: f32,
+    pub presence_penalty: f32,
+    pub frequency_penalty: f32,
+    pub seed: u64,
+    pub logprobs: Option<u32>,
+    pub logit_bias: Vec<(u32, f32)>,
+}
+
+impl SamplingParams {
+    pub const GREEDY: Self = Self {
+        temperature: 0.0,
+        top_p: 1.0,
+        top_k: 0,
+        min_p: 0.0,
+        repetition_penalty: 1.0,
+        presence_penalty: 0.0,
+        frequency_penalty: 0.0,
+        seed: 0,
+        logprobs: None,
+        logit_bias: Vec::new(),
+    };
+    /// None when every penalty is off, so that nothing has to be counted or sent.
+    pub fn penalties(&self, history: impl FnOnce() -> Vec<(u32, u32)>) -> Option<Penalties> {
+        let off =
+            self.repetition_penalty == 1.0 && self.presence_penalty == 0.0 && self.frequency_penalty == 0.0;
+        (!off).then(|| Penalties {
+            repetition: self.repetition_penalty,
+            presence: self.presence_penalty,
+            frequency: self.frequency_penalty,
+            history: history(),
+        })
+    }
+}
+
+/// When a sequence ends. Stop strings are the text layer's business: it finishes the sequence by [`Command::Abort`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct StopRules {
+    /// At least 1; prompt + max_tokens fits the context.
+    pub max_tokens: u32,
+    /// No stop token ends the sequence earlier, and end-of-sequence tokens are banned until then.
+    pub min_tokens: u32,
+    /// End-of-sequence and other stop tokens; empty for ignore_eos without stop tokens.
+    pub stop_token_ids: Vec<u32>,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub enum Command {
+    Submit(EngineRequest),
+    /// Ends a sequence wherever it is; unknown or finished ids are ignored.
+    Abort(SequenceId),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum FinishReason {
+    /// A stop token, which is the last token of the sequence.
+    Stop,
+    Length,
+    Abort,
+    /// The logits held a NaN or an infinity.
+    NotFinite,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub enum Event {
+    /// The sequence runs for the first time; so many prompt tokens came from the prefix cache.
+    Started {
+        sequence: SequenceId,
+        cached_tokens: u32,
+    },
+    Token(SampledToken),
+    /// Exactly one of `Finished` and `Rejected` is every submitted sequence's last event.
+    Finished {
+        sequence: SequenceId,
+        reason: FinishReason,
+    },
+    /// It can never run: needs more blocks than the pool has.
+    Rejected {
+        sequence: SequenceId,
+        needed_blocks: u32,
+        total_blocks: u32,
+    },
+}

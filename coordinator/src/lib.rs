@@ -1,0 +1,4 @@
+//! The coordinator: engine, executor, cluster membership, text and the gRPC services.
+#![forbid(unsafe_code)]
+
+pub mod engine;

@@ -1,0 +1,18 @@
+//! What can go wrong in a kernel or a collective.
+
+#[derive(Debug, thiserror::Error)]
+pub enum KernelError {
+    #[error("out of memory: {requested} bytes requested for {what}, {free} free")]
+    OutOfMemory {
+        what: &'static str,
+        requested: usize,
+        free: usize,
+    },
+    #[error("{op}: {message}")]
+    Shape { op: &'static str, message: String },
+    #[error("{op}: {message}")]
+    Device { op: &'static str, message: String },
+    /// A peer is dead, hung or told the group to stop. The group's epoch is over.
+    #[error("collective failed: {0}")]
+    Collective(String),
+}

@@ -1,0 +1,22 @@
+//! The ops. [`Backend`] is the seam between the model's forward pass and a device; [`Communicator`] the one between
+//! ranks. `cpu` runs on AVX2 + FMA + F16C where the machine has them, and portably where not.
+//!
+//! Batch invariance: the order in which an output element is summed depends on its row alone, never on the batch
+//! shape, the chunking, the thread count or (in gather style) the number of ranks.
+
+pub mod backend;
+pub mod batch;
+pub mod candidates;
+pub mod cpu;
+pub mod error;
+
+pub use backend::{
+    Backend, Columns, Communicator, GatherLayout, Heads, KvSpec, Linear, Norm, Rope, WeightSource,
+};
+pub use batch::BatchInput;
+pub use candidates::{
+    Candidate, CandidateRequest, Candidates, ChunkStatistics, LogitEdit, Noise, VOCAB_CHUNK,
+};
+pub use error::KernelError;
+
+pub type Result<T, E = KernelError> = std::result::Result<T, E>;

@@ -1,0 +1,19 @@
+//! Everything that crosses a process boundary: the gRPC services, the step codec, the error table.
+#![forbid(unsafe_code)]
+
+pub mod error;
+pub mod step;
+
+/// Generated from `proto/phalanx/v1/*.proto`.
+pub mod v1 {
+    #![allow(unreachable_pub, unused_qualifications, clippy::all, missing_docs)]
+    tonic::include_proto!("phalanx.v1");
+}
+
+pub use error::{ErrorKind, RpcError};
+
+/// The encoded `FileDescriptorSet` of every service, for gRPC reflection.
+pub const FILE_DESCRIPTOR_SET: &[u8] = tonic::include_file_descriptor_set!("phalanx_descriptor");
+
+/// Version of `Cluster.Attach` and of the step codec together; both sides must agree.
+pub const PROTOCOL_VERSION: u32 = 1;

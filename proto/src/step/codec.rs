@@ -1,0 +1,412 @@
+//! Little-endian, length-prefixed, versioned encoding of plans and outputs for the shared-memory rings.
+//!
+//! The decoder trusts nothing: every count is checked against [`StepLimits`] and against the bytes that are left before
+//! anything is allocated, every index against its bound, and a message must be used up to the last byte.
+
+use super::{
+    BlockId, Penalties, RowSampling, SampledToken, SequenceId, StepLimits, StepOutput, StepPlan, StepRow,
+};
+
+/// Changes with every change of the layout.
+const VERSION: u16 = 1;
+const PLAN: u16 = u16::from_le_bytes(*b"PL");
+const OUTPUT: u16 = u16::from_le_bytes(*b"OU");
+
+/// Why bytes are not a plan or an output, or why one cannot be encoded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum CodecError {
+    #[error("message ends within {field}")]
+    Truncated { field: &'static str },
+    #[error("{field} is {value}, limit {limit}")]
+    OverLimit {
+        field: &'static str,
+        value: u64,
+        limit: u64,
+    },
+    #[error("{field} is {value}, which is not valid")]
+    Invalid { field: &'static str, value: u64 },
+    #[error("{0} bytes after the end of the message")]
+    Trailing(usize),
+    #[error("message needs more than the {0} bytes of its slot")]
+    NoRoom(usize),
+}
+
+type Result<T> = std::result::Result<T, CodecError>;
+
+/// Writes `plan` to the front of `slot`; returns the bytes used.
+pub fn encode_plan(plan: &StepPlan, slot: &mut [u8]) -> Result<usize> {
+    let mut w = Writer { slot, at: 0 };
+    w.header(PLAN)?;
+    w.u32(plan.epoch)?;
+    w.u64(plan.step)?;
+    w.u8(plan.masks_follow.into())?;
+    w.count(plan.rows.len())?;
+    for row in &plan.rows {
+        w.u64(row.sequence.0)?;
+        w.u32(row.num_computed_tokens)?;
+        w.u32s(row.token_ids.iter().copied())?;
+        w.u32s(row.block_table.iter().map(|block| block.0))?;
+        match &row.sampling {
+            None => w.u8(0)?,
+            Some(sampling) => {
+                w.u8(1)?;
+                w.sampling(sampling)?;
+            }
+        }
+    }
+    Ok(w.at)
+}
+
+/// Reads one plan; `bytes` must hold nothing else.
+pub fn decode_plan(bytes: &[u8], limits: &StepLimits) -> Result<StepPlan> {
+    let mut r = Reader { bytes };
+    r.header(PLAN)?;
+    let (epoch, step) = (r.u32("epoch")?, r.u64("step")?);
+    let masks_follow = r.bool("masks_follow")?;
+    let count = r.count("rows", limits.max_rows, MIN_ROW)?;
+    let mut rows = Vec::with_capacity(count);
+    let mut tokens_left = limits.max_tokens;
+    for _ in 0..count {
+        let row = r.row(limits, tokens_left)?;
+        tokens_left -= row.token_ids.len() as u32;
+        rows.push(row);
+    }
+    r.finish()?;
+    Ok(StepPlan {
+        epoch,
+        step,
+        rows,
+        masks_follow,
+    })
+}
+
+/// Writes `output` to the front of `slot`; returns the bytes used.
+pub fn encode_output(output: &StepOutput, slot: &mut [u8]) -> Result<usize> {
+    let mut w = Writer { slot, at: 0 };
+    w.header(OUTPUT)?;
+    w.u32(output.epoch)?;
+    w.u64(output.step)?;
+    w.u32(output.forward_us)?;
+    w.count(output.sampled.len())?;
+    for sampled in &output.sampled {
+        w.u64(sampled.sequence.0)?;
+        w.u32(sampled.token)?;
+        w.u8(u8::from(sampled.finite) | u8::from(sampled.logprob.is_some()) << 1)?;
+        if let Some(logprob) = sampled.logprob {
+            w.f32(logprob)?;
+        }
+        w.pairs(
+            sampled
+                .top_logprobs
+                .iter()
+                .map(|&(id, logprob)| (id, logprob.to_bits())),
+        )?;
+    }
+    Ok(w.at)
+}
+
+/// Reads one output; `bytes` must hold nothing else.
+pub fn decode_output(bytes: &[u8], limits: &StepLimits) -> Result<StepOutput> {
+    let mut r = Reader { bytes };
+    r.header(OUTPUT)?;
+    let (epoch, step, forward_us) = (r.u32("epoch")?, r.u64("step")?, r.u32("forward_us")?);
+    let count = r.count("sampled", limits.max_rows, MIN_SAMPLED)?;
+    let mut sampled = Vec::with_capacity(count);
+    for _ in 0..count {
+        let sequence = SequenceId(r.u64("sequence")?);
+        let token = r.index("token", limits.vocab_size)?;
+        let flags = r.flags("sampled.flags", 3)?;
+        let logprob = if flags & 2 != 0 {
+            Some(r.f32("logprob")?)
+        } else {
+            None
+        };
+        let best = r.count("top_logprobs", limits.max_logprobs, 8)?;
+        let top_logprobs = (0..best).map(|_| {
+            Ok((
+                r.index("top_logprobs", limits.vocab_size)?,
+                r.f32("top_logprobs")?,
+            ))
+        });
+        let top_logprobs = top_logprobs.collect::<Result<_>>()?;
+        sampled.push(SampledToken {
+            sequence,
+            token,
+            finite: flags & 1 != 0,
+            logprob,
+            top_logprobs,
+        });
+    }
+    r.finish()?;
+    Ok(StepOutput {
+        epoch,
+        step,
+        sampled,
+        forward_us,
+    })
+}
+
+impl StepLimits {
+    /// Bytes a slot needs to hold any plan within these limits.
+    pub fn plan_bytes(&self) -> usize {
+        let row = MIN_ROW
+            + SAMPLING_BYTES
+            + 4 * self.max_blocks_per_row as usize
+            + 16 * self.max_edits_per_row as usize;
+        HEADER + self.max_rows as usize * row + 4 * self.max_tokens as usize
+    }
+    /// Bytes a slot needs to hold any output within these limits.
+    pub fn output_bytes(&self) -> usize {
+        HEADER + self.max_rows as usize * (MIN_SAMPLED + 4 + 8 * self.max_logprobs as usize)
+    }
+}
+
+/// Magic, version, epoch, step, and the count or flag fields beside them.
+const HEADER: usize = 2 + 2 + 4 + 8 + 4 + 4;
+/// Sequence, position, two counts, one token, one block and the flag.
+const MIN_ROW: usize = 8 + 4 + 4 + 4 + 4 + 4 + 1;
+/// Sequence, token, flags and the count.
+const MIN_SAMPLED: usize = 8 + 4 + 1 + 4;
+/// A row's sampling without its lists' entries.
+const SAMPLING_BYTES: usize = 4 * 4 + 8 + 1 + 4 + 12 + 4 + 4;
+
+struct Writer<'a> {
+    slot: &'a mut [u8],
+    at: usize,
+}
+
+impl Writer<'_> {
+    fn bytes(&mut self, bytes: &[u8]) -> Result<()> {
+        let end = self.at + bytes.len();
+        let room = self.slot.len();
+        self.slot
+            .get_mut(self.at..end)
+            .ok_or(CodecError::NoRoom(room))?
+            .copy_from_slice(bytes);
+        self.at = end;
+        Ok(())
+    }
+    fn u8(&mut self, v: u8) -> Result<()> {
+        self.bytes(&[v])
+    }
+    fn u32(&mut self, v: u32) -> Result<()> {
+        self.bytes(&v.to_le_bytes())
+    }
+    fn u64(&mut self, v: u64) -> Result<()> {
+        self.bytes(&v.to_le_bytes())
+    }
+    fn f32(&mut self, v: f32) -> Result<()> {
+        self.u32(v.to_bits())
+    }
+    fn header(&mut self, kind: u16) -> Result<()> {
+        self.bytes(&kind.to_le_bytes())?;
+        self.bytes(&VERSION.to_le_bytes())
+    }
+    fn count(&mut self, n: usize) -> Result<()> {
+        let limit = u64::from(u32::MAX);
+        self.u32(u32::try_from(n).map_err(|_| CodecError::OverLimit {
+            field: "count",
+            value: n as u64,
+            limit,
+        })?)
+    }
+    fn u32s(&mut self, values: impl ExactSizeIterator<Item = u32>) -> Result<()> {
+        self.count(values.len())?;
+        values.into_iter().try_for_each(|v| self.u32(v))
+    }
+    fn pairs(&mut self, values: impl ExactSizeIterator<Item = (u32, u32)>) -> Result<()> {
+        self.count(values.len())?;
+        values
+            .into_iter()
+            .try_for_each(|(a, b)| self.u32(a).and_then(|()| self.u32(b)))
+    }
+    fn sampling(&mut self, s: &RowSampling) -> Result<()> {
+        for v in [s.temperature, s.top_p, s.min_p] {
+            self.f32(v)?;
+        }
+        self.u32(s.top_k)?;
+        self.u64(s.seed)?;
+        self.u8(u8::from(s.logprobs.is_some()) | u8::from(s.penalties.is_some()) << 1)?;
+        if let Some(n) = s.logprobs {
+            self.u32(n)?;
+        }
+        if let Some(p) = &s.penalties {
+            for v in [p.repetition, p.presence, p.frequency] {
+                self.f32(v)?;
+            }
+            self.pairs(p.history.iter().copied())?;
+        }
+        self.pairs(s.bias.iter().map(|&(id, v)| (id, v.to_bits())))
+    }
+}
+
+struct Reader<'a> {
+    bytes: &'a [u8],
+}
+
+impl Reader<'_> {
+    fn array<const N: usize>(&mut self, field: &'static str) -> Result<[u8; N]> {
+        let (head, rest) = self
+            .bytes
+            .split_first_chunk::<N>()
+            .ok_or(CodecError::Truncated { field })?;
+        self.bytes = rest;
+        Ok(*head)
+    }
+    fn u32(&mut self, field: &'static str) -> Result<u32> {
+        Ok(u32::from_le_bytes(self.array(field)?))
+    }
+    fn u64(&mut self, field: &'static str) -> Result<u64> {
+        Ok(u64::from_le_bytes(self.array(field)?))
+    }
+    fn f32(&mut self, field: &'static str) -> Result<f32> {
+        Ok(f32::from_bits(self.u32(field)?))
+    }
+    /// A finite number, at least `min`.
+    fn number(&mut self, field: &'static str, min: f32) -> Result<f32> {
+        let v = self.f32(field)?;
+        let fits = v.is_finite() && v >= min;
+        if fits {
+            Ok(v)
+        } else {
+            Err(CodecError::Invalid {
+                field,
+                value: v.to_bits().into(),
+            })
+        }
+    }
+    fn flags(&mut self, field: &'static str, known: u8) -> Result<u8> {
+        let [v] = self.array(field)?;
+        if v & !known == 0 {
+            Ok(v)
+        } else {
+            Err(CodecError::Invalid {
+                field,
+                value: v.into(),
+            })
+        }
+    }
+    fn bool(&mut self, field: &'static str) -> Result<bool> {
+        Ok(self.flags(field, 1)? == 1)
+    }
+    fn index(&mut self, field: &'static str, bound: u32) -> Result<u32> {
+        let v = self.u32(field)?;
+        let limit = u64::from(bound.saturating_sub(1));
+        if v < bound {
+            Ok(v)
+        } else {
+            Err(CodecError::OverLimit {
+                field,
+                value: v.into(),
+                limit,
+            })
+        }
+    }
+    fn header(&mut self, kind: u16) -> Result<()> {
+        for (field, want) in [("magic", kind), ("version", VERSION)] {
+            let got = u16::from_le_bytes(self.array(field)?);
+            if got != want {
+                return Err(CodecError::Invalid {
+                    field,
+                    value: got.into(),
+                });
+            }
+        }
+        Ok(())
+    }
+    /// A count of entries of at least `entry` bytes each: within its limit and within what is left of the message.
+    fn count(&mut self, field: &'static str, limit: u32, entry: usize) -> Result<usize> {
+        let n = self.u32(field)?;
+        if n > limit {
+            return Err(CodecError::OverLimit {
+                field,
+                value: n.into(),
+                limit: limit.into(),
+            });
+        }
+        if self.bytes.len() / entry < n as usize {
+            return Err(CodecError::Truncated { field });
+        }
+        Ok(n as usize)
+    }
+    fn indices(&mut self, field: &'static str, limit: u32, bound: u32) -> Result<Vec<u32>> {
+        let n = self.count(field, limit, 4)?;
+        (0..n).map(|_| self.index(field, bound)).collect()
+    }
+    fn row(&mut self, limits: &StepLimits, tokens_left: u32) -> Result<StepRow> {
+        let sequence = SequenceId(self.u64("sequence")?);
+        let num_computed_tokens = self.u32("num_computed_tokens")?;
+        let token_ids = self.indices("token_ids", tokens_left, limits.vocab_size)?;
+        if token_ids.is_empty() {
+            return Err(CodecError::Invalid {
+                field: "token_ids",
+                value: 0,
+            });
+        }
+        let block_table = self.indices("block_table", limits.max_blocks_per_row, limits.num_blocks)?;
+        let block_table = block_table.into_iter().map(BlockId).collect();
+        let sampling = if self.bool("sampling")? {
+            Some(self.sampling(limits)?)
+        } else {
+            None
+        };
+        Ok(StepRow {
+            sequence,
+            token_ids,
+            num_computed_tokens,
+            block_table,
+            sampling,
+        })
+    }
+    fn sampling(&mut self, limits: &StepLimits) -> Result<RowSampling> {
+        let temperature = self.number("temperature", 0.0)?;
+        let top_p = self.number("top_p", 0.0)?;
+        let min_p = self.number("min_p", 0.0)?;
+        let (top_k, seed) = (self.u32("top_k")?, self.u64("seed")?);
+        let flags = self.flags("sampling.flags", 3)?;
+        let logprobs = if flags & 1 != 0 {
+            Some(self.index("logprobs", limits.max_logprobs + 1)?)
+        } else {
+            None
+        };
+        let penalties = if flags & 2 != 0 {
+            Some(self.penalties(limits)?)
+        } else {
+            None
+        };
+        let n = self.count("bias", limits.max_edits_per_row, 8)?;
+        let bias = (0..n).map(|_| Ok((self.index("bias", limits.vocab_size)?, self.f32("bias")?)));
+        let bias = bias.collect::<Result<_>>()?;
+        Ok(RowSampling {
+            temperature,
+            top_p,
+            top_k,
+            min_p,
+            seed,
+            logprobs,
+            penalties,
+            bias,
+        })
+    }
+    fn penalties(&mut self, limits: &StepLimits) -> Result<Penalties> {
+        let repetition = self.number("repetition", f32::MIN_POSITIVE)?;
+        let presence = self.number("presence", f32::MIN)?;
+        let frequency = self.number("frequency", f32::MIN)?;
+        let n = self.count("history", limits.max_edits_per_row, 8)?;
+        let history = (0..n).map(|_| Ok((self.index("history", limits.vocab_size)?, self.u32("history")?)));
+        let history = history.collect::<Result<_>>()?;
+        Ok(Penalties {
+            repetition,
+            presence,
+            frequency,
+            history,
+        })
+    }
+    fn finish(&self) -> Result<()> {
+        if self.bytes.is_empty() {
+            Ok(())
+        } else {
+            Err(CodecError::Trailing(self.bytes.len()))
+        }
+    }
+}
