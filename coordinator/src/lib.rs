@@ -1,4 +1,10 @@
 //! The coordinator: engine, executor, cluster membership, text and the gRPC services.
 #![forbid(unsafe_code)]
 
+pub mod api;
+pub mod cluster;
 pub mod engine;
+pub mod engine_thread;
+pub mod executor;
+pub mod metrics;
+pub mod text;

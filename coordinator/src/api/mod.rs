@@ -1,0 +1,1 @@
+//! gRPC services over engine and text.

@@ -1,0 +1,1 @@
+//! Membership: workers that attach, load and form a group.

@@ -1,0 +1,1 @@
+//! The rank group as one device.

@@ -1,0 +1,1 @@
+//! What the coordinator counts and measures.
