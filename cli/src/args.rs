@@ -1,0 +1,296 @@
+//! The command line. Names are vLLM's where vLLM has the flag; every flag is also an environment variable
+//! (`PHALANX_` + its name) and a key of the YAML file given by `--config`, in that order of precedence.
+
+use std::path::PathBuf;
+
+use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
+
+/// A distributed tensor-parallel LLM serving cluster.
+#[derive(Debug, Parser)]
+#[command(name = "phalanx", version, max_term_width = 100, propagate_version = true)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+    #[command(flatten)]
+    pub(crate) logging: LoggingArgs,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Serve a model on this machine: coordinator, workers and HTTP gateway together.
+    Serve(Box<ServeArgs>),
+    /// Only the coordinator: gRPC API, scheduler, and the ranks it starts or waits for.
+    Coordinator(Box<CoordinatorArgs>),
+    /// Only one rank, attached to a coordinator.
+    Worker(WorkerArgs),
+    /// Only the OpenAI-compatible HTTP gateway in front of a coordinator.
+    Gateway(GatewayArgs),
+    /// Print who would hold what and the bytes, without loading anything.
+    Plan(Box<PlanArgs>),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct LoggingArgs {
+    /// error, warn, info, debug, trace, or a filter such as `info,phalanx_worker=debug`.
+    #[arg(long, global = true, env = "PHALANX_LOG_LEVEL", default_value = "info")]
+    pub(crate) log_level: String,
+    /// How log lines look.
+    #[arg(long, global = true, env = "PHALANX_LOG_FORMAT", default_value = "text")]
+    pub(crate) log_format: LogFormat,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum, PartialEq, Eq)]
+pub(crate) enum LogFormat {
+    Text,
+    Json,
+}
+
+/// What model, and how it is cut and scheduled.
+#[derive(Debug, Args)]
+pub(crate) struct ModelArgs {
+    /// A .gguf file, or a directory with config.json, tokenizer.json and safetensors files.
+    #[arg(value_name = "MODEL", env = "PHALANX_MODEL_TAG")]
+    pub(crate) model_tag: Option<PathBuf>,
+    /// The same as the positional argument.
+    #[arg(long, env = "PHALANX_MODEL", conflicts_with = "model_tag")]
+    pub(crate) model: Option<PathBuf>,
+    /// Number of ranks the model is cut into; any number up to the number of attention heads.
+    #[arg(long, visible_alias = "tp", env = "PHALANX_TENSOR_PARALLEL_SIZE", default_value_t = 1)]
+    pub(crate) tensor_parallel_size: usize,
+    /// Relative capacity of the ranks, e.g. `2,1`.
+    #[arg(long, env = "PHALANX_RANK_WEIGHTS", value_delimiter = ',')]
+    pub(crate) rank_weights: Option<Vec<f32>>,
+    /// How partial results are combined; gather gives the same bits at any number of ranks.
+    #[arg(long, env = "PHALANX_TENSOR_PARALLEL_STYLE", default_value = "gather")]
+    pub(crate) tensor_parallel_style: Style,
+    /// Longest sequence, prompt and output together; default: the model's.
+    #[arg(long, env = "PHALANX_MAX_MODEL_LEN")]
+    pub(crate) max_model_len: Option<usize>,
+    /// Most sequences in one step.
+    #[arg(long, env = "PHALANX_MAX_NUM_SEQS", default_value_t = 256)]
+    pub(crate) max_num_seqs: usize,
+    /// Most tokens in one step; longer prompts are computed in chunks.
+    #[arg(long, env = "PHALANX_MAX_NUM_BATCHED_TOKENS", default_value_t = 512)]
+    pub(crate) max_num_batched_tokens: usize,
+    /// Tokens per KV block.
+    #[arg(long, env = "PHALANX_BLOCK_SIZE", default_value_t = 16)]
+    pub(crate) block_size: usize,
+    /// Bytes of KV cache per rank (suffixes K, M, G, Ki, Mi, Gi); default: a tenth of the free memory, at most 4 GiB in all.
+    #[arg(long, env = "PHALANX_KV_CACHE_MEMORY_BYTES", value_parser = parse_bytes)]
+    pub(crate) kv_cache_memory_bytes: Option<u64>,
+    /// Exactly so many KV blocks, whatever the memory.
+    #[arg(long, env = "PHALANX_NUM_GPU_BLOCKS_OVERRIDE")]
+    pub(crate) num_gpu_blocks_override: Option<usize>,
+    /// Element type of the KV cache.
+    #[arg(long, env = "PHALANX_KV_CACHE_DTYPE", default_value = "auto")]
+    pub(crate) kv_cache_dtype: KvCacheDtype,
+    /// Threads of each rank; default: the CPUs divided by the ranks.
+    #[arg(long, env = "PHALANX_THREADS_PER_RANK")]
+    pub(crate) threads_per_rank: Option<usize>,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum, PartialEq, Eq)]
+pub(crate) enum Style {
+    Gather,
+    Reduce,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum, PartialEq, Eq)]
+pub(crate) enum KvCacheDtype {
+    /// f16.
+    Auto,
+    F32,
+    F16,
+    Bf16,
+}
+
+/// What only a running coordinator needs.
+#[derive(Debug, Args)]
+pub(crate) struct EngineArgs {
+    /// Names clients may call the model by; default: the MODEL argument's file name.
+    #[arg(long, env = "PHALANX_SERVED_MODEL_NAME", num_args = 1.., value_delimiter = ',')]
+    pub(crate) served_model_name: Vec<String>,
+    /// Reuse the KV of prompts that begin alike.
+    #[arg(long, env = "PHALANX_ENABLE_PREFIX_CACHING", action = ArgAction::Set, num_args = 0..=1, default_missing_value = "true", default_value_t = true)]
+    pub(crate) enable_prefix_caching: bool,
+    /// Compute every prompt anew.
+    #[arg(long, conflicts_with = "enable_prefix_caching")]
+    pub(crate) no_enable_prefix_caching: bool,
+    /// Order in which waiting requests are admitted.
+    #[arg(long, env = "PHALANX_SCHEDULING_POLICY", default_value = "fcfs")]
+    pub(crate) scheduling_policy: Policy,
+    /// Prompts compute at most so many tokens in a step beside others; 0: no limit.
+    #[arg(long, env = "PHALANX_LONG_PREFILL_TOKEN_THRESHOLD", default_value_t = 0)]
+    pub(crate) long_prefill_token_threshold: usize,
+    /// Requests that may wait; more are refused with 429.
+    #[arg(long, env = "PHALANX_MAX_NUM_QUEUED_REQS", default_value_t = 1024)]
+    pub(crate) max_num_queued_reqs: usize,
+    /// Chat template file that replaces the model's.
+    #[arg(long, env = "PHALANX_CHAT_TEMPLATE")]
+    pub(crate) chat_template: Option<PathBuf>,
+    /// Seed of requests that bring none; default: a new one for every request.
+    #[arg(long, env = "PHALANX_SEED")]
+    pub(crate) seed: Option<u64>,
+    /// A step that takes longer ends the group.
+    #[arg(long, env = "PHALANX_EXECUTE_MODEL_TIMEOUT_SECONDS", default_value_t = 60)]
+    pub(crate) execute_model_timeout_seconds: u64,
+    /// Ranks that are not ready by then end the start.
+    #[arg(long, env = "PHALANX_ENGINE_READY_TIMEOUT_SECONDS", default_value_t = 600)]
+    pub(crate) engine_ready_timeout_seconds: u64,
+    /// Seconds that running requests may take to end after SIGTERM; 0: they are aborted.
+    #[arg(long, env = "PHALANX_SHUTDOWN_TIMEOUT", default_value_t = 30)]
+    pub(crate) shutdown_timeout: u64,
+    /// Port of the gRPC API (0: any free one); without it, serve offers gRPC on a unix socket only.
+    #[arg(long, env = "PHALANX_GRPC_PORT")]
+    pub(crate) grpc_port: Option<u16>,
+    /// Unix socket of the gRPC API; default: one in a private directory.
+    #[arg(long, env = "PHALANX_GRPC_UDS")]
+    pub(crate) grpc_uds: Option<PathBuf>,
+    /// Where shared segments are made.
+    #[arg(long, env = "PHALANX_SHM_DIR", default_value = "/dev/shm", hide = true)]
+    pub(crate) shm_dir: PathBuf,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum, PartialEq, Eq)]
+pub(crate) enum Policy {
+    Fcfs,
+    Priority,
+}
+
+/// The HTTP side.
+#[derive(Debug, Args)]
+pub(crate) struct FrontendArgs {
+    /// Address to listen on.
+    #[arg(long, env = "PHALANX_HOST", default_value = "0.0.0.0")]
+    pub(crate) host: String,
+    /// Port to listen on; 0: any free one.
+    #[arg(long, env = "PHALANX_PORT", default_value_t = 8000)]
+    pub(crate) port: u16,
+    /// Unix socket to listen on instead of host and port.
+    #[arg(long, env = "PHALANX_UDS")]
+    pub(crate) uds: Option<PathBuf>,
+    /// Keys of which every request but probes must bring one as a bearer token.
+    #[arg(long, env = "PHALANX_API_KEY", value_delimiter = ',', hide_env_values = true)]
+    pub(crate) api_key: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ServeArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    #[command(flatten)]
+    pub(crate) engine: EngineArgs,
+    #[command(flatten)]
+    pub(crate) frontend: FrontendArgs,
+    /// YAML file of flags.
+    #[arg(long, env = "PHALANX_CONFIG")]
+    pub(crate) config: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CoordinatorArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    #[command(flatten)]
+    pub(crate) engine: EngineArgs,
+    /// Address the gRPC API listens on.
+    #[arg(long, env = "PHALANX_HOST", default_value = "127.0.0.1")]
+    pub(crate) host: String,
+    /// mp: start the workers; external_launcher: wait for workers that others start.
+    #[arg(long, env = "PHALANX_DISTRIBUTED_EXECUTOR_BACKEND", default_value = "mp")]
+    pub(crate) distributed_executor_backend: ExecutorBackend,
+    /// What an external worker must know to join.
+    #[arg(long, env = "PHALANX_JOIN_TOKEN", hide_env_values = true, required_if_eq("distributed_executor_backend", "external_launcher"))]
+    pub(crate) join_token: Option<String>,
+    /// YAML file of flags.
+    #[arg(long, env = "PHALANX_CONFIG")]
+    pub(crate) config: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum, PartialEq, Eq)]
+pub(crate) enum ExecutorBackend {
+    Mp,
+    #[value(name = "external_launcher")]
+    ExternalLauncher,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct WorkerArgs {
+    /// `unix:/path` or `http://host:port` of the coordinator.
+    #[arg(long, env = "PHALANX_COORDINATOR")]
+    pub(crate) coordinator: String,
+    /// This worker's place, from 0.
+    #[arg(long, env = "PHALANX_RANK")]
+    pub(crate) rank: u32,
+    #[arg(long, env = "PHALANX_JOIN_TOKEN", hide_env_values = true, default_value = "")]
+    pub(crate) join_token: String,
+    /// CPUs to run on; default: all that the process may use.
+    #[arg(long, env = "PHALANX_CPUS", value_delimiter = ',')]
+    pub(crate) cpus: Option<Vec<usize>>,
+    /// Exit when this process is no longer the parent.
+    #[arg(long, hide = true)]
+    pub(crate) parent_pid: Option<u32>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct GatewayArgs {
+    /// `unix:/path` or `http://host:port` of the coordinator.
+    #[arg(long, env = "PHALANX_COORDINATOR")]
+    pub(crate) coordinator: String,
+    #[command(flatten)]
+    pub(crate) frontend: FrontendArgs,
+    /// Seconds that running streams may take to end after SIGTERM.
+    #[arg(long, env = "PHALANX_SHUTDOWN_TIMEOUT", default_value_t = 30)]
+    pub(crate) shutdown_timeout: u64,
+    /// Exit when this process is no longer the parent.
+    #[arg(long, hide = true)]
+    pub(crate) parent_pid: Option<u32>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PlanArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    /// YAML file of flags.
+    #[arg(long, env = "PHALANX_CONFIG")]
+    pub(crate) config: Option<PathBuf>,
+}
+
+/// A number of bytes with an optional decimal (k, M, G) or binary (Ki, Mi, Gi) suffix, as vLLM and Kubernetes write it.
+pub(crate) fn parse_bytes(text: &str) -> Result<u64, String> {
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, suffix) = text.split_at(digits);
+    let unit: u64 = match suffix.trim_end_matches('B') {
+        "" => 1,
+        "k" | "K" => 1000,
+        "m" | "M" => 1000 * 1000,
+        "g" | "G" => 1000 * 1000 * 1000,
+        "Ki" => 1 << 10,
+        "Mi" => 1 << 20,
+        "Gi" => 1 << 30,
+        _ => return Err(format!("unknown suffix {suffix:?}; use K, M, G, Ki, Mi or Gi")),
+    };
+    let number: u64 = number.parse().map_err(|_| "expected a whole number of bytes".to_owned())?;
+    number.checked_mul(unit).ok_or_else(|| "more bytes than a 64-bit number holds".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn byte_suffixes() {
+        assert_eq!(parse_bytes("123"), Ok(123));
+        assert_eq!(parse_bytes("2Gi"), Ok(2 << 30));
+        assert_eq!(parse_bytes("64MiB"), Ok(64 << 20));
+        assert_eq!(parse_bytes("3G"), Ok(3_000_000_000));
+        assert!(parse_bytes("-1").is_err() && parse_bytes("1T").is_err() && parse_bytes("").is_err());
+        assert!(parse_bytes("99999999999999Gi").is_err());
+    }
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+}

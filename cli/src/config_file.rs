@@ -1,0 +1,163 @@
+//! `--config file.yaml`: the file's keys become the defaults of the flags they name, so that an environment variable or
+//! the command line wins, as with vLLM.
+
+use std::{ffi::OsString, fs, path::PathBuf};
+
+use clap::{ArgAction, Command};
+use serde_yaml_ng::Value;
+
+/// A file larger than this is not a list of flags.
+const MAX_BYTES: u64 = 1 << 20;
+
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ConfigFileError {
+    #[error("{path}: {message}", path = path.display())]
+    File { path: PathBuf, message: String },
+    #[error("{path}: `{key}` is not a flag of `phalanx {command}`", path = path.display())]
+    UnknownKey { path: PathBuf, key: String, command: String },
+    #[error("{path}: `{key}` must be a number, a string, a boolean or a list of those", path = path.display())]
+    BadValue { path: PathBuf, key: String },
+}
+
+/// vLLM's `-tp N` in clap's terms, which knows no short flags of two letters.
+pub(crate) fn normalize(argument: OsString) -> OsString {
+    match argument.to_str() {
+        Some("-tp") => "--tensor-parallel-size".into(),
+        Some(text) if text.starts_with("-tp=") => format!("--tensor-parallel-size={}", &text[4..]).into(),
+        _ => argument,
+    }
+}
+
+/// Gives the flags of the chosen subcommand the defaults of the file that `--config` or `PHALANX_CONFIG` names.
+pub(crate) fn apply(command: Command, arguments: &[OsString]) -> Result<Command, ConfigFileError> {
+    let names: Vec<String> = command.get_subcommands().map(|sub| sub.get_name().to_owned()).collect();
+    let chosen = arguments.iter().skip(1).filter_map(|argument| argument.to_str());
+    let Some(chosen) = chosen.into_iter().find(|argument| names.iter().any(|name| name == argument)) else {
+        return Ok(command);
+    };
+    let Some(path) = config_path(arguments) else { return Ok(command) };
+    let values = read(&path)?;
+    let mut failure = None;
+    let command = command.mut_subcommand(chosen, |sub| {
+        let defaults = values.into_iter().map(|(key, value)| default_for(&sub, &path, key, value));
+        match defaults.collect::<Result<Vec<_>, _>>() {
+            Ok(defaults) => defaults.into_iter().fold(sub, |sub, (id, values)| {
+                sub.mut_arg(id, |argument| argument.default_values(values))
+            }),
+            Err(error) => {
+                failure = Some(error);
+                sub
+            }
+        }
+    });
+    failure.map_or(Ok(command), Err)
+}
+
+fn config_path(arguments: &[OsString]) -> Option<PathBuf> {
+    let mut arguments = arguments.iter();
+    while let Some(argument) = arguments.next() {
+        if argument == "--config" {
+            return arguments.next().map(PathBuf::from);
+        }
+        if let Some(path) = argument.to_str().and_then(|text| text.strip_prefix("--config=")) {
+            return Some(path.into());
+        }
+    }
+    std::env::var_os("PHALANX_CONFIG").map(PathBuf::from)
+}
+
+fn read(path: &PathBuf) -> Result<Vec<(String, Value)>, ConfigFileError> {
+    let failed = |message: String| ConfigFileError::File { path: path.clone(), message };
+    let length = fs::metadata(path).map_err(|error| failed(error.to_string()))?.len();
+    if length > MAX_BYTES {
+        return Err(failed(format!("{length} bytes, limit {MAX_BYTES}")));
+    }
+    let text = fs::read_to_string(path).map_err(|error| failed(error.to_string()))?;
+    let mapping: serde_yaml_ng::Mapping = match serde_yaml_ng::from_str(&text) {
+        Ok(Value::Mapping(mapping)) => mapping,
+        Ok(Value::Null) => return Ok(Vec::new()),
+        Ok(_) => return Err(failed("expected a mapping of flags to values".into())),
+        Err(error) => return Err(failed(error.to_string())),
+    };
+    let key = |key: Value| key.as_str().map(str::to_owned).ok_or_else(|| failed("keys must be strings".into()));
+    mapping.into_iter().map(|(name, value)| Ok((key(name)?, value))).collect()
+}
+
+/// The flag's id and its values as clap parses them.
+fn default_for(
+    command: &Command,
+    path: &PathBuf,
+    key: String,
+    value: Value,
+) -> Result<(String, Vec<String>), ConfigFileError> {
+    let id = key.trim_start_matches("--").replace('-', "_");
+    let known = command.get_arguments().find(|argument| argument.get_id() == id.as_str() && id != "config");
+    let Some(argument) = known else {
+        let command = command.get_name().to_owned();
+        return Err(ConfigFileError::UnknownKey { path: path.clone(), key, command });
+    };
+    let flag = matches!(argument.get_action(), ArgAction::SetTrue | ArgAction::SetFalse);
+    let values = match value {
+        Value::Sequence(items) => items.iter().map(scalar).collect::<Option<Vec<_>>>(),
+        single if flag && !single.is_bool() => None,
+        single => scalar(&single).map(|value| vec![value]),
+    };
+    let values = values.ok_or_else(|| ConfigFileError::BadValue { path: path.clone(), key })?;
+    Ok((id, values))
+}
+
+fn scalar(value: &Value) -> Option<String> {
+    match value {
+        Value::Bool(value) => Some(value.to_string()),
+        Value::Number(value) => Some(value.to_string()),
+        Value::String(value) => Some(value.clone()),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use clap::{CommandFactory, FromArgMatches};
+
+    use super::*;
+    use crate::args::{Cli, Command as Sub};
+
+    fn parse(yaml: &str, extra: &[&str]) -> Result<Cli, String> {
+        let mut file = tempfile::NamedTempFile::new().expect("a temporary file");
+        file.write_all(yaml.as_bytes()).expect("written");
+        let path = file.path().to_str().expect("utf-8");
+        let arguments = ["phalanx", "serve", "--config", path].into_iter().chain(extra.iter().copied());
+        let arguments: Vec<OsString> = arguments.map(|argument| normalize(argument.into())).collect();
+        let command = apply(Cli::command(), &arguments).map_err(|error| error.to_string())?;
+        let matches = command.try_get_matches_from(&arguments).map_err(|error| error.to_string())?;
+        Cli::from_arg_matches(&matches).map_err(|error| error.to_string())
+    }
+
+    fn serve(yaml: &str, extra: &[&str]) -> crate::args::ServeArgs {
+        match parse(yaml, extra).expect("valid").command {
+            Sub::Serve(args) => *args,
+            other => panic!("expected serve, got {other:?}"),
+        }
+    }
+
+    #[test]
+    fn the_file_gives_defaults_and_the_command_line_wins() {
+        let yaml = "model: m.gguf\ntensor-parallel-size: 3\nport: 9000\nserved_model_name: [a, b]\n";
+        let args = serve(yaml, &[]);
+        assert_eq!((args.model.tensor_parallel_size, args.frontend.port), (3, 9000));
+        assert_eq!(args.engine.served_model_name, ["a", "b"]);
+        let args = serve(yaml, &["-tp", "2"]);
+        assert_eq!((args.model.tensor_parallel_size, args.frontend.port), (2, 9000));
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        let error = parse("tensor-paralel-size: 2\n", &[]).unwrap_err();
+        assert!(error.contains("`tensor-paralel-size` is not a flag of `phalanx serve`"), "{error}");
+        assert!(parse("port: {a: 1}\n", &[]).unwrap_err().contains("`port` must be"));
+        assert!(parse("port: many\n", &[]).unwrap_err().contains("many"));
+        assert!(parse("- a\n", &[]).unwrap_err().contains("expected a mapping"));
+    }
+}

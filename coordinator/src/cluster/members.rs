@@ -1,0 +1,236 @@
+//! The table of ranks: what each has reported, which failed first, and the group they form.
+
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use phalanx_proto::v1;
+use phalanx_shm::Segment;
+use tokio::{sync::mpsc, sync::watch, time};
+
+/// Commands waiting for one worker; a handful is sent in a whole life.
+pub(super) const COMMAND_QUEUE: usize = 8;
+
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ClusterError {
+    #[error("{0}")]
+    RankFailed(RankFailure),
+    #[error("ranks {missing:?} did not {what} within {limit:?}")]
+    Timeout { what: &'static str, missing: Vec<u32>, limit: Duration },
+    #[error("rank {0} is not attached")]
+    NotAttached(u32),
+}
+
+/// The first thing that went wrong in a group: every later error is a consequence of it.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("rank {rank} failed while {}: {cause}", phase_name(*phase))]
+pub struct RankFailure {
+    pub rank: u32,
+    pub phase: v1::Phase,
+    pub cause: String,
+}
+
+/// A phase as a participle, for sentences.
+pub(super) fn phase_name(phase: v1::Phase) -> &'static str {
+    match phase {
+        v1::Phase::Unspecified | v1::Phase::Starting => "starting",
+        v1::Phase::LoadingWeights => "loading weights",
+        v1::Phase::AllocatingKv => "allocating the KV cache",
+        v1::Phase::JoiningGroup => "joining the group",
+        v1::Phase::WarmingUp => "warming up",
+        v1::Phase::Serving => "serving",
+    }
+}
+
+/// What one rank has reported.
+#[derive(Default)]
+pub(super) struct Member {
+    /// None: not attached, or gone.
+    pub(super) commands: Option<mpsc::Sender<v1::WorkerCommand>>,
+    pub(super) status: v1::RankStatus,
+    pub(super) loaded: Option<v1::Loaded>,
+    pub(super) epoch: Option<u32>,
+}
+
+struct Table {
+    members: Vec<Member>,
+    assigns: Vec<v1::Assign>,
+    failure: Option<RankFailure>,
+    group: Option<Arc<Segment>>,
+    /// Set by [`Cluster::shutdown`]: from then on a rank that leaves has not failed.
+    closing: bool,
+}
+
+/// Handle to the table; cheap to clone.
+#[derive(Clone)]
+pub struct Cluster {
+    table: Arc<Mutex<Table>>,
+    /// Counts changes, so that waiters look again.
+    changes: Arc<watch::Sender<u64>>,
+    pub(super) join_token: Arc<str>,
+}
+
+impl Cluster {
+    /// A cluster of `assigns.len()` ranks, in rank order, which a worker may join with `join_token`.
+    pub fn new(assigns: Vec<v1::Assign>, join_token: &str) -> Self {
+        let members = assigns.iter().map(|assign| Member {
+            status: v1::RankStatus { rank: assign.rank, phase: v1::Phase::Starting.into(), ..Default::default() },
+            ..Default::default()
+        });
+        let table = Table { members: members.collect(), assigns, failure: None, group: None, closing: false };
+        Self {
+            table: Arc::new(Mutex::new(table)),
+            changes: Arc::new(watch::Sender::new(0)),
+            join_token: join_token.into(),
+        }
+    }
+
+    pub fn world_size(&self) -> usize {
+        self.lock().members.len()
+    }
+
+    /// What every rank is doing, in rank order.
+    pub fn statuses(&self) -> Vec<v1::RankStatus> {
+        self.lock().members.iter().map(|member| member.status.clone()).collect()
+    }
+
+    /// What each rank holds, once loaded.
+    pub fn loaded(&self) -> Vec<Option<v1::Loaded>> {
+        self.lock().members.iter().map(|member| member.loaded).collect()
+    }
+
+    pub fn failure(&self) -> Option<RankFailure> {
+        self.lock().failure.clone()
+    }
+
+    /// Becomes ready whenever a rank has reported something.
+    pub fn subscribe(&self) -> watch::Receiver<u64> {
+        self.changes.subscribe()
+    }
+
+    /// Waits until every rank holds its weights and KV cache.
+    pub async fn wait_loaded(&self, limit: Duration) -> Result<(), ClusterError> {
+        self.wait_for("load", limit, |member| member.loaded.is_some()).await
+    }
+
+    /// Tells every rank to join the group of `segment`, and waits until all have.
+    pub async fn form_group(&self, segment: &Arc<Segment>, limit: Duration) -> Result<(), ClusterError> {
+        let epoch = segment.shape().epoch;
+        let command = v1::WorkerCommand {
+            command: Some(v1::worker_command::Command::JoinGroup(v1::JoinGroup {
+                epoch,
+                segment_path: segment.path().to_string_lossy().into_owned(),
+            })),
+        };
+        self.lock().group = Some(segment.clone());
+        for (rank, commands) in self.command_senders() {
+            let sender = commands.ok_or(ClusterError::NotAttached(rank))?;
+            sender.try_send(command.clone()).map_err(|_| ClusterError::NotAttached(rank))?;
+        }
+        self.wait_for("join the group", limit, |member| member.epoch == Some(epoch)).await
+    }
+
+    /// Marks every rank as serving: the first step has come back from all of them.
+    pub fn mark_serving(&self) {
+        self.update(|table| {
+            for member in &mut table.members {
+                member.status.phase = v1::Phase::Serving.into();
+            }
+        });
+    }
+
+    /// Asks every worker to leave. Whoever leaves from now on has not failed.
+    pub fn shutdown(&self) {
+        self.update(|table| {
+            table.closing = true;
+            table.group = None;
+        });
+        let command = v1::WorkerCommand {
+            command: Some(v1::worker_command::Command::Shutdown(v1::Shutdown {})),
+        };
+        for (_, sender) in self.command_senders() {
+            let _ = sender.map(|sender| sender.try_send(command.clone()));
+        }
+    }
+
+    /// Records a failure unless one is known already, and releases everybody who waits in the group.
+    pub fn fail(&self, rank: u32, phase: Option<v1::Phase>, cause: impl Into<String>) {
+        self.update(|table| {
+            if table.closing || table.failure.is_some() {
+                return;
+            }
+            let member = table.members.get(rank as usize);
+            let reported = member.map_or(v1::Phase::Unspecified, |member| member.status.phase());
+            let failure = RankFailure { rank, phase: phase.unwrap_or(reported), cause: cause.into() };
+            tracing::error!(rank, phase = phase_name(failure.phase), cause = failure.cause, "rank failed");
+            table.failure = Some(failure);
+            if let Some(segment) = &table.group {
+                segment.abort(rank + 1);
+            }
+        });
+    }
+
+    /// Changes one rank's entry; false if there is no such rank.
+    pub(super) fn update_member(&self, rank: u32, change: impl FnOnce(&mut Member)) -> bool {
+        let mut found = false;
+        self.update(|table| {
+            if let Some(member) = table.members.get_mut(rank as usize) {
+                change(member);
+                found = true;
+            }
+        });
+        found
+    }
+
+    /// What `rank` is to load, and whether its place is free.
+    pub(super) fn place(&self, rank: u32) -> Option<(v1::Assign, bool)> {
+        let table = self.lock();
+        let assign = table.assigns.get(rank as usize)?.clone();
+        Some((assign, table.members[rank as usize].commands.is_none()))
+    }
+
+    pub(super) fn is_closing(&self) -> bool {
+        self.lock().closing
+    }
+
+    fn update(&self, change: impl FnOnce(&mut Table)) {
+        change(&mut self.lock());
+        self.changes.send_modify(|count| *count += 1);
+    }
+
+    fn command_senders(&self) -> Vec<(u32, Option<mpsc::Sender<v1::WorkerCommand>>)> {
+        let table = self.lock();
+        table.members.iter().map(|member| (member.status.rank, member.commands.clone())).collect()
+    }
+
+    async fn wait_for(
+        &self,
+        what: &'static str,
+        limit: Duration,
+        done: impl Fn(&Member) -> bool,
+    ) -> Result<(), ClusterError> {
+        let mut changes = self.subscribe();
+        let deadline = time::Instant::now() + limit;
+        loop {
+            let missing: Vec<u32> = {
+                let table = self.lock();
+                if let Some(failure) = &table.failure {
+                    return Err(ClusterError::RankFailed(failure.clone()));
+                }
+                table.members.iter().filter(|member| !done(member)).map(|member| member.status.rank).collect()
+            };
+            if missing.is_empty() {
+                return Ok(());
+            }
+            if time::timeout_at(deadline, changes.changed()).await.is_err() {
+                return Err(ClusterError::Timeout { what, missing, limit });
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        // The table is plain data and every change to it is complete before anything can panic.
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
