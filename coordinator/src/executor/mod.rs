@@ -1,1 +1,5 @@
-//! The rank group as one device.
+//! The rank group seen as one device.
+
+mod shm;
+
+pub use shm::ShmExecutor;
