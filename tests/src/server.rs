@@ -106,9 +106,14 @@ impl Server {
 
     /// The value of a metric (summed over its label sets); none if it is not exposed.
     pub fn metric(&self, name: &str) -> Option<f64> {
+        self.metric_where(name, "")
+    }
+
+    /// The same over the label sets that hold `label`.
+    pub fn metric_where(&self, name: &str, label: &str) -> Option<f64> {
         let text = http::get(&self.address, "/metrics").expect("metrics").text();
         let values = text.lines().filter(|line| {
-            line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' ']))
+            line.contains(label) && line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' ']))
         });
         let values: Vec<f64> = values.filter_map(|line| line.rsplit(' ').next()?.parse().ok()).collect();
         (!values.is_empty()).then(|| values.iter().sum())
