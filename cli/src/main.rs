@@ -1,9 +1,47 @@
-mod args; mod config_file; mod logging;
+//! The one binary. Everything it does is in the crates below; here are flags, signals and processes.
+#![forbid(unsafe_code)]
+
+mod args;
+mod config_file;
+mod gateway;
+mod logging;
+mod plan;
+mod progress;
+mod resolve;
+mod runtime_dir;
+mod serve;
+mod signals;
+mod worker;
+
+use std::{ffi::OsString, process::ExitCode};
+
 use clap::{CommandFactory, FromArgMatches};
-fn main() -> anyhow::Result<()> {
-    let arguments: Vec<_> = std::env::args_os().map(config_file::normalize).collect();
-    let command = config_file::apply(args::Cli::command(), &arguments)?;
-    let cli = args::Cli::from_arg_matches(&command.get_matches_from(&arguments))?;
+
+use crate::args::{Cli, Command};
+
+fn main() -> ExitCode {
+    match run(std::env::args_os().map(config_file::normalize).collect()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // The last line is the reason, whatever was logged before.
+            #[expect(clippy::print_stderr, reason = "logging may not be set up yet")]
+            {
+                eprintln!("phalanx: {error:#}");
+            }
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: Vec<OsString>) -> anyhow::Result<()> {
+    let command = config_file::apply(Cli::command(), &arguments)?;
+    let cli = Cli::from_arg_matches(&command.get_matches_from(&arguments))?;
     logging::init(&cli.logging)?;
-    Ok(())
+    match cli.command {
+        Command::Serve(args) => serve::serve(*args, &cli.logging),
+        Command::Coordinator(args) => serve::coordinator(*args),
+        Command::Worker(args) => worker::run(args),
+        Command::Gateway(args) => gateway::run(args),
+        Command::Plan(args) => plan::run(&args),
+    }
 }

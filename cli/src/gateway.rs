@@ -1,0 +1,61 @@
+//! `phalanx gateway`: the HTTP side.
+
+use std::time::Duration;
+
+use anyhow::Context;
+use phalanx_gateway::{Gateway, GatewayConfig};
+use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
+
+use crate::{
+    args::{FrontendArgs, GatewayArgs},
+    signals::Signals,
+};
+
+pub(crate) fn run(args: GatewayArgs) -> anyhow::Result<()> {
+    if let Some(parent) = args.parent_pid {
+        die_with(parent)?;
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+    runtime.block_on(serve(args))
+}
+
+async fn serve(args: GatewayArgs) -> anyhow::Result<()> {
+    let mut signals = Signals::install()?;
+    let drain = Duration::from_secs(args.shutdown_timeout);
+    let gateway = Gateway::bind(config(&args.frontend, args.coordinator, drain)).await?;
+    if let Some(address) = gateway.local_addr() {
+        tracing::info!(%address, "HTTP gateway listening");
+    }
+    gateway
+        .run(async move {
+            let name = signals.next().await;
+            tracing::info!("{name}: letting running streams end");
+            // A second signal ends the process at once.
+            tokio::spawn(async move {
+                signals.next().await;
+                std::process::exit(1);
+            });
+        })
+        .await?;
+    Ok(())
+}
+
+/// The gateway's settings from the flags.
+fn config(frontend: &FrontendArgs, coordinator: String, drain: Duration) -> GatewayConfig {
+    GatewayConfig {
+        coordinator,
+        host: frontend.host.clone(),
+        port: frontend.port,
+        uds: frontend.uds.clone(),
+        api_keys: frontend.api_key.clone(),
+        drain,
+    }
+}
+
+/// Asks the kernel to end this process with its parent, and ends it if the parent has gone already.
+fn die_with(parent: u32) -> anyhow::Result<()> {
+    set_parent_process_death_signal(Some(Signal::KILL)).context("prctl(PR_SET_PDEATHSIG)")?;
+    let current = getppid().map_or(0, |pid| Pid::as_raw(Some(pid)) as u32);
+    anyhow::ensure!(current == parent, "the parent process {parent} is gone");
+    Ok(())
+}

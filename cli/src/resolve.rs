@@ -1,0 +1,86 @@
+//! Flags to configuration, once. Below this, nothing is "auto" because a flag was left out, and nobody reads a flag.
+
+use std::{
+    net::{SocketAddr, ToSocketAddrs},
+    path::PathBuf,
+    time::Duration,
+};
+
+use anyhow::{Context, bail, ensure};
+use phalanx_coordinator::{
+    config::{ApiOptions, EngineOptions, KvCacheSize, ModelOptions, WorkerOptions, WorkerSource},
+    engine::SchedulingPolicy,
+};
+use phalanx_model::{KvDtype, TensorParallelStyle};
+
+use crate::args::{EngineArgs, KvCacheDtype, ModelArgs, Policy, Style};
+
+pub(crate) fn model(args: &ModelArgs) -> anyhow::Result<ModelOptions> {
+    let Some(path) = args.model_tag.clone().or_else(|| args.model.clone()) else {
+        bail!("MODEL is missing: give a .gguf file or a model directory");
+    };
+    ensure!(path.exists(), "{}: no such file or directory", path.display());
+    let kv_cache = match (args.num_gpu_blocks_override, args.kv_cache_memory_bytes) {
+        (Some(blocks), _) => KvCacheSize::Blocks(blocks),
+        (None, Some(bytes)) => KvCacheSize::BytesPerRank(bytes),
+        (None, None) => KvCacheSize::Auto,
+    };
+    Ok(ModelOptions {
+        path,
+        tensor_parallel_size: args.tensor_parallel_size,
+        style: match args.tensor_parallel_style {
+            Style::Gather => TensorParallelStyle::Gather,
+            Style::Reduce => TensorParallelStyle::Reduce,
+        },
+        rank_weights: args.rank_weights.clone(),
+        max_model_len: args.max_model_len,
+        max_num_seqs: args.max_num_seqs,
+        max_num_batched_tokens: args.max_num_batched_tokens,
+        block_size: args.block_size,
+        kv_cache,
+        kv_dtype: match args.kv_cache_dtype {
+            KvCacheDtype::Auto | KvCacheDtype::F16 => KvDtype::F16,
+            KvCacheDtype::F32 => KvDtype::F32,
+            KvCacheDtype::Bf16 => KvDtype::BF16,
+        },
+    })
+}
+
+pub(crate) fn engine(args: &EngineArgs, model: &ModelOptions) -> EngineOptions {
+    let file_name = model.path.file_name().unwrap_or(model.path.as_os_str());
+    let default_name = || vec![file_name.to_string_lossy().trim_end_matches(".gguf").to_owned()];
+    let names = args.served_model_name.clone();
+    EngineOptions {
+        served_model_names: if names.is_empty() { default_name() } else { names },
+        enable_prefix_caching: args.enable_prefix_caching && !args.no_enable_prefix_caching,
+        policy: match args.scheduling_policy {
+            Policy::Fcfs => SchedulingPolicy::Fcfs,
+            Policy::Priority => SchedulingPolicy::Priority,
+        },
+        long_prefill_token_threshold: args.long_prefill_token_threshold,
+        max_num_queued_reqs: args.max_num_queued_reqs,
+        chat_template: args.chat_template.clone(),
+        seed: args.seed,
+        step_timeout: Duration::from_secs(args.execute_model_timeout_seconds),
+    }
+}
+
+pub(crate) fn workers(args: &EngineArgs, model: &ModelArgs, source: WorkerSource) -> WorkerOptions {
+    WorkerOptions {
+        source,
+        threads_per_rank: model.threads_per_rank,
+        ready_timeout: Duration::from_secs(args.engine_ready_timeout_seconds),
+        shm_dir: args.shm_dir.clone(),
+    }
+}
+
+/// `default_uds` is used when no socket was named.
+pub(crate) fn api(args: &EngineArgs, host: &str, default_uds: PathBuf) -> anyhow::Result<ApiOptions> {
+    let tcp = args.grpc_port.map(|port| address(host, port)).transpose()?;
+    Ok(ApiOptions { tcp, uds: Some(args.grpc_uds.clone().unwrap_or(default_uds)) })
+}
+
+fn address(host: &str, port: u16) -> anyhow::Result<SocketAddr> {
+    let mut addresses = (host, port).to_socket_addrs().with_context(|| format!("--host {host:?}"))?;
+    addresses.next().with_context(|| format!("--host {host:?} has no address"))
+}

@@ -1,0 +1,215 @@
+//! `phalanx serve` and `phalanx coordinator`: start, serve until a signal or a failure, stop everything.
+
+use std::{
+    path::Path,
+    process::{ExitStatus, Stdio},
+    time::Duration,
+};
+
+use anyhow::Context;
+use phalanx_coordinator::{
+    Coordinator,
+    config::{CoordinatorConfig, WorkerSource},
+};
+use tokio::{
+    process::{Child, Command},
+    time,
+};
+
+use crate::{
+    args::{CoordinatorArgs, ExecutorBackend, LogFormat, LoggingArgs, ServeArgs},
+    progress, resolve,
+    runtime_dir::RuntimeDir,
+    signals::Signals,
+};
+
+/// A gateway that ends unasked is started again, but not faster than this.
+const GATEWAY_PAUSE: Duration = Duration::from_millis(250);
+/// What the gateway may take beyond the drain time before it is killed.
+const GATEWAY_GRACE: Duration = Duration::from_secs(5);
+
+pub(crate) fn serve(args: ServeArgs, logging: &LoggingArgs) -> anyhow::Result<()> {
+    let directory = RuntimeDir::create().context("cannot make the directory of the gRPC socket")?;
+    let program = std::env::current_exe().context("cannot find this program's own binary")?;
+    let model = resolve::model(&args.model)?;
+    let config = CoordinatorConfig {
+        engine: resolve::engine(&args.engine, &model),
+        model,
+        api: resolve::api(&args.engine, &args.frontend.host, directory.socket())?,
+        workers: resolve::workers(&args.engine, &args.model, WorkerSource::Local { program: program.clone() }),
+    };
+    let gateway = GatewayCommand::new(&args, logging, &program, config.api.uds.as_deref());
+    run(config, args.engine.shutdown_timeout, Some(gateway))
+}
+
+pub(crate) fn coordinator(args: CoordinatorArgs) -> anyhow::Result<()> {
+    let directory = RuntimeDir::create().context("cannot make the directory of the gRPC socket")?;
+    let model = resolve::model(&args.model)?;
+    let source = match (args.distributed_executor_backend, args.join_token) {
+        (ExecutorBackend::ExternalLauncher, Some(join_token)) => WorkerSource::External { join_token },
+        _ => WorkerSource::Local { program: std::env::current_exe().context("cannot find this program's own binary")? },
+    };
+    let config = CoordinatorConfig {
+        engine: resolve::engine(&args.engine, &model),
+        model,
+        api: resolve::api(&args.engine, &args.host, directory.socket())?,
+        workers: resolve::workers(&args.engine, &args.model, source),
+    };
+    run(config, args.engine.shutdown_timeout, None)
+}
+
+fn run(config: CoordinatorConfig, shutdown_timeout: u64, gateway: Option<GatewayCommand>) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let drain = Duration::from_secs(shutdown_timeout);
+    let result = runtime.block_on(supervise(config, drain, gateway));
+    // Tokenization of a request that was given up may still run; nobody waits for it.
+    runtime.shutdown_background();
+    result
+}
+
+/// The life of a server. Whatever ends it, everything that was started is stopped before this returns.
+async fn supervise(
+    config: CoordinatorConfig,
+    drain: Duration,
+    gateway: Option<GatewayCommand>,
+) -> anyhow::Result<()> {
+    let mut signals = Signals::install()?;
+    let coordinator = Coordinator::start(config).await?;
+    let mut gateway = match gateway.map(GatewayProcess::start).transpose() {
+        Ok(gateway) => gateway,
+        Err(error) => {
+            coordinator.stop(Duration::ZERO).await;
+            return Err(error);
+        }
+    };
+    let outcome = tokio::select! {
+        outcome = serve_until_failure(&coordinator, &mut gateway) => outcome,
+        name = signals.next() => {
+            tracing::info!("{name}: letting running requests end, for at most {} s", drain.as_secs());
+            Ok(())
+        }
+    };
+    let drain = if outcome.is_ok() { drain } else { Duration::ZERO };
+    tokio::select! {
+        () = stop(&coordinator, gateway.as_mut(), drain) => {}
+        name = signals.next() => {
+            tracing::warn!("{name} again: ending now");
+            if let Some(gateway) = &mut gateway {
+                gateway.kill().await;
+            }
+        }
+    }
+    coordinator.stop(Duration::from_secs(2)).await;
+    outcome
+}
+
+async fn serve_until_failure(coordinator: &Coordinator, gateway: &mut Option<GatewayProcess>) -> anyhow::Result<()> {
+    let ready = async {
+        tokio::select! {
+            result = coordinator.wait_ready() => result,
+            // Ends only by being dropped.
+            () = progress::show(coordinator.status()) => std::future::pending().await,
+        }
+    };
+    let serving = async {
+        ready.await?;
+        tracing::info!("ready");
+        coordinator.failed().await;
+        Err(anyhow::Error::from(coordinator.wait_ready().await.err().context("the group ended")?))
+    };
+    match gateway {
+        Some(gateway) => tokio::select! {
+            outcome = serving => outcome,
+            outcome = gateway.keep_alive() => outcome,
+        },
+        None => serving.await,
+    }
+}
+
+/// Lets requests end: first the gateway, whose clients are waiting, then the coordinator's own.
+async fn stop(coordinator: &Coordinator, gateway: Option<&mut GatewayProcess>, drain: Duration) {
+    coordinator.begin_drain();
+    if let Some(gateway) = gateway {
+        gateway.stop(drain).await;
+    }
+    coordinator.drain(drain).await;
+}
+
+/// How to start the gateway.
+struct GatewayCommand {
+    program: std::path::PathBuf,
+    arguments: Vec<String>,
+    api_keys: String,
+}
+
+impl GatewayCommand {
+    fn new(args: &ServeArgs, logging: &LoggingArgs, program: &Path, socket: Option<&Path>) -> Self {
+        let frontend = &args.frontend;
+        let socket = socket.map(|path| format!("unix:{}", path.display())).unwrap_or_default();
+        let mut arguments = vec!["gateway".to_owned(), "--coordinator".into(), socket];
+        let mut flag = |name: &str, value: String| arguments.extend([name.to_owned(), value]);
+        flag("--host", frontend.host.clone());
+        flag("--port", frontend.port.to_string());
+        if let Some(path) = &frontend.uds {
+            flag("--uds", path.to_string_lossy().into_owned());
+        }
+        flag("--shutdown-timeout", args.engine.shutdown_timeout.to_string());
+        flag("--parent-pid", std::process::id().to_string());
+        flag("--log-level", logging.log_level.clone());
+        flag("--log-format", if logging.log_format == LogFormat::Json { "json" } else { "text" }.into());
+        Self { program: program.to_owned(), arguments, api_keys: frontend.api_key.join(",") }
+    }
+
+    fn spawn(&self) -> anyhow::Result<Child> {
+        let mut command = Command::new(&self.program);
+        command.args(&self.arguments).stdin(Stdio::null()).kill_on_drop(true);
+        if !self.api_keys.is_empty() {
+            // Not an argument: those are readable by everybody on the machine.
+            command.env("PHALANX_API_KEY", &self.api_keys);
+        }
+        command.spawn().context("cannot start the gateway")
+    }
+}
+
+/// The gateway as a child process.
+struct GatewayProcess {
+    command: GatewayCommand,
+    child: Child,
+    /// Whether it has ever answered; one that cannot even start is not started again.
+    started: time::Instant,
+}
+
+impl GatewayProcess {
+    fn start(command: GatewayCommand) -> anyhow::Result<Self> {
+        Ok(Self { child: command.spawn()?, command, started: time::Instant::now() })
+    }
+
+    /// Starts it again whenever it ends. Returns only when that is hopeless.
+    async fn keep_alive(&mut self) -> anyhow::Result<()> {
+        loop {
+            let status: ExitStatus = self.child.wait().await?;
+            // By its own decision (a port that is taken, a bad flag): it would decide the same again.
+            anyhow::ensure!(status.code().is_none(), "the gateway ended with {status}");
+            tracing::error!(%status, lived = ?self.started.elapsed(), "the gateway was killed, starting it again");
+            time::sleep(GATEWAY_PAUSE).await;
+            self.child = self.command.spawn()?;
+            self.started = time::Instant::now();
+        }
+    }
+
+    /// SIGTERM, so that running streams end; SIGKILL when they do not.
+    async fn stop(&mut self, drain: Duration) {
+        let pid = self.child.id().and_then(|pid| rustix::process::Pid::from_raw(pid as i32));
+        if let Some(pid) = pid {
+            // The pid is ours until the child has been waited for.
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
+        }
+        if time::timeout(drain + GATEWAY_GRACE, self.child.wait()).await.is_err() {
+            self.kill().await;
+        }
+    }
+
+    async fn kill(&mut self) {
+        let _ = self.child.kill().await;
+    }
+}
