@@ -298,7 +298,7 @@ pub(crate) mod tests {
             prop_assert!(GATES_OFFSET + l.num_gates * LINE <= l.plans.offset);
             prop_assert!(l.plans.end() <= l.outputs.offset && l.outputs.end() <= l.messages.offset);
             prop_assert!(l.messages.end() <= l.arena_offset);
-            prop_assert!(l.arena_offset + arena_bytes as usize <= l.total && l.total % PAGE == 0);
+            prop_assert!(l.arena_offset + arena_bytes as usize <= l.total && l.total.is_multiple_of(PAGE));
         }
 
         #[test]
