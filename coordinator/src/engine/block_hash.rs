@@ -49,6 +49,9 @@ mod tests {
         for (i, a) in all.iter().enumerate() {
             assert!(all[i + 1..].iter().all(|b| a != b));
         }
-        assert_eq!(root.child(&[1, 2]), BlockHash::root(&[1; 32], None).child(&[1, 2]));
+        assert_eq!(
+            root.child(&[1, 2]),
+            BlockHash::root(&[1; 32], None).child(&[1, 2])
+        );
     }
 }

@@ -104,8 +104,7 @@ impl KvCacheManager {
         if missing > self.pool.num_free() {
             return false;
         }
-        kv.table
-            .extend((0..missing).map_while(|_| self.pool.allocate()));
+        kv.table.extend((0..missing).map_while(|_| self.pool.allocate()));
         true
     }
 

@@ -117,11 +117,7 @@ fn check_count(param: &'static str, count: usize, limit: u32) -> Result<(), Requ
     if count <= limit {
         Ok(())
     } else {
-        Err(RequestError::TooMany {
-            param,
-            count,
-            limit,
-        })
+        Err(RequestError::TooMany { param, count, limit })
     }
 }
 
@@ -161,11 +157,7 @@ fn check_sampling(sampling: &SamplingParams, config: &EngineConfig) -> Result<()
         }
     }
     check_tokens("logit_bias", s.logit_bias.iter().map(|&(id, _)| id), config)?;
-    check_count(
-        "logprobs",
-        s.logprobs.unwrap_or(0) as usize,
-        config.max_logprobs,
-    )
+    check_count("logprobs", s.logprobs.unwrap_or(0) as usize, config.max_logprobs)
 }
 
 #[cfg(test)]
@@ -217,10 +209,7 @@ mod tests {
         let refused = |change: &dyn Fn(&mut EngineRequest)| {
             let mut request = request();
             change(&mut request);
-            request
-                .check(&config)
-                .expect_err("must be refused")
-                .param()
+            request.check(&config).expect_err("must be refused").param()
         };
         assert_eq!(refused(&|r| r.prompt.clear()), "prompt");
         assert_eq!(refused(&|r| r.prompt[1] = 100), "prompt");

@@ -280,10 +280,7 @@ impl Scheduler {
 
     fn finish(&mut self, id: SequenceId, reason: FinishReason, events: &mut Vec<Event>) {
         self.remove(id);
-        events.push(Event::Finished {
-            sequence: id,
-            reason,
-        });
+        events.push(Event::Finished { sequence: id, reason });
     }
 
     fn remove(&mut self, id: SequenceId) {
@@ -302,7 +299,11 @@ impl Scheduler {
             self.requeue(urgency, id);
         }
         self.kv.reset();
-        for id in failed.into_iter().flat_map(|plan| &plan.rows).map(|row| row.sequence) {
+        for id in failed
+            .into_iter()
+            .flat_map(|plan| &plan.rows)
+            .map(|row| row.sequence)
+        {
             let Some(sequence) = self.sequences.get_mut(&id) else {
                 continue;
             };
@@ -335,7 +336,8 @@ impl Scheduler {
     }
 
     fn check_every_sequence(&self) {
-        self.kv.check(self.sequences.values().map(|sequence| &sequence.kv));
+        self.kv
+            .check(self.sequences.values().map(|sequence| &sequence.kv));
         for (id, sequence) in &self.sequences {
             let (urgency, computed) = (&sequence.urgency, sequence.num_computed_tokens);
             let room = sequence.kv.table.len() * self.config.block_size as usize;

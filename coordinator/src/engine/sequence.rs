@@ -146,9 +146,7 @@ impl TokenHistory {
             };
             (token, token_use)
         });
-        Self {
-            uses: uses.collect(),
-        }
+        Self { uses: uses.collect() }
     }
 
     fn push_output(&mut self, token: u32, position: usize) {
