@@ -64,6 +64,8 @@ struct Draft<'a> {
     /// New tokens of each sequence, in order of urgency.
     chosen: BTreeMap<Urgency, usize>,
     preempted: bool,
+    /// It holds a sequence that will be given up if this step fails as well.
+    on_last_chance: bool,
     events: &'a mut Vec<Event>,
 }
 
@@ -144,6 +146,7 @@ impl Scheduler {
             budget: self.config.max_num_batched_tokens as usize,
             chosen: BTreeMap::new(),
             preempted: false,
+            on_last_chance: false,
             events,
         };
         self.choose_running(&mut draft, |remaining| remaining == 1);
@@ -222,10 +225,18 @@ impl Scheduler {
             let Some(sequence) = self.sequences.get_mut(&id) else {
                 return;
             };
+            // If one of them kills the ranks, the others must not be given up with it. Whatever runs already has
+            // been part of a successful step.
+            let last_chance =
+                sequence.failed_steps > 0 && sequence.failed_steps + 1 == self.config.max_step_failures;
+            if last_chance && draft.on_last_chance {
+                return;
+            }
             let alone = self.running.is_empty();
             let Some(num_cached_tokens) = self.kv.admit(&mut sequence.kv, &sequence.tokens, alone) else {
                 return;
             };
+            draft.on_last_chance |= last_chance;
             sequence.num_computed_tokens = num_cached_tokens;
             let num_tokens = chunk(sequence, draft.budget, &self.config);
             let grown = self.kv.grow(&mut sequence.kv, num_cached_tokens + num_tokens);
