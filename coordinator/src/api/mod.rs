@@ -1,1 +1,143 @@
-//! gRPC services over engine and text.
+//! The gRPC services clients and operators talk to: Inference, Admin, health and reflection.
+
+mod admin;
+mod assembler;
+mod engine;
+mod inference;
+mod listen;
+mod registry;
+mod status;
+mod stream;
+
+use std::{sync::Arc, time::SystemTime};
+
+use phalanx_proto::v1::{
+    self, ModelCard, admin_server::AdminServer, inference_server::InferenceServer,
+};
+use tonic::service::Routes;
+
+pub use engine::{Engine, EngineSlot};
+pub use listen::{ListenError, Listeners, serve};
+pub use status::{MetricsSource, StatusHandle};
+
+use crate::text::TextProcessor;
+
+/// Most bytes of one request message, tonic's and every client's own default.
+pub const MAX_REQUEST_BYTES: usize = 4 << 20;
+/// Most bytes of one reply message: a unary completion with every alternative of every token.
+pub const MAX_RESPONSE_BYTES: usize = 64 << 20;
+
+/// What the services work on.
+pub struct Api {
+    pub text: Arc<TextProcessor>,
+    pub engine: Arc<dyn Engine>,
+    pub metrics: Arc<dyn MetricsSource>,
+    pub status: StatusHandle,
+    /// The first is the name replies carry. Never empty.
+    pub served_model_names: Vec<String>,
+    /// Path or repository of the weights.
+    pub model_root: String,
+}
+
+impl Api {
+    /// Inference, Admin, grpc.health.v1 and reflection; others add their own services. Must be called within a Tokio
+    /// runtime: health follows [`Api::status`] until its last handle is gone.
+    pub fn routes(self) -> Routes {
+        let created = unix_seconds();
+        let models = self.served_model_names.into_iter().map(|id| ModelCard {
+            id,
+            created,
+            max_model_len: self.text.limits().max_model_len,
+            root: self.model_root.clone(),
+        });
+        let registry = registry::Registry::default();
+        let inference = inference::InferenceService::new(inference::Parts {
+            text: self.text.clone(),
+            engine: self.engine,
+            registry: registry.clone(),
+            models: models.collect(),
+        });
+        let admin = admin::AdminService {
+            status: self.status.clone(),
+            metrics: self.metrics,
+            registry,
+        };
+        let (reporter, health) = tonic_health::server::health_reporter();
+        tokio::spawn(status::follow(self.status.subscribe(), reporter));
+        let routes = Routes::new(
+            InferenceServer::new(inference)
+                .max_decoding_message_size(MAX_REQUEST_BYTES)
+                .max_encoding_message_size(MAX_RESPONSE_BYTES),
+        )
+        .add_service(
+            AdminServer::new(admin)
+                .max_decoding_message_size(MAX_REQUEST_BYTES)
+                .max_encoding_message_size(MAX_RESPONSE_BYTES),
+        )
+        .add_service(health);
+        let reflection = tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(phalanx_proto::FILE_DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+            .build_v1();
+        match reflection {
+            Ok(reflection) => routes.add_service(reflection),
+            Err(error) => {
+                tracing::error!(%error, "gRPC reflection is off: the built-in descriptors are malformed");
+                routes
+            }
+        }
+    }
+}
+
+fn unix_seconds() -> i64 {
+    SystemTime::now()
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs() as i64)
+}
+
+/// A request's id: its own if it is fit to be a log field and a header, a new one if it has none.
+fn request_id(given: String, prefix: &str) -> Result<String, phalanx_proto::RpcError> {
+    const MAX_BYTES: usize = 256;
+    if given.is_empty() {
+        return Ok(format!("{prefix}-{:016x}", crate::text::random_u64()));
+    }
+    if given.len() > MAX_BYTES || given.chars().any(char::is_control) {
+        let message = format!("request_id must have at most {MAX_BYTES} bytes and no control characters.");
+        return Err(phalanx_proto::RpcError::invalid("request_id", message));
+    }
+    Ok(given)
+}
+
+/// The envelope of every reply to one request.
+#[derive(Clone, Debug)]
+struct Envelope {
+    request_id: String,
+    model: String,
+    created: i64,
+}
+
+impl Envelope {
+    fn chunk(&self, choice: Option<v1::Choice>, usage: Option<v1::Usage>) -> v1::GenerateChunk {
+        let Self {
+            request_id,
+            model,
+            created,
+        } = self.clone();
+        v1::GenerateChunk {
+            request_id,
+            model,
+            created,
+            choice,
+            usage,
+        }
+    }
+    fn response(self, choices: Vec<v1::Choice>, usage: v1::Usage) -> v1::GenerateResponse {
+        v1::GenerateResponse {
+            request_id: self.request_id,
+            model: self.model,
+            created: self.created,
+            choices,
+            usage: Some(usage),
+        }
+    }
+}

@@ -1,1 +1,21 @@
-//! Text to tokens and back: tokenizer, chat template, detokenizer, stop strings.
+//! Text to tokens and back: tokenizer, chat template, detokenizer, stop strings, and the checks of a request.
+
+mod chat;
+mod detokenizer;
+mod error;
+mod pool;
+mod processor;
+mod sampling;
+mod stop;
+mod tokenizer;
+
+pub use chat::{ChatTemplate, Conversation};
+pub use detokenizer::Detokenizer;
+pub use error::TextError;
+pub use pool::TextPool;
+pub use processor::{PreparedRequest, TextModel, TextOptions, TextProcessor};
+pub use sampling::{DEFAULT_MAX_LOGPROBS, GenerationDefaults, MAX_N, MAX_STOP_TOKEN_IDS, ModelLimits};
+pub use stop::{MAX_STOP_STRING_BYTES, MAX_STOP_STRINGS, StopMatcher};
+pub use tokenizer::{GgufVocab, HfFiles, MAX_VOCAB_SIZE, SpecialTokens, TokenEncoding, TokenTable, Tokenizer};
+
+pub(crate) use sampling::random_u64;

@@ -1,0 +1,40 @@
+//! The Admin service.
+
+use std::sync::Arc;
+
+use phalanx_proto::v1::{self, admin_server::Admin};
+use tonic::{Request, Response, Status};
+
+use super::{MetricsSource, StatusHandle, registry::Registry};
+
+pub(super) struct AdminService {
+    pub(super) status: StatusHandle,
+    pub(super) metrics: Arc<dyn MetricsSource>,
+    pub(super) registry: Registry,
+}
+
+#[tonic::async_trait]
+impl Admin for AdminService {
+    async fn get_status(
+        &self,
+        _: Request<v1::GetStatusRequest>,
+    ) -> Result<Response<v1::GetStatusResponse>, Status> {
+        Ok(Response::new(self.status.get()))
+    }
+
+    async fn get_metrics(
+        &self,
+        _: Request<v1::GetMetricsRequest>,
+    ) -> Result<Response<v1::GetMetricsResponse>, Status> {
+        let (content_type, body) = self.metrics.render();
+        Ok(Response::new(v1::GetMetricsResponse { content_type, body }))
+    }
+
+    async fn abort_request(
+        &self,
+        request: Request<v1::AbortRequestRequest>,
+    ) -> Result<Response<v1::AbortRequestResponse>, Status> {
+        let found = self.registry.abort(&request.get_ref().request_id);
+        Ok(Response::new(v1::AbortRequestResponse { found }))
+    }
+}

@@ -1,0 +1,173 @@
+//! One completion: sampled tokens in, pieces of a [`v1::Choice`] out.
+
+use std::sync::Arc;
+
+use phalanx_proto::{
+    step::SampledToken,
+    v1::{self, choice::StopReason},
+};
+
+use crate::{
+    engine::{FinishReason, StopRules},
+    text::{Detokenizer, PreparedRequest, StopMatcher, TokenTable, Tokenizer},
+};
+
+pub(super) struct ChoiceAssembler {
+    table: Arc<TokenTable>,
+    detokenizer: Detokenizer,
+    stop_strings: StopMatcher,
+    rules: StopRules,
+    eos: Option<u32>,
+    include_stop_in_output: bool,
+    logprobs: bool,
+    /// A stop token whose text is not shown until it turns out not to have ended the sequence.
+    undecided: Option<u32>,
+    /// Tokens of the completion.
+    tokens: u32,
+    /// Characters of output text, those held back included.
+    chars: u32,
+    finished: bool,
+    /// What has been assembled since the last [`Self::take`].
+    piece: v1::Choice,
+}
+
+impl ChoiceAssembler {
+    /// The assembler of completion `index` of `request`.
+    pub(super) fn new(request: &PreparedRequest, index: usize, tokenizer: &Tokenizer) -> Self {
+        let table = tokenizer.table().clone();
+        let echo = request.echo.clone().unwrap_or_default();
+        Self {
+            detokenizer: Detokenizer::new(table.clone(), request.skip_special_tokens),
+            table,
+            include_stop_in_output: request.stop_strings.includes_in_output(),
+            stop_strings: request.stop_strings.clone(),
+            rules: request.sequences[index].stop.clone(),
+            eos: tokenizer.special_tokens().eos,
+            logprobs: request.output.logprobs.is_some(),
+            undecided: None,
+            tokens: 0,
+            chars: echo.chars().count() as u32,
+            finished: false,
+            piece: v1::Choice {
+                index: index as u32,
+                text: echo,
+                ..v1::Choice::default()
+            },
+        }
+    }
+
+    pub(super) fn tokens(&self) -> u32 {
+        self.tokens
+    }
+
+    /// Tokens since the last [`Self::take`].
+    pub(super) fn piece_tokens(&self) -> usize {
+        self.piece.token_ids.len()
+    }
+
+    /// No more tokens are wanted.
+    pub(super) fn is_finished(&self) -> bool {
+        self.finished
+    }
+
+    /// Takes the next token; a stop string it completes finishes the completion.
+    pub(super) fn token(&mut self, sampled: &SampledToken) {
+        if let Some(before) = self.undecided.take() {
+            self.push_text_of(before);
+        }
+        if self.finished {
+            return;
+        }
+        self.tokens += 1;
+        self.piece.token_ids.push(sampled.token);
+        if self.logprobs {
+            self.piece.logprobs.extend(self.logprobs_of(sampled));
+        }
+        // Its end shows with the engine's next event: the last token's text is left out.
+        if self.rules.stop_token_ids.binary_search(&sampled.token).is_ok() {
+            self.undecided = Some(sampled.token);
+        } else {
+            self.push_text_of(sampled.token);
+        }
+    }
+
+    /// The engine is done with the sequence.
+    pub(super) fn finish(&mut self, reason: FinishReason) {
+        if let Some(last) = self.undecided.take() {
+            if reason != FinishReason::Stop || self.include_stop_in_output {
+                self.push_text_of(last);
+            }
+            if self.finished {
+                return;
+            }
+            // As in vLLM, the end-of-sequence token itself is no reason worth telling.
+            if reason == FinishReason::Stop && Some(last) != self.eos {
+                self.piece.stop_reason = Some(StopReason::StopTokenId(last));
+            }
+        }
+        let mut rest = String::new();
+        self.detokenizer.finish(&mut rest);
+        if !self.show(&rest) {
+            self.stop_strings.finish(&mut self.piece.text);
+            self.end(match reason {
+                FinishReason::Stop => v1::FinishReason::Stop,
+                FinishReason::Length => v1::FinishReason::Length,
+                FinishReason::Abort => v1::FinishReason::Abort,
+                FinishReason::NotFinite => v1::FinishReason::Error,
+            });
+        }
+    }
+
+    /// What was assembled since the last call; none if there is neither a token nor an end to tell.
+    pub(super) fn take(&mut self) -> Option<v1::Choice> {
+        if self.piece.token_ids.is_empty() && self.piece.finish_reason() == v1::FinishReason::Unspecified {
+            return None;
+        }
+        let next = v1::Choice {
+            index: self.piece.index,
+            ..v1::Choice::default()
+        };
+        Some(std::mem::replace(&mut self.piece, next))
+    }
+
+    fn push_text_of(&mut self, token: u32) {
+        let mut text = String::new();
+        self.detokenizer.push(token, &mut text);
+        self.show(&text);
+    }
+
+    /// Puts text out, as far as stop strings let it; true if one ended the completion.
+    fn show(&mut self, text: &str) -> bool {
+        self.chars = self.chars.saturating_add(text.chars().count() as u32);
+        let armed = self.tokens > self.rules.min_tokens;
+        let Some(found) = self.stop_strings.push(text, armed, &mut self.piece.text) else {
+            return false;
+        };
+        self.piece.stop_reason = Some(StopReason::StopString(found));
+        self.end(v1::FinishReason::Stop);
+        true
+    }
+
+    fn end(&mut self, reason: v1::FinishReason) {
+        self.piece.set_finish_reason(reason);
+        self.finished = true;
+    }
+
+    fn logprobs_of(&self, sampled: &SampledToken) -> Option<v1::TokenLogprobs> {
+        let entry = |token_id: u32, logprob: f32| {
+            let bytes = self.table.bytes(token_id);
+            v1::TokenLogprob {
+                token_id,
+                token: String::from_utf8_lossy(bytes).into_owned(),
+                logprob,
+                bytes: bytes.to_vec(),
+            }
+        };
+        let top = sampled.top_logprobs.iter();
+        Some(v1::TokenLogprobs {
+            chosen: Some(entry(sampled.token, sampled.logprob?)),
+            top: top.map(|&(token, logprob)| entry(token, logprob)).collect(),
+            text_offset: self.chars,
+        })
+    }
+}

@@ -1,0 +1,47 @@
+//! What the services need of the engine.
+
+use std::sync::{Arc, OnceLock};
+
+use phalanx_proto::{ErrorKind, RpcError};
+
+use crate::engine_thread::{EngineHandle, NewSequence, Submission};
+
+/// Takes sequences.
+pub trait Engine: Send + Sync + 'static {
+    /// Queues a sequence without waiting. Errors: `QueueFull`, `Unavailable`.
+    fn submit(&self, sequence: NewSequence) -> Result<Submission, RpcError>;
+}
+
+impl Engine for EngineHandle {
+    fn submit(&self, sequence: NewSequence) -> Result<Submission, RpcError> {
+        Self::submit(self, sequence)
+    }
+}
+
+/// An engine that may not be there yet: the services answer from the first second, the engine starts once the ranks
+/// have loaded.
+#[derive(Clone, Default)]
+pub struct EngineSlot {
+    engine: Arc<OnceLock<EngineHandle>>,
+}
+
+impl EngineSlot {
+    /// Sets the engine, once; later ones are dropped.
+    pub fn set(&self, engine: EngineHandle) {
+        if self.engine.set(engine).is_err() {
+            tracing::warn!("an engine was started twice; the second is not used");
+        }
+    }
+}
+
+impl Engine for EngineSlot {
+    fn submit(&self, sequence: NewSequence) -> Result<Submission, RpcError> {
+        match self.engine.get() {
+            Some(engine) => engine.submit(sequence),
+            None => Err(RpcError::new(
+                ErrorKind::Unavailable,
+                "the model is still being loaded",
+            )),
+        }
+    }
+}

@@ -1,0 +1,126 @@
+//! The Inference service.
+
+use std::sync::Arc;
+
+use futures_util::stream::{self, BoxStream, StreamExt};
+use phalanx_proto::{
+    ErrorKind, RpcError,
+    v1::{self, inference_server::Inference},
+};
+use tonic::{Request, Response, Status};
+
+use super::{
+    Engine, Envelope,
+    registry::{Registration, Registry},
+    request_id,
+    stream::RequestStream,
+    unix_seconds,
+};
+use crate::text::{PreparedRequest, TextProcessor};
+
+pub(super) struct Parts {
+    pub(super) text: Arc<TextProcessor>,
+    pub(super) engine: Arc<dyn Engine>,
+    pub(super) registry: Registry,
+    /// The first is the one replies name.
+    pub(super) models: Vec<v1::ModelCard>,
+}
+
+pub(super) struct InferenceService {
+    parts: Parts,
+}
+
+impl InferenceService {
+    pub(super) fn new(parts: Parts) -> Self {
+        Self { parts }
+    }
+
+    async fn generate(&self, mut request: v1::GenerateRequest) -> Result<RequestStream, RpcError> {
+        self.check_model(&request.model)?;
+        let registration = self.register(std::mem::take(&mut request.request_id), "cmpl")?;
+        let prepared = self.parts.text.prepare(request).await?;
+        self.start(prepared, registration)
+    }
+
+    async fn chat(&self, mut request: v1::ChatRequest) -> Result<RequestStream, RpcError> {
+        self.check_model(&request.model)?;
+        let registration = self.register(std::mem::take(&mut request.request_id), "chatcmpl")?;
+        let prepared = self.parts.text.prepare_chat(request).await?;
+        self.start(prepared, registration)
+    }
+
+    fn check_model(&self, name: &str) -> Result<(), RpcError> {
+        if name.is_empty() || self.parts.models.iter().any(|model| model.id == name) {
+            return Ok(());
+        }
+        let message = format!("The model `{name}` does not exist.");
+        Err(RpcError::new(ErrorKind::NotFound, message).with_param("model"))
+    }
+
+    fn register(&self, id: String, prefix: &str) -> Result<Registration, RpcError> {
+        self.parts.registry.register(request_id(id, prefix)?)
+    }
+
+    fn start(&self, prepared: PreparedRequest, registration: Registration) -> Result<RequestStream, RpcError> {
+        let envelope = Envelope {
+            request_id: registration.id.clone(),
+            model: self
+                .parts
+                .models
+                .first()
+                .map_or_else(String::new, |model| model.id.clone()),
+            created: unix_seconds(),
+        };
+        let Parts { text, engine, .. } = &self.parts;
+        RequestStream::start(prepared, envelope, registration, text, engine)
+    }
+}
+
+type ChunkStream = BoxStream<'static, Result<v1::GenerateChunk, Status>>;
+
+/// Polled by tonic as fast as the client's window allows: a slow client stops only itself, one that goes away drops it.
+fn into_stream(request: RequestStream) -> Response<ChunkStream> {
+    let chunks = stream::unfold(request, |mut request| async move {
+        let chunk = request.next().await?;
+        Some((chunk.map_err(Status::from), request))
+    });
+    Response::new(chunks.boxed())
+}
+
+#[tonic::async_trait]
+impl Inference for InferenceService {
+    type GenerateStreamStream = ChunkStream;
+    type ChatStreamStream = ChunkStream;
+
+    async fn generate(
+        &self,
+        request: Request<v1::GenerateRequest>,
+    ) -> Result<Response<v1::GenerateResponse>, Status> {
+        let stream = self.generate(request.into_inner()).await?;
+        Ok(Response::new(stream.collect().await?))
+    }
+
+    async fn generate_stream(
+        &self,
+        request: Request<v1::GenerateRequest>,
+    ) -> Result<Response<ChunkStream>, Status> {
+        Ok(into_stream(self.generate(request.into_inner()).await?))
+    }
+
+    async fn chat(&self, request: Request<v1::ChatRequest>) -> Result<Response<v1::GenerateResponse>, Status> {
+        let stream = self.chat(request.into_inner()).await?;
+        Ok(Response::new(stream.collect().await?))
+    }
+
+    async fn chat_stream(&self, request: Request<v1::ChatRequest>) -> Result<Response<ChunkStream>, Status> {
+        Ok(into_stream(self.chat(request.into_inner()).await?))
+    }
+
+    async fn list_models(
+        &self,
+        _: Request<v1::ListModelsRequest>,
+    ) -> Result<Response<v1::ListModelsResponse>, Status> {
+        let models = self.parts.models.clone();
+        Ok(Response::new(v1::ListModelsResponse { models }))
+    }
+}

@@ -1,0 +1,205 @@
+//! Where the services are served: TCP and unix sockets.
+
+use std::{
+    fs, io,
+    net::SocketAddr,
+    os::unix::{
+        fs::{FileTypeExt, MetadataExt},
+        net::{UnixListener as StdUnixListener, UnixStream as StdUnixStream},
+    },
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use tokio::{
+    net::{TcpListener, UnixListener},
+    sync::watch,
+    task::JoinSet,
+    time::timeout,
+};
+use tokio_stream::wrappers::UnixListenerStream;
+use tonic::{
+    service::Routes,
+    transport::{Server, server::TcpIncoming},
+};
+
+/// Streams of one connection at a time; a gateway opens one connection and multiplexes.
+const MAX_CONCURRENT_STREAMS: u32 = 1024;
+const MAX_HEADER_LIST_BYTES: u32 = 16 << 10;
+/// A peer that does not answer a ping for so long is gone, and its streams with it.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
+const BACKLOG: i32 = 1024;
+
+#[derive(Debug, thiserror::Error)]
+pub enum ListenError {
+    #[error("cannot listen on {address}: {source}")]
+    Bind { address: String, source: io::Error },
+    #[error("serving failed: {0}")]
+    Serve(#[from] tonic::transport::Error),
+    #[error("a listener's task panicked")]
+    Panicked,
+}
+
+/// Bound sockets that nobody serves yet.
+#[derive(Debug, Default)]
+pub struct Listeners {
+    tcp: Vec<TcpListener>,
+    unix: Vec<UnixSocket>,
+}
+
+impl Listeners {
+    /// Adds a TCP listener; returns its address, which has the port chosen if port 0 was asked for.
+    pub async fn bind_tcp(&mut self, address: SocketAddr) -> Result<SocketAddr, ListenError> {
+        let failed = |source| ListenError::Bind {
+            address: address.to_string(),
+            source,
+        };
+        let listener = TcpListener::bind(address).await.map_err(failed)?;
+        let bound = listener.local_addr().map_err(failed)?;
+        self.tcp.push(listener);
+        Ok(bound)
+    }
+
+    /// Adds a unix socket (mode 0600), replacing a socket file that nobody listens on. It is removed when serving ends.
+    pub fn bind_unix(&mut self, path: &Path) -> Result<(), ListenError> {
+        let socket = UnixSocket::bind(path).map_err(|source| ListenError::Bind {
+            address: path.display().to_string(),
+            source,
+        })?;
+        self.unix.push(socket);
+        Ok(())
+    }
+}
+
+/// Serves `routes` on every listener until `shutdown`, then lets running requests finish for at most `drain`.
+/// Errors: a listener failed; the others are stopped.
+pub async fn serve(
+    routes: Routes,
+    listeners: Listeners,
+    shutdown: impl Future<Output = ()>,
+    drain: Duration,
+) -> Result<(), ListenError> {
+    let routes = routes.prepare();
+    let (stop, _) = watch::channel(false);
+    let mut servers = JoinSet::new();
+    let mut socket_files = Vec::new();
+    for listener in listeners.tcp {
+        let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+        let stopped = stopped(stop.subscribe());
+        servers.spawn(
+            server()
+                .add_routes(routes.clone())
+                .serve_with_incoming_shutdown(incoming, stopped),
+        );
+    }
+    for UnixSocket { listener, file } in listeners.unix {
+        let stopped = stopped(stop.subscribe());
+        let incoming = UnixListenerStream::new(listener);
+        servers.spawn(
+            server()
+                .add_routes(routes.clone())
+                .serve_with_incoming_shutdown(incoming, stopped),
+        );
+        socket_files.push(file);
+    }
+    tokio::select! {
+        () = shutdown => {}
+        Some(ended) = servers.join_next() => {
+            ended.map_err(|_| ListenError::Panicked)??;
+        }
+    }
+    stop.send_replace(true);
+    // New clients find no socket while the old ones' requests finish.
+    drop(socket_files);
+    let rest = async {
+        while let Some(ended) = servers.join_next().await {
+            ended.map_err(|_| ListenError::Panicked)??;
+        }
+        Ok(())
+    };
+    timeout(drain, rest).await.unwrap_or_else(|_| {
+        tracing::warn!(?drain, "requests still run after the drain time; they are cut off");
+        Ok(())
+    })
+}
+
+fn server() -> Server {
+    Server::builder()
+        .max_concurrent_streams(MAX_CONCURRENT_STREAMS)
+        .http2_max_header_list_size(MAX_HEADER_LIST_BYTES)
+        .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
+        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+}
+
+/// Until told to stop, or the one who would tell is gone.
+async fn stopped(mut stop: watch::Receiver<bool>) {
+    let _ = stop.wait_for(|&stop| stop).await;
+}
+
+#[derive(Debug)]
+struct UnixSocket {
+    listener: UnixListener,
+    file: SocketFile,
+}
+
+/// A socket's file, removed with this value unless somebody has put another in its place.
+#[derive(Debug)]
+struct SocketFile {
+    path: PathBuf,
+    /// Device and inode.
+    identity: (u64, u64),
+}
+
+impl UnixSocket {
+    fn bind(path: &Path) -> io::Result<Self> {
+        remove_stale(path)?;
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+        rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
+        let metadata = fs::symlink_metadata(path)?;
+        let file = SocketFile {
+            path: path.to_owned(),
+            identity: (metadata.dev(), metadata.ino()),
+        };
+        // Nobody can connect before `listen`, so nobody can before the mode is set.
+        rustix::fs::chmod(path, rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR)?;
+        rustix::net::listen(&socket, BACKLOG)?;
+        let listener = UnixListener::from_std(StdUnixListener::from(socket))?;
+        Ok(Self { listener, file })
+    }
+}
+
+/// Removes a socket file whose server is gone. Errors: it is not a socket, or a server answers.
+fn remove_stale(path: &Path) -> io::Result<()> {
+    let metadata = match fs::symlink_metadata(path) {
+        Ok(metadata) => metadata,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    if !metadata.file_type().is_socket() {
+        return Err(io::Error::new(
+            io::ErrorKind::AlreadyExists,
+            "the path exists and is not a socket",
+        ));
+    }
+    match StdUnixStream::connect(path) {
+        Ok(_) => Err(io::Error::new(
+            io::ErrorKind::AddrInUse,
+            "another server listens there",
+        )),
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path),
+        Err(error) => Err(error),
+    }
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        let is_ours = fs::symlink_metadata(&self.path)
+            .is_ok_and(|metadata| (metadata.dev(), metadata.ino()) == self.identity);
+        if is_ours && let Err(error) = fs::remove_file(&self.path) {
+            tracing::warn!(path = %self.path.display(), %error, "cannot remove the socket");
+        }
+    }
+}

@@ -1,0 +1,206 @@
+//! One running request: the events of its sequences become chunks, merged in the order they happen.
+
+use std::{future::poll_fn, pin::Pin, sync::Arc, task::Poll};
+
+use phalanx_proto::{ErrorKind, RpcError, v1};
+use tokio::sync::mpsc;
+
+use super::{Engine, Envelope, assembler::ChoiceAssembler, registry::Registration};
+use crate::{
+    engine::FinishReason,
+    engine_thread::{StreamEvent, Submission},
+    text::{PreparedRequest, TextProcessor},
+};
+
+/// Tokens that are put into one chunk when a client reads more slowly than tokens are made.
+const MAX_TOKENS_PER_CHUNK: usize = 256;
+
+/// A running request. It makes progress only while its client reads; dropping it aborts its sequences.
+pub(super) struct RequestStream {
+    envelope: Envelope,
+    registration: Registration,
+    choices: Vec<Choice>,
+    /// The choice that is looked at first, so that a fast one does not starve the others.
+    turn: usize,
+    prompt_tokens: u32,
+    cached_tokens: u32,
+    continuous_usage: bool,
+    /// The usage is still to be sent, as the last chunk.
+    final_usage: bool,
+}
+
+struct Choice {
+    assembler: ChoiceAssembler,
+    /// None once no more is wanted of the sequence.
+    submission: Option<Submission>,
+}
+
+enum Wake {
+    Aborted,
+    /// Of the choice with this index; none if the engine is gone.
+    Event(usize, Option<StreamEvent>),
+}
+
+impl RequestStream {
+    /// Queues the request's sequences; all of them or none. Errors: the engine's.
+    pub(super) fn start(
+        mut request: PreparedRequest,
+        envelope: Envelope,
+        registration: Registration,
+        text: &TextProcessor,
+        engine: &Arc<dyn Engine>,
+    ) -> Result<Self, RpcError> {
+        let assemblers: Vec<_> = (0..request.sequences.len())
+            .map(|index| ChoiceAssembler::new(&request, index, text.tokenizer()))
+            .collect();
+        let sequences = std::mem::take(&mut request.sequences).into_iter();
+        let choices = assemblers.into_iter().zip(sequences).map(|(assembler, sequence)| {
+            let submission = Some(engine.submit(sequence)?);
+            Ok(Choice {
+                assembler,
+                submission,
+            })
+        });
+        Ok(Self {
+            choices: choices.collect::<Result<_, RpcError>>()?,
+            envelope,
+            registration,
+            turn: 0,
+            prompt_tokens: request.prompt_tokens,
+            cached_tokens: 0,
+            continuous_usage: request.output.continuous_usage,
+            final_usage: request.output.include_usage,
+        })
+    }
+
+    /// The next chunk; none after the last. An error is the last.
+    pub(super) async fn next(&mut self) -> Option<Result<v1::GenerateChunk, RpcError>> {
+        while self.choices.iter().any(|choice| choice.submission.is_some()) {
+            match self.wake().await {
+                Wake::Aborted => self.abort(),
+                Wake::Event(index, event) => {
+                    if let Err(error) = self.handle(index, event) {
+                        self.choices.clear();
+                        self.final_usage = false;
+                        return Some(Err(error));
+                    }
+                }
+            }
+            if let Some(chunk) = self.take_piece() {
+                return Some(Ok(chunk));
+            }
+        }
+        // Choices that an abort ended together still have a piece each.
+        if let Some(chunk) = self.take_piece() {
+            return Some(Ok(chunk));
+        }
+        std::mem::take(&mut self.final_usage).then(|| Ok(self.envelope.chunk(None, Some(self.usage()))))
+    }
+
+    /// The whole reply at once.
+    pub(super) async fn collect(mut self) -> Result<v1::GenerateResponse, RpcError> {
+        let mut choices: Vec<v1::Choice> = (0..self.choices.len() as u32)
+            .map(|index| v1::Choice {
+                index,
+                ..v1::Choice::default()
+            })
+            .collect();
+        while let Some(chunk) = self.next().await {
+            let Some(piece) = chunk?.choice else { continue };
+            let choice = &mut choices[piece.index as usize];
+            choice.text.push_str(&piece.text);
+            choice.token_ids.extend(piece.token_ids);
+            choice.logprobs.extend(piece.logprobs);
+            choice.finish_reason = piece.finish_reason;
+            choice.stop_reason = piece.stop_reason;
+        }
+        let usage = self.usage();
+        Ok(self.envelope.response(choices, usage))
+    }
+
+    async fn wake(&mut self) -> Wake {
+        poll_fn(|context| {
+            if let Poll::Ready(Ok(())) = Pin::new(&mut self.registration.aborted).poll(context) {
+                return Poll::Ready(Wake::Aborted);
+            }
+            let count = self.choices.len();
+            for index in (0..count).map(|offset| (self.turn + offset) % count) {
+                let Some(submission) = &mut self.choices[index].submission else {
+                    continue;
+                };
+                if let Poll::Ready(event) = submission.events.poll_recv(context) {
+                    self.turn = (index + 1) % count;
+                    return Poll::Ready(Wake::Event(index, event));
+                }
+            }
+            Poll::Pending
+        })
+        .await
+    }
+
+    /// Feeds `event`, and what else the choice has ready, to its assembler.
+    fn handle(&mut self, index: usize, mut event: Option<StreamEvent>) -> Result<(), RpcError> {
+        let choice = &mut self.choices[index];
+        loop {
+            match event {
+                Some(StreamEvent::Started { cached_tokens }) if index == 0 => {
+                    self.cached_tokens = cached_tokens;
+                }
+                Some(StreamEvent::Started { .. }) => {}
+                Some(StreamEvent::Token(sampled)) => choice.assembler.token(&sampled),
+                Some(StreamEvent::Finished(reason)) => choice.assembler.finish(reason),
+                Some(StreamEvent::Failed(error)) => return Err(error),
+                None => {
+                    return Err(RpcError::new(
+                        ErrorKind::Unavailable,
+                        "the engine stopped before the request was finished",
+                    ));
+                }
+            }
+            if choice.assembler.is_finished() {
+                choice.submission = None;
+                return Ok(());
+            }
+            if choice.assembler.piece_tokens() >= MAX_TOKENS_PER_CHUNK {
+                return Ok(());
+            }
+            let Some(submission) = &mut choice.submission else {
+                return Ok(());
+            };
+            event = match submission.events.try_recv() {
+                Ok(event) => Some(event),
+                Err(mpsc::error::TryRecvError::Empty) => return Ok(()),
+                Err(mpsc::error::TryRecvError::Disconnected) => None,
+            };
+        }
+    }
+
+    fn abort(&mut self) {
+        for choice in &mut self.choices {
+            if choice.submission.take().is_some() {
+                choice.assembler.finish(FinishReason::Abort);
+            }
+        }
+    }
+
+    fn take_piece(&mut self) -> Option<v1::GenerateChunk> {
+        let piece = self
+            .choices
+            .iter_mut()
+            .find_map(|choice| choice.assembler.take())?;
+        let usage = self.continuous_usage.then(|| self.usage());
+        Some(self.envelope.chunk(Some(piece), usage))
+    }
+
+    fn usage(&self) -> v1::Usage {
+        v1::Usage {
+            prompt_tokens: self.prompt_tokens,
+            completion_tokens: self
+                .choices
+                .iter()
+                .map(|choice| choice.assembler.tokens())
+                .sum(),
+            cached_tokens: self.cached_tokens,
+        }
+    }
+}

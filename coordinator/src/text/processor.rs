@@ -1,0 +1,265 @@
+//! A request's way from text to sequences.
+
+use std::{path::Path, sync::Arc, thread};
+
+use phalanx_proto::{ErrorKind, RpcError, v1};
+
+use super::{
+    ChatTemplate, Conversation, GenerationDefaults, GgufVocab, HfFiles, ModelLimits, StopMatcher, TextError,
+    TextPool, Tokenizer,
+    sampling::{self, CheckedParams, Rules},
+};
+use crate::engine_thread::NewSequence;
+
+/// Prompts that may wait for a thread to tokenize them.
+const MAX_WAITING_PROMPTS: usize = 1024;
+
+/// The text side of a model, as loaded from its files.
+#[derive(Debug)]
+pub struct TextModel {
+    pub tokenizer: Tokenizer,
+    pub chat_template: Option<String>,
+    pub defaults: GenerationDefaults,
+}
+
+impl TextModel {
+    /// From a GGUF file's metadata, which has no generation defaults.
+    pub fn from_gguf(vocab: &GgufVocab) -> Result<Self, TextError> {
+        Ok(Self {
+            tokenizer: Tokenizer::from_gguf(vocab)?,
+            chat_template: vocab.chat_template.clone(),
+            defaults: GenerationDefaults::default(),
+        })
+    }
+
+    /// From a Hugging Face model directory.
+    pub fn from_dir(dir: &Path) -> Result<Self, TextError> {
+        let files = HfFiles::read(dir)?;
+        Ok(Self {
+            tokenizer: files.tokenizer()?,
+            chat_template: files.chat_template()?,
+            defaults: GenerationDefaults::from_json(&files.generation_config)?,
+        })
+    }
+}
+
+/// What the server's configuration adds to a model.
+#[derive(Clone, Debug)]
+pub struct TextOptions {
+    pub limits: ModelLimits,
+    /// Source of a chat template that replaces the model's.
+    pub chat_template: Option<String>,
+    /// Prompts tokenized at a time; none: half the cores.
+    pub threads: Option<usize>,
+}
+
+/// Turns requests into sequences. Cheap to share; needs a Tokio runtime.
+#[derive(Debug)]
+pub struct TextProcessor {
+    tokenizer: Arc<Tokenizer>,
+    template: Option<Arc<ChatTemplate>>,
+    defaults: GenerationDefaults,
+    limits: ModelLimits,
+    pool: TextPool,
+}
+
+/// A checked, tokenized request.
+#[derive(Debug)]
+pub struct PreparedRequest {
+    /// One per completion.
+    pub sequences: Vec<NewSequence>,
+    pub prompt_tokens: u32,
+    /// The prompt's text, if it comes first in the output.
+    pub echo: Option<String>,
+    pub stop_strings: StopMatcher,
+    pub skip_special_tokens: bool,
+    pub output: v1::OutputOptions,
+}
+
+impl TextProcessor {
+    /// Errors: the template does not compile; a token with a role is outside the model's vocabulary.
+    pub fn new(model: TextModel, options: TextOptions) -> Result<Self, TextError> {
+        let special = model.tokenizer.special_tokens();
+        let last = u64::from(options.limits.vocab_size).saturating_sub(1);
+        for &id in special.bos.iter().chain(&special.end_of_generation) {
+            if u64::from(id) > last {
+                return Err(TextError::OverLimit {
+                    field: "id of a special token",
+                    value: id.into(),
+                    limit: last,
+                });
+            }
+        }
+        let template = options
+            .chat_template
+            .or(model.chat_template)
+            .map(|source| ChatTemplate::new(&source, special))
+            .transpose()?;
+        let threads = options
+            .threads
+            .unwrap_or_else(|| thread::available_parallelism().map_or(1, |cores| cores.get() / 2));
+        Ok(Self {
+            template: template.map(Arc::new),
+            tokenizer: Arc::new(model.tokenizer),
+            defaults: model.defaults,
+            limits: options.limits,
+            pool: TextPool::new(threads, MAX_WAITING_PROMPTS),
+        })
+    }
+
+    pub fn tokenizer(&self) -> &Arc<Tokenizer> {
+        &self.tokenizer
+    }
+    pub fn limits(&self) -> &ModelLimits {
+        &self.limits
+    }
+
+    /// Checks and tokenizes a completion request. Errors name the field to blame; `QueueFull` when too many prompts
+    /// wait to be tokenized.
+    pub async fn prepare(&self, mut request: v1::GenerateRequest) -> Result<PreparedRequest, RpcError> {
+        let output = request.output.take().unwrap_or_default();
+        let params = self.check(&request.sampling.take().unwrap_or_default(), &output)?;
+        let add_special_tokens = request.add_special_tokens.unwrap_or(true);
+        let (prompt, echo) = match request.prompt {
+            None => {
+                return Err(RpcError::invalid(
+                    "prompt",
+                    "Either prompt or prompt_token_ids must be given.",
+                ));
+            }
+            Some(v1::generate_request::Prompt::Text(text)) => {
+                self.check_bytes(text.len(), "prompt")?;
+                let echo = output.echo.then(|| text.clone());
+                (self.encode(text, add_special_tokens).await?, echo)
+            }
+            Some(v1::generate_request::Prompt::TokenIds(ids)) => {
+                self.check_ids(&ids.ids)?;
+                let echo = output.echo.then(|| {
+                    self.tokenizer
+                        .decode(&ids.ids, params.skip_special_tokens)
+                });
+                (ids.ids, echo)
+            }
+        };
+        self.assemble(params, prompt, echo, output)
+    }
+
+    /// Renders, checks and tokenizes a conversation. Errors as [`Self::prepare`], and those of the template.
+    pub async fn prepare_chat(&self, mut request: v1::ChatRequest) -> Result<PreparedRequest, RpcError> {
+        let output = request.output.take().unwrap_or_default();
+        let params = self.check(&request.sampling.take().unwrap_or_default(), &output)?;
+        let Some(template) = self.template.clone() else {
+            let message = "the model has no chat template, and there is no default one; start the server with \
+                           --chat-template, or use completions";
+            return Err(RpcError::invalid("messages", message));
+        };
+        let max_bytes = self.max_prompt_bytes();
+        let given = request.messages.iter().map(|message| message.content.len());
+        self.check_bytes(given.fold(0, usize::saturating_add), "messages")?;
+        let tokenizer = self.tokenizer.clone();
+        let echo_last = output.echo;
+        let (prompt, echo) = self
+            .pool
+            .run(move || {
+                let text = template.render(&Conversation {
+                    messages: &request.messages,
+                    add_generation_prompt: request.add_generation_prompt.unwrap_or(true),
+                    template_kwargs_json: &request.template_kwargs_json,
+                    max_bytes,
+                })?;
+                // The template writes the special tokens itself.
+                let prompt = encode(&tokenizer, &text, false)?;
+                Ok((prompt, echoed(request).filter(|_| echo_last)))
+            })
+            .await?;
+        self.assemble(params, prompt, echo, output)
+    }
+
+    fn check(&self, params: &v1::SamplingParams, output: &v1::OutputOptions) -> Result<CheckedParams, RpcError> {
+        let rules = Rules {
+            limits: &self.limits,
+            defaults: &self.defaults,
+            special: self.tokenizer.special_tokens(),
+        };
+        sampling::check(params, output, rules)
+    }
+
+    /// Text longer than this has more tokens than the context, whatever they are.
+    fn max_prompt_bytes(&self) -> usize {
+        (self.limits.max_model_len as usize).saturating_mul(self.tokenizer.table().longest_token())
+    }
+
+    fn check_bytes(&self, bytes: usize, param: &str) -> Result<(), RpcError> {
+        if bytes <= self.max_prompt_bytes() {
+            return Ok(());
+        }
+        let message = format!(
+            "This model's maximum context length is {} tokens. However, your request has {bytes} bytes of text, which \
+             cannot fit. Please reduce the length of the input.",
+            self.limits.max_model_len
+        );
+        Err(RpcError::new(ErrorKind::ContextLengthExceeded, message).with_param(param))
+    }
+
+    fn check_ids(&self, ids: &[u32]) -> Result<(), RpcError> {
+        let vocab_size = self.limits.vocab_size;
+        match ids.iter().find(|&&id| id >= vocab_size) {
+            None => Ok(()),
+            Some(id) => Err(RpcError::invalid(
+                "prompt",
+                format!("Token id {id} is out of vocabulary; token ids are below {vocab_size}."),
+            )),
+        }
+    }
+
+    async fn encode(&self, text: String, add_special_tokens: bool) -> Result<Vec<u32>, RpcError> {
+        let tokenizer = self.tokenizer.clone();
+        self.pool
+            .run(move || encode(&tokenizer, &text, add_special_tokens))
+            .await
+    }
+
+    fn assemble(
+        &self,
+        params: CheckedParams,
+        prompt: Vec<u32>,
+        echo: Option<String>,
+        output: v1::OutputOptions,
+    ) -> Result<PreparedRequest, RpcError> {
+        if prompt.is_empty() {
+            return Err(RpcError::invalid("prompt", "The decoder prompt cannot be empty"));
+        }
+        // A tokenizer may know tokens that the model's embedding has no row for.
+        self.check_ids(&prompt)?;
+        let stop = params.stop_rules(prompt.len(), &self.limits)?;
+        let prompt_tokens = prompt.len() as u32;
+        let sequences = (0..params.n).map(|index| NewSequence {
+            prompt: prompt.clone(),
+            sampling: params.sampling_of(index),
+            stop: stop.clone(),
+            priority: 0,
+            cache_salt: None,
+        });
+        Ok(PreparedRequest {
+            sequences: sequences.collect(),
+            prompt_tokens,
+            echo,
+            stop_strings: params.stop_strings,
+            skip_special_tokens: params.skip_special_tokens,
+            output,
+        })
+    }
+}
+
+/// The content of the last message, if the completion is by the same role and so continues it.
+fn echoed(request: v1::ChatRequest) -> Option<String> {
+    let last = request.messages.into_iter().next_back()?;
+    let continues = !request.add_generation_prompt.unwrap_or(true) || last.role == "assistant";
+    continues.then_some(last.content)
+}
+
+fn encode(tokenizer: &Tokenizer, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, RpcError> {
+    tokenizer
+        .encode(text, add_special_tokens)
+        .map_err(|error| RpcError::invalid("prompt", error.to_string()))
+}
