@@ -1,0 +1,200 @@
+//! The gRPC side: two channels to one coordinator, and its statuses as errors.
+
+use std::{error::Error, fmt, time::Duration};
+
+use futures_util::{StreamExt, stream::BoxStream};
+use phalanx_proto::{
+    ErrorKind, RpcError,
+    v1::{
+        ChatRequest, GenerateChunk, GenerateRequest, GenerateResponse, GetMetricsRequest, GetMetricsResponse,
+        GetStatusRequest, GetStatusResponse, ListModelsRequest, ListModelsResponse,
+        admin_client::AdminClient, inference_client::InferenceClient,
+    },
+};
+use tonic::{
+    Code, Request, Response, Status, Streaming,
+    transport::{Channel, Endpoint},
+};
+
+use crate::{
+    config::GatewayError,
+    limits::{ADMIN_DEADLINE, MAX_REPLY_BYTES},
+};
+
+/// A coordinator on the same host or network answers in microseconds; this is for one that is not there.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+/// A hung coordinator is noticed after one interval and one timeout.
+const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(5);
+const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Bytes a stream may hold for a client that reads slowly, before the coordinator is made to wait.
+const STREAM_WINDOW: u32 = 64 << 10;
+/// All streams share the connection's window, so it must exceed what the slow ones can hold together: with HTTP/2's
+/// usual ratio of the two, a few clients that stop reading would stop everybody.
+const CONNECTION_WINDOW: u32 = 1 << 30;
+
+/// The pieces of one prompt's completions, in order.
+pub(crate) type Chunks = BoxStream<'static, Result<GenerateChunk, RpcError>>;
+
+/// A coordinator. Connects when first needed and again whenever the connection was lost.
+#[derive(Clone, Debug)]
+pub(crate) struct Backend {
+    inference: InferenceClient<Channel>,
+    /// On a connection of its own, so that probes are answered however busy the other one is.
+    admin: AdminClient<Channel>,
+}
+
+impl Backend {
+    /// Prepares for the coordinator at `address`, without connecting.
+    pub(crate) fn new(address: &str) -> Result<Self, GatewayError> {
+        let endpoint = endpoint(address)?;
+        let (inference, admin) = (endpoint.connect_lazy(), endpoint.connect_lazy());
+        Ok(Self {
+            inference: InferenceClient::new(inference).max_decoding_message_size(MAX_REPLY_BYTES),
+            admin: AdminClient::new(admin).max_decoding_message_size(MAX_REPLY_BYTES),
+        })
+    }
+
+    pub(crate) async fn generate(&self, request: GenerateRequest) -> Result<GenerateResponse, RpcError> {
+        unwrap(self.inference.clone().generate(request).await)
+    }
+
+    pub(crate) async fn generate_stream(&self, request: GenerateRequest) -> Result<Chunks, RpcError> {
+        unwrap(self.inference.clone().generate_stream(request).await).map(chunks)
+    }
+
+    pub(crate) async fn chat(&self, request: ChatRequest) -> Result<GenerateResponse, RpcError> {
+        unwrap(self.inference.clone().chat(request).await)
+    }
+
+    pub(crate) async fn chat_stream(&self, request: ChatRequest) -> Result<Chunks, RpcError> {
+        unwrap(self.inference.clone().chat_stream(request).await).map(chunks)
+    }
+
+    pub(crate) async fn list_models(&self) -> Result<ListModelsResponse, RpcError> {
+        let reply = self
+            .inference
+            .clone()
+            .list_models(brief(ListModelsRequest {}))
+            .await;
+        unwrap(reply)
+    }
+
+    pub(crate) async fn status(&self) -> Result<GetStatusResponse, RpcError> {
+        unwrap(self.admin.clone().get_status(brief(GetStatusRequest {})).await)
+    }
+
+    pub(crate) async fn metrics(&self) -> Result<GetMetricsResponse, RpcError> {
+        unwrap(self.admin.clone().get_metrics(brief(GetMetricsRequest {})).await)
+    }
+}
+
+fn endpoint(address: &str) -> Result<Endpoint, GatewayError> {
+    let refuse = |reason: String| GatewayError::CoordinatorAddress {
+        address: address.to_owned(),
+        reason,
+    };
+    match address.split_once(':') {
+        Some(("http", rest)) if rest.starts_with("//") => {}
+        Some(("unix", path)) if path.starts_with('/') => {}
+        _ => return Err(refuse("unknown form".to_owned())),
+    }
+    let endpoint = Endpoint::from_shared(address.to_owned()).map_err(|error| refuse(error.to_string()))?;
+    Ok(endpoint
+        .connect_timeout(CONNECT_TIMEOUT)
+        .tcp_nodelay(true)
+        .http2_keep_alive_interval(KEEP_ALIVE_INTERVAL)
+        .keep_alive_timeout(KEEP_ALIVE_TIMEOUT)
+        .keep_alive_while_idle(true)
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW))
+}
+
+/// A request that must be answered within [`ADMIN_DEADLINE`].
+fn brief<T>(message: T) -> Request<T> {
+    let mut request = Request::new(message);
+    request.set_timeout(ADMIN_DEADLINE);
+    request
+}
+
+fn unwrap<T>(reply: Result<Response<T>, Status>) -> Result<T, RpcError> {
+    reply
+        .map(Response::into_inner)
+        .map_err(|status| to_error(&status))
+}
+
+fn chunks(stream: Streaming<GenerateChunk>) -> Chunks {
+    stream
+        .map(|chunk| chunk.map_err(|status| to_error(&status)))
+        .boxed()
+}
+
+/// The coordinator's own errors pass through. What the transport made up becomes `Unavailable`, without the addresses
+/// and errno texts in it: those are for the log.
+fn to_error(status: &Status) -> RpcError {
+    // Only statuses that were made on this side have a source.
+    let local = status.source().is_some();
+    match status.code() {
+        // tonic's client-side deadline is reported as a cancellation.
+        Code::DeadlineExceeded | Code::Cancelled if local => {
+            RpcError::new(ErrorKind::Unavailable, "the coordinator did not answer in time")
+        }
+        Code::Unavailable | Code::Unknown | Code::Internal | Code::Cancelled if local => {
+            tracing::warn!(error = %Causes(status), "no connection to the coordinator");
+            RpcError::new(ErrorKind::Unavailable, "the coordinator cannot be reached")
+        }
+        _ => RpcError::from(status),
+    }
+}
+
+/// An error with what caused it, on one line.
+struct Causes<'a>(&'a Status);
+
+impl fmt::Display for Causes<'_> {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(out, "{}", self.0.message())?;
+        let mut cause = self.0.source();
+        while let Some(error) = cause {
+            write!(out, ": {error}")?;
+            cause = error.source();
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+
+    #[test]
+    fn addresses_have_two_forms() {
+        for good in [
+            "http://127.0.0.1:50051",
+            "http://coordinator:50051",
+            "unix:/run/phalanx.sock",
+        ] {
+            assert!(endpoint(good).is_ok(), "{good}");
+        }
+        for bad in [
+            "",
+            "127.0.0.1:50051",
+            "https://host:1",
+            "unix:relative",
+            "http://",
+            "http://a b",
+        ] {
+            assert!(endpoint(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[tokio::test]
+    async fn an_absent_coordinator_is_unavailable_at_once() {
+        let backend = Backend::new("unix:/nonexistent/phalanx.sock").expect("a good address");
+        let start = Instant::now();
+        let error = backend.status().await.expect_err("nobody there");
+        assert_eq!(error.kind, ErrorKind::Unavailable);
+        assert_eq!(error.message, "the coordinator cannot be reached");
+        assert!(start.elapsed() < CONNECT_TIMEOUT);
+    }
+}

@@ -1,0 +1,75 @@
+//! What a gateway is told at start, and why it may refuse.
+
+use std::{io, path::PathBuf, time::Duration};
+
+use crate::{auth::ApiKeys, limits::HttpLimits};
+
+/// A gateway's configuration. All of it is fixed at start.
+#[derive(Clone, Debug)]
+pub struct GatewayConfig {
+    /// TCP addresses to listen on, `host:port`; port 0 takes a free one.
+    pub listen: Vec<String>,
+    /// A unix socket to listen on, beside or instead of TCP.
+    pub uds: Option<PathBuf>,
+    /// Where the coordinator serves gRPC: `http://host:port` or `unix:/path`.
+    pub coordinator: String,
+    /// Keys of which a client must present one; empty: no key is needed.
+    pub api_keys: ApiKeys,
+    /// Whether `usage` reports how many prompt tokens came from the prefix cache.
+    pub prompt_tokens_details: bool,
+    /// How long running requests may go on after the shutdown signal.
+    pub drain_timeout: Duration,
+    /// Bounds of the HTTP server.
+    pub limits: HttpLimits,
+}
+
+impl GatewayConfig {
+    /// A gateway for the coordinator at `coordinator` that listens on `listen`, with everything else at its default.
+    pub fn new(listen: impl Into<String>, coordinator: impl Into<String>) -> Self {
+        Self {
+            listen: vec![listen.into()],
+            uds: None,
+            coordinator: coordinator.into(),
+            api_keys: ApiKeys::default(),
+            prompt_tokens_details: false,
+            drain_timeout: Duration::from_secs(30),
+            limits: HttpLimits::default(),
+        }
+    }
+}
+
+/// Why a gateway did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum GatewayError {
+    /// Neither a TCP address nor a unix socket was given.
+    #[error("no address to listen on: give at least one host:port or a unix socket")]
+    NoListener,
+    /// The address is taken, not ours, or cannot be resolved.
+    #[error("cannot listen on {address}: {source}")]
+    Bind {
+        /// The address as configured.
+        address: String,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// The coordinator's address is neither of the two forms.
+    #[error("coordinator address {address:?} is neither http://host:port nor unix:/path: {reason}")]
+    CoordinatorAddress {
+        /// The address as configured.
+        address: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// An empty key would let everybody in.
+    #[error("API key number {position} is empty")]
+    EmptyApiKey {
+        /// Counted from one.
+        position: usize,
+    },
+    /// A limit of zero would refuse everything.
+    #[error("limit {field} must be at least 1")]
+    ZeroLimit {
+        /// Name of the field in [`HttpLimits`].
+        field: &'static str,
+    },
+}

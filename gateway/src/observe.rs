@@ -1,0 +1,85 @@
+//! The outermost middleware: a name for every request, its metrics and its log line.
+
+use std::{
+    hash::{BuildHasher, RandomState},
+    sync::Arc,
+};
+
+use axum::{
+    extract::{Request, State},
+    middleware::Next,
+    response::Response,
+};
+use http::{HeaderMap, HeaderName, HeaderValue};
+
+use crate::{
+    limits::MAX_REQUEST_ID,
+    metrics::{HttpMetrics, Measurement},
+    routes::handler_label,
+};
+
+const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+/// The client's `X-Request-Id`, or one made here. Visible ASCII, at most [`MAX_REQUEST_ID`] bytes.
+#[derive(Clone, Debug)]
+pub(crate) struct RequestId(pub(crate) Arc<str>);
+
+impl RequestId {
+    fn of(headers: &HeaderMap) -> Self {
+        let given = headers.get(X_REQUEST_ID).and_then(|value| value.to_str().ok());
+        let usable = |id: &&str| {
+            (1..=MAX_REQUEST_ID).contains(&id.len()) && id.bytes().all(|byte| byte.is_ascii_graphic())
+        };
+        match given.filter(usable) {
+            Some(id) => Self(id.into()),
+            None => Self(random_hex().into()),
+        }
+    }
+}
+
+/// 128 bits that no other request of any gateway has: two SipHash states, keyed by the system's randomness.
+fn random_hex() -> String {
+    let word = || RandomState::new().hash_one(std::process::id());
+    format!("{:016x}{:016x}", word(), word())
+}
+
+/// Middleware: gives the request its id, answers with it, measures and logs.
+pub(crate) async fn observe(
+    State(metrics): State<Arc<HttpMetrics>>,
+    mut request: Request,
+    next: Next,
+) -> Response {
+    let (method, handler) = (request.method().clone(), handler_label(request.uri().path()));
+    let measurement = Measurement::start(metrics, &method, handler);
+    let id = RequestId::of(request.headers());
+    request.extensions_mut().insert(id.clone());
+    let mut response = next.run(request).await;
+    let status = response.status();
+    tracing::debug!(request_id = %id.0, %method, handler, status = status.as_u16(), "answered");
+    if let Ok(value) = HeaderValue::from_str(&id.0) {
+        response.headers_mut().insert(X_REQUEST_ID, value);
+    }
+    response.map(|body| measurement.follow(status, body))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn usable_ids_are_kept_and_others_replaced() {
+        let id = |value: &[u8]| {
+            let mut headers = HeaderMap::new();
+            headers.insert(
+                X_REQUEST_ID,
+                HeaderValue::from_bytes(value).expect("a header value"),
+            );
+            RequestId::of(&headers).0
+        };
+        assert_eq!(&*id(b"trace-17"), "trace-17");
+        for bad in [&b""[..], b"a b", "naïve".as_bytes(), &[b'a'; MAX_REQUEST_ID + 1]] {
+            assert_eq!(id(bad).len(), 32);
+        }
+        assert_ne!(id(b""), id(b""));
+    }
+}

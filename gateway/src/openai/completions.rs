@@ -1,0 +1,221 @@
+//! `POST /v1/completions`.
+
+use axum::{
+    Extension, Json,
+    extract::{Request, State},
+    response::{IntoResponse, Response},
+};
+use futures_util::future::try_join_all;
+use phalanx_proto::{
+    RpcError,
+    v1::{self, Choice, GenerateRequest},
+};
+use serde::{Deserialize, Serialize};
+
+use super::{
+    body::{self, parse},
+    error::ApiError,
+    logprobs::CompletionLogprobs,
+    params::{Params, at_most},
+    prompt::Prompts,
+    reply::{Head, Reply, Stop, Whole, finish_reason, stop_reason},
+    sse::{self, Events, Streaming},
+    unoffered,
+    usage::Usage,
+};
+use crate::{
+    lifecycle::Ticket,
+    limits::{MAX_CHOICES, MAX_PROMPTS},
+    observe::RequestId,
+    routes::Service,
+};
+
+const OBJECT: &str = "text_completion";
+
+/// The fields that only this route has.
+#[derive(Debug, Deserialize)]
+struct CompletionFields {
+    prompt: Option<Prompts>,
+    /// OpenAI's default for this route; `null` asks for as many as fit.
+    #[serde(default = "default_max_tokens")]
+    max_tokens: Option<u32>,
+    /// Alternatives per token.
+    logprobs: Option<u32>,
+    echo: Option<bool>,
+    add_special_tokens: Option<bool>,
+}
+
+#[expect(clippy::unnecessary_wraps, reason = "serde wants the field's type")]
+fn default_max_tokens() -> Option<u32> {
+    Some(16)
+}
+
+/// A checked request, as one gRPC request for every prompt.
+struct Call {
+    requests: Vec<GenerateRequest>,
+    streams: bool,
+    n: u32,
+    style: Style,
+}
+
+/// What the reply must contain beside the text.
+#[derive(Clone, Copy)]
+struct Style {
+    logprobs: bool,
+    include_usage: bool,
+    prompt_tokens_details: bool,
+}
+
+fn prepare(body: &[u8], id: &str, prompt_tokens_details: bool) -> Result<Call, RpcError> {
+    let mut params: Params = parse(body)?;
+    let fields: CompletionFields = parse(body)?;
+    unoffered::refuse_for_completions(body)?;
+    let sampling = params.sampling(fields.max_tokens)?;
+    let output = params.output(fields.logprobs, fields.echo.unwrap_or(false))?;
+    let prompts = fields.prompt.map(|prompts| prompts.0).unwrap_or_default();
+    if prompts.is_empty() {
+        return Err(RpcError::invalid("prompt", "prompt: at least one is needed"));
+    }
+    at_most("prompt", prompts.len(), MAX_PROMPTS)?;
+    let n = params.n();
+    let choices = prompts.len().saturating_mul(n as usize);
+    if choices > MAX_CHOICES {
+        let message = format!(
+            "{} prompts with n = {n} are {choices} choices, more than {MAX_CHOICES}",
+            prompts.len()
+        );
+        return Err(RpcError::invalid("n", message));
+    }
+    let style = Style {
+        logprobs: fields.logprobs.is_some(),
+        include_usage: output.include_usage,
+        prompt_tokens_details,
+    };
+    let (model, several) = (params.model.take().unwrap_or_default(), prompts.len() > 1);
+    let requests = prompts
+        .into_iter()
+        .enumerate()
+        .map(|(index, prompt)| GenerateRequest {
+            request_id: if several {
+                format!("{id}-{index}")
+            } else {
+                id.to_owned()
+            },
+            model: model.clone(),
+            prompt: Some(prompt),
+            sampling: Some(sampling.clone()),
+            output: Some(output),
+            add_special_tokens: fields.add_special_tokens,
+        });
+    Ok(Call {
+        requests: requests.collect(),
+        streams: params.streams(),
+        n,
+        style,
+    })
+}
+
+pub(crate) async fn handle(
+    State(service): State<Service>,
+    Extension(request_id): Extension<RequestId>,
+    request: Request,
+) -> Result<Response, ApiError> {
+    let ticket = service.lifecycle.admit()?;
+    let body = body::read(request, &service.limits).await?;
+    let id = format!("cmpl-{}", request_id.0);
+    let call = prepare(&body, &id, service.prompt_tokens_details)?;
+    drop(body);
+    if !call.streams {
+        return whole(&service, id, call, ticket).await;
+    }
+    let prompts = call
+        .requests
+        .into_iter()
+        .map(|request| service.backend.generate_stream(request));
+    let streaming = Streaming {
+        id,
+        n: call.n,
+        prompts: try_join_all(prompts).await?,
+        events: CompletionEvents { style: call.style },
+        ticket,
+    };
+    streaming.respond().await
+}
+
+async fn whole(service: &Service, id: String, call: Call, mut ticket: Ticket) -> Result<Response, ApiError> {
+    let replies = call
+        .requests
+        .into_iter()
+        .map(|request| service.backend.generate(request));
+    let replies = tokio::select! {
+        replies = try_join_all(replies) => replies?,
+        error = ticket.stopped() => return Err(error.into()),
+    };
+    let whole = Whole::join(id, call.n, replies)?;
+    let choices = whole
+        .choices
+        .iter()
+        .map(|choice| CompletionChoice::of(choice, call.style))
+        .collect::<Result<Vec<_>, _>>()?;
+    let usage = Usage::of(whole.usage, call.style.prompt_tokens_details);
+    let reply = Reply::new(&whole.head, OBJECT, &choices).with_usage(Some(Some(usage)));
+    Ok(Json(reply).into_response())
+}
+
+/// A choice, or in a stream a piece of one: this route has one shape for both.
+#[derive(Serialize)]
+struct CompletionChoice<'a> {
+    index: u32,
+    text: &'a str,
+    logprobs: Option<CompletionLogprobs<'a>>,
+    finish_reason: Option<&'static str>,
+    stop_reason: Option<Stop<'a>>,
+}
+
+impl<'a> CompletionChoice<'a> {
+    fn of(choice: &'a Choice, style: Style) -> Result<Self, RpcError> {
+        Ok(Self {
+            index: choice.index,
+            text: &choice.text,
+            logprobs: style.logprobs.then(|| CompletionLogprobs::of(&choice.logprobs)),
+            finish_reason: finish_reason(choice)?,
+            stop_reason: stop_reason(choice),
+        })
+    }
+}
+
+struct CompletionEvents {
+    style: Style,
+}
+
+impl CompletionEvents {
+    fn write(
+        &self,
+        out: &mut Vec<u8>,
+        head: &Head,
+        choices: &[CompletionChoice<'_>],
+        usage: Option<v1::Usage>,
+    ) {
+        let usage = usage.map(|usage| Usage::of(usage, self.style.prompt_tokens_details));
+        let usage = self.style.include_usage.then_some(usage);
+        sse::event(out, &Reply::new(head, OBJECT, choices).with_usage(usage));
+    }
+}
+
+impl Events for CompletionEvents {
+    fn piece(
+        &mut self,
+        out: &mut Vec<u8>,
+        head: &Head,
+        choice: &Choice,
+        usage: Option<v1::Usage>,
+    ) -> Result<(), RpcError> {
+        let choice = CompletionChoice::of(choice, self.style)?;
+        self.write(out, head, &[choice], usage);
+        Ok(())
+    }
+
+    fn usage(&mut self, out: &mut Vec<u8>, head: &Head, usage: v1::Usage) {
+        self.write(out, head, &[], Some(usage));
+    }
+}

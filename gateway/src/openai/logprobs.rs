@@ -1,0 +1,157 @@
+//! Log-probabilities in the two shapes that OpenAI gave its two APIs.
+
+use phalanx_proto::v1::{TokenLogprob, TokenLogprobs};
+use serde::{Serialize, Serializer, ser::SerializeMap};
+
+/// JSON has no infinities. vLLM's floor for a token that cannot be drawn.
+const FLOOR: f32 = -9999.0;
+
+/// `null` stands for a token without a log-probability: the first of an echoed prompt.
+fn number(logprob: f32) -> Option<f32> {
+    (!logprob.is_nan()).then(|| logprob.clamp(FLOOR, 0.0))
+}
+
+/// `choices[].logprobs` of chat completions.
+#[derive(Serialize)]
+pub(super) struct ChatLogprobs<'a> {
+    content: Vec<ChatToken<'a>>,
+}
+
+#[derive(Serialize)]
+struct ChatToken<'a> {
+    #[serde(flatten)]
+    chosen: ChatCandidate<'a>,
+    top_logprobs: Vec<ChatCandidate<'a>>,
+}
+
+#[derive(Serialize)]
+struct ChatCandidate<'a> {
+    token: &'a str,
+    logprob: Option<f32>,
+    bytes: &'a [u8],
+}
+
+impl<'a> ChatLogprobs<'a> {
+    pub(super) fn of(tokens: &'a [TokenLogprobs]) -> Self {
+        Self {
+            content: tokens.iter().filter_map(ChatToken::of).collect(),
+        }
+    }
+}
+
+impl<'a> ChatToken<'a> {
+    fn of(token: &'a TokenLogprobs) -> Option<Self> {
+        Some(Self {
+            chosen: ChatCandidate::of(token.chosen.as_ref()?),
+            top_logprobs: token.top.iter().map(ChatCandidate::of).collect(),
+        })
+    }
+}
+
+impl<'a> ChatCandidate<'a> {
+    fn of(candidate: &'a TokenLogprob) -> Self {
+        Self {
+            token: &candidate.token,
+            logprob: number(candidate.logprob),
+            bytes: &candidate.bytes,
+        }
+    }
+}
+
+/// `choices[].logprobs` of completions: parallel lists.
+#[derive(Serialize)]
+pub(super) struct CompletionLogprobs<'a> {
+    text_offset: Vec<u32>,
+    token_logprobs: Vec<Option<f32>>,
+    tokens: Vec<&'a str>,
+    top_logprobs: Vec<Option<Top<'a>>>,
+}
+
+impl<'a> CompletionLogprobs<'a> {
+    pub(super) fn of(tokens: &'a [TokenLogprobs]) -> Self {
+        let chosen = || {
+            tokens
+                .iter()
+                .filter_map(|token| Some((token, token.chosen.as_ref()?)))
+        };
+        Self {
+            text_offset: chosen().map(|(token, _)| token.text_offset).collect(),
+            token_logprobs: chosen().map(|(_, chosen)| number(chosen.logprob)).collect(),
+            tokens: chosen().map(|(_, chosen)| chosen.token.as_str()).collect(),
+            top_logprobs: chosen()
+                .map(|(token, chosen)| {
+                    number(chosen.logprob)?;
+                    Some(Top {
+                        chosen,
+                        others: &token.top,
+                    })
+                })
+                .collect(),
+        }
+    }
+}
+
+/// An object from token text to log-probability: the chosen token and the alternatives. Of tokens with the same text
+/// the first stays, as an object has each key once.
+struct Top<'a> {
+    chosen: &'a TokenLogprob,
+    others: &'a [TokenLogprob],
+}
+
+impl Serialize for Top<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(None)?;
+        map.serialize_entry(&self.chosen.token, &number(self.chosen.logprob))?;
+        for (index, candidate) in self.others.iter().enumerate() {
+            let repeats = |earlier: &TokenLogprob| earlier.token == candidate.token;
+            if !repeats(self.chosen) && !self.others[..index].iter().any(repeats) {
+                map.serialize_entry(&candidate.token, &number(candidate.logprob))?;
+            }
+        }
+        map.end()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn candidate(token: &str, logprob: f32) -> TokenLogprob {
+        TokenLogprob {
+            token_id: 1,
+            token: token.to_owned(),
+            logprob,
+            bytes: token.as_bytes().to_vec(),
+        }
+    }
+
+    #[test]
+    fn both_shapes() {
+        let tokens = [
+            TokenLogprobs {
+                chosen: Some(candidate("a", f32::NAN)),
+                top: vec![],
+                text_offset: 0,
+            },
+            TokenLogprobs {
+                chosen: Some(candidate("b", -0.5)),
+                top: vec![
+                    candidate("b", -0.5),
+                    candidate("c", f32::NEG_INFINITY),
+                    candidate("c", -1.0),
+                ],
+                text_offset: 1,
+            },
+        ];
+        let json = serde_json::to_string(&CompletionLogprobs::of(&tokens)).expect("plain data");
+        assert_eq!(
+            json,
+            r#"{"text_offset":[0,1],"token_logprobs":[null,-0.5],"tokens":["a","b"],"top_logprobs":[null,{"b":-0.5,"c":-9999.0}]}"#
+        );
+        let json = serde_json::to_string(&ChatLogprobs::of(&tokens[1..])).expect("plain data");
+        assert_eq!(
+            json,
+            r#"{"content":[{"token":"b","logprob":-0.5,"bytes":[98],"top_logprobs":[{"token":"b","logprob":-0.5,"bytes":[98]},{"token":"c","logprob":-9999.0,"bytes":[99]},{"token":"c","logprob":-1.0,"bytes":[99]}]}]}"#
+        );
+    }
+}

@@ -1,0 +1,273 @@
+//! The fields that both completion routes share, and their gRPC form.
+
+use std::fmt;
+
+use phalanx_proto::{
+    RpcError,
+    v1::{OutputOptions, SamplingParams},
+};
+use serde::{
+    Deserialize, Deserializer,
+    de::{Error, SeqAccess, Visitor, value::SeqAccessDeserializer},
+};
+
+use super::body::Object;
+use crate::limits::{MAX_N, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS};
+
+/// Sampling and streaming. `null` and absent are the same: the model's default.
+#[derive(Debug, Deserialize)]
+pub(super) struct Params {
+    pub(super) model: Option<String>,
+    pub(super) stream: Option<bool>,
+    stream_options: Option<Object<StreamOptions>>,
+    n: Option<u32>,
+    temperature: Option<f32>,
+    top_p: Option<f32>,
+    /// -1 and 0: not limited.
+    top_k: Option<i64>,
+    min_p: Option<f32>,
+    presence_penalty: Option<f32>,
+    frequency_penalty: Option<f32>,
+    repetition_penalty: Option<f32>,
+    seed: Option<Seed>,
+    min_tokens: Option<u32>,
+    stop: Option<OneOrMany>,
+    stop_token_ids: Option<Vec<u32>>,
+    ignore_eos: Option<bool>,
+    include_stop_str_in_output: Option<bool>,
+    skip_special_tokens: Option<bool>,
+}
+
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+struct StreamOptions {
+    include_usage: Option<bool>,
+    continuous_usage_stats: Option<bool>,
+}
+
+impl Params {
+    pub(super) fn streams(&self) -> bool {
+        self.stream == Some(true)
+    }
+
+    /// Completions per prompt, within its limit once [`Self::sampling`] has passed.
+    pub(super) fn n(&self) -> u32 {
+        self.n.unwrap_or(1)
+    }
+
+    /// The sampling parameters with `max_tokens`, which the two routes read differently.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for what gRPC could not carry; ranges are the coordinator's to judge.
+    pub(super) fn sampling(&mut self, max_tokens: Option<u32>) -> Result<SamplingParams, RpcError> {
+        if !(1..=MAX_N).contains(&self.n()) {
+            return Err(RpcError::invalid(
+                "n",
+                format!("n must be 1 to {MAX_N}, not {}", self.n()),
+            ));
+        }
+        let stop = self.stop.take().map(|stop| stop.0).unwrap_or_default();
+        let stop_token_ids = self.stop_token_ids.take().unwrap_or_default();
+        at_most("stop", stop.len(), MAX_STOP_STRINGS)?;
+        at_most("stop_token_ids", stop_token_ids.len(), MAX_STOP_TOKEN_IDS)?;
+        Ok(SamplingParams {
+            n: self.n,
+            temperature: finite("temperature", self.temperature)?,
+            top_p: finite("top_p", self.top_p)?,
+            top_k: self.top_k.map(top_k).transpose()?,
+            min_p: finite("min_p", self.min_p)?,
+            presence_penalty: finite("presence_penalty", self.presence_penalty)?,
+            frequency_penalty: finite("frequency_penalty", self.frequency_penalty)?,
+            repetition_penalty: finite("repetition_penalty", self.repetition_penalty)?,
+            seed: self.seed.map(|seed| seed.0),
+            max_tokens,
+            min_tokens: self.min_tokens,
+            stop,
+            stop_token_ids,
+            ignore_eos: self.ignore_eos.unwrap_or(false),
+            include_stop_str_in_output: self.include_stop_str_in_output.unwrap_or(false),
+            skip_special_tokens: self.skip_special_tokens,
+        })
+    }
+
+    /// The output options with `logprobs` and `echo`, which the two routes spell differently.
+    pub(super) fn output(&self, logprobs: Option<u32>, echo: bool) -> Result<OutputOptions, RpcError> {
+        if self.stream_options.is_some() && !self.streams() {
+            let message = "stream_options can only be given together with stream: true";
+            return Err(RpcError::invalid("stream_options", message));
+        }
+        let options = self
+            .stream_options
+            .as_ref()
+            .map(|options| options.0)
+            .unwrap_or_default();
+        let include_usage = options.include_usage.unwrap_or(false);
+        Ok(OutputOptions {
+            logprobs,
+            echo,
+            include_usage,
+            continuous_usage: include_usage && options.continuous_usage_stats.unwrap_or(false),
+        })
+    }
+}
+
+/// # Errors
+/// `InvalidArgument` for a list that is longer than `limit`.
+pub(super) fn at_most(field: &str, len: usize, limit: usize) -> Result<(), RpcError> {
+    if len > limit {
+        return Err(RpcError::invalid(
+            field,
+            format!("{field} has {len} items, more than {limit}"),
+        ));
+    }
+    Ok(())
+}
+
+/// A number too large for 32 bits becomes an infinity on the way in.
+fn finite(field: &str, value: Option<f32>) -> Result<Option<f32>, RpcError> {
+    match value {
+        Some(value) if !value.is_finite() => Err(RpcError::invalid(
+            field,
+            format!("{field} is not a finite 32-bit number"),
+        )),
+        _ => Ok(value),
+    }
+}
+
+fn top_k(value: i64) -> Result<u32, RpcError> {
+    match value {
+        -1 => Ok(0),
+        _ => u32::try_from(value).map_err(|_| {
+            RpcError::invalid(
+                "top_k",
+                format!("top_k must be -1 (off) or positive, not {value}"),
+            )
+        }),
+    }
+}
+
+/// Any 64-bit integer. A negative one is its two's complement, so that different seeds stay different.
+#[derive(Clone, Copy, Debug)]
+struct Seed(u64);
+
+impl<'de> Deserialize<'de> for Seed {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct SeedVisitor;
+
+        impl Visitor<'_> for SeedVisitor {
+            type Value = Seed;
+
+            fn expecting(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+                out.write_str("a 64-bit integer")
+            }
+
+            fn visit_u64<E: Error>(self, value: u64) -> Result<Seed, E> {
+                Ok(Seed(value))
+            }
+
+            fn visit_i64<E: Error>(self, value: i64) -> Result<Seed, E> {
+                Ok(Seed(value.cast_unsigned()))
+            }
+        }
+
+        deserializer.deserialize_i64(SeedVisitor)
+    }
+}
+
+/// A string, or a list of strings.
+#[derive(Debug)]
+struct OneOrMany(Vec<String>);
+
+impl<'de> Deserialize<'de> for OneOrMany {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct OneOrManyVisitor;
+
+        impl<'de> Visitor<'de> for OneOrManyVisitor {
+            type Value = OneOrMany;
+
+            fn expecting(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+                out.write_str("a string or a list of strings")
+            }
+
+            fn visit_str<E: Error>(self, one: &str) -> Result<OneOrMany, E> {
+                Ok(OneOrMany(vec![one.to_owned()]))
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, many: A) -> Result<OneOrMany, A::Error> {
+                Vec::deserialize(SeqAccessDeserializer::new(many)).map(OneOrMany)
+            }
+        }
+
+        deserializer.deserialize_any(OneOrManyVisitor)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::body::parse, *};
+
+    fn sampling(body: &str) -> Result<SamplingParams, RpcError> {
+        parse::<Params>(body.as_bytes())?.sampling(Some(7))
+    }
+
+    #[test]
+    fn every_field_is_carried() {
+        let body = r#"{"n": 2, "temperature": 1, "top_p": 0.5, "top_k": -1, "min_p": 0.1, "presence_penalty": -2,
+            "frequency_penalty": 0.25, "repetition_penalty": 1.5, "seed": -1, "min_tokens": 3, "stop": "a",
+            "stop_token_ids": [5], "ignore_eos": true, "include_stop_str_in_output": true,
+            "skip_special_tokens": false}"#;
+        let expected = SamplingParams {
+            n: Some(2),
+            temperature: Some(1.0),
+            top_p: Some(0.5),
+            top_k: Some(0),
+            min_p: Some(0.1),
+            presence_penalty: Some(-2.0),
+            frequency_penalty: Some(0.25),
+            repetition_penalty: Some(1.5),
+            seed: Some(u64::MAX),
+            max_tokens: Some(7),
+            min_tokens: Some(3),
+            stop: vec!["a".to_owned()],
+            stop_token_ids: vec![5],
+            ignore_eos: true,
+            include_stop_str_in_output: true,
+            skip_special_tokens: Some(false),
+        };
+        assert_eq!(sampling(body).expect("valid"), expected);
+    }
+
+    #[test]
+    fn null_is_absent() {
+        let nulls =
+            r#"{"n": null, "temperature": null, "top_k": null, "seed": null, "stop": null, "stream": null}"#;
+        assert_eq!(sampling(nulls).expect("valid"), sampling("{}").expect("valid"));
+    }
+
+    #[test]
+    fn what_grpc_cannot_carry_is_refused_by_name() {
+        for (body, param) in [
+            (r#"{"n": 0}"#, "n"),
+            (r#"{"n": 1000}"#, "n"),
+            (r#"{"temperature": 1e300}"#, "temperature"),
+            (r#"{"temperature": "hot"}"#, "temperature"),
+            (r#"{"top_k": -2}"#, "top_k"),
+            (r#"{"top_k": 5000000000}"#, "top_k"),
+            (r#"{"seed": 1.5}"#, "seed"),
+            (r#"{"stop": 3}"#, "stop"),
+            (r#"{"stop": ["a", 3]}"#, "stop[1]"),
+            (r#"{"stop_token_ids": [-1]}"#, "stop_token_ids[0]"),
+            (r#"{"min_tokens": true}"#, "min_tokens"),
+        ] {
+            assert_eq!(
+                sampling(body).expect_err(body).param.as_deref(),
+                Some(param),
+                "{body}"
+            );
+        }
+        let many = format!(r#"{{"stop": [{}""]}}"#, r#""a","#.repeat(MAX_STOP_STRINGS));
+        assert_eq!(
+            sampling(&many).expect_err("too many").param.as_deref(),
+            Some("stop")
+        );
+    }
+}

@@ -1,0 +1,222 @@
+//! Streams: gRPC chunks in, server-sent events out.
+
+use std::convert::Infallible;
+
+use axum::{
+    body::{Body, Bytes},
+    response::{IntoResponse, Response},
+};
+use futures_util::{
+    StreamExt,
+    stream::{BoxStream, SelectAll, once, unfold},
+};
+use http::{HeaderName, header};
+use phalanx_proto::{
+    RpcError,
+    v1::{self, Choice, GenerateChunk},
+};
+use serde::Serialize;
+
+use super::{
+    error::{ApiError, broken_reply},
+    reply::{Head, finish_reason},
+};
+use crate::{backend::Chunks, lifecycle::Ticket};
+
+const DONE: &[u8] = b"data: [DONE]\n\n";
+
+/// How one of the two routes writes its events.
+pub(super) trait Events: Send + 'static {
+    /// Appends the events for a piece of a choice, whose index is already the one that the client sees.
+    /// `usage` is the running one, when it was asked for.
+    ///
+    /// # Errors
+    /// When the choice failed.
+    fn piece(
+        &mut self,
+        out: &mut Vec<u8>,
+        head: &Head,
+        choice: &Choice,
+        usage: Option<v1::Usage>,
+    ) -> Result<(), RpcError>;
+
+    /// Appends the last event before the end, with the usage of the whole request, when that was asked for.
+    fn usage(&mut self, out: &mut Vec<u8>, head: &Head, usage: v1::Usage);
+}
+
+/// A request that is about to stream.
+pub(super) struct Streaming<E> {
+    pub(super) id: String,
+    /// Choices of every prompt.
+    pub(super) n: u32,
+    /// One stream for every prompt.
+    pub(super) prompts: Vec<Chunks>,
+    pub(super) events: E,
+    pub(super) ticket: Ticket,
+}
+
+impl<E: Events> Streaming<E> {
+    /// Waits for the first chunk, so that an error before it has its own HTTP status; then answers 200.
+    ///
+    /// # Errors
+    /// What the coordinator answered instead of a first chunk.
+    pub(super) async fn respond(self) -> Result<Response, ApiError> {
+        let mut pump = Pump::new(self);
+        let mut first = Vec::new();
+        while first.is_empty() {
+            let (prompt, chunk) = pump
+                .receive()
+                .await?
+                .ok_or_else(|| broken_reply("the stream is empty"))?;
+            pump.accept(&mut first, prompt, chunk)?;
+        }
+        let rest = unfold(pump, |mut pump| async {
+            let events = pump.next_events().await?;
+            Some((events, pump))
+        });
+        let events = once(async { Bytes::from(first) })
+            .chain(rest)
+            .map(Ok::<_, Infallible>);
+        let headers = [
+            (header::CONTENT_TYPE, "text/event-stream; charset=utf-8"),
+            (header::CACHE_CONTROL, "no-cache"),
+            // nginx holds a response back until its buffer is full unless told otherwise.
+            (HeaderName::from_static("x-accel-buffering"), "no"),
+        ];
+        Ok((headers, Body::from_stream(events)).into_response())
+    }
+}
+
+type Numbered = BoxStream<'static, (u32, Result<GenerateChunk, RpcError>)>;
+
+/// Merges the prompts' streams. Dropping it, as hyper does when the client goes, cancels them at the coordinator.
+struct Pump<E> {
+    streams: SelectAll<Numbered>,
+    events: E,
+    ticket: Ticket,
+    head: Head,
+    n: u32,
+    unfinished: u32,
+    usage: Option<v1::Usage>,
+    done: bool,
+}
+
+impl<E: Events> Pump<E> {
+    fn new(start: Streaming<E>) -> Self {
+        let mut streams = SelectAll::new();
+        let mut unfinished = 0;
+        for (prompt, chunks) in (0_u32..).zip(start.prompts) {
+            streams.push(chunks.map(move |chunk| (prompt, chunk)).boxed());
+            unfinished += start.n;
+        }
+        Self {
+            streams,
+            events: start.events,
+            ticket: start.ticket,
+            head: Head {
+                id: start.id,
+                created: 0,
+                model: String::new(),
+            },
+            n: start.n,
+            unfinished,
+            usage: None,
+            done: false,
+        }
+    }
+
+    /// The next chunk of any prompt, with the prompt's number. `None` when every stream has ended.
+    async fn receive(&mut self) -> Result<Option<(u32, GenerateChunk)>, RpcError> {
+        let next = tokio::select! {
+            next = self.streams.next() => next,
+            error = self.ticket.stopped() => return Err(error),
+        };
+        match next {
+            Some((prompt, chunk)) => Ok(Some((prompt, chunk?))),
+            None => Ok(None),
+        }
+    }
+
+    fn accept(&mut self, out: &mut Vec<u8>, prompt: u32, chunk: GenerateChunk) -> Result<(), RpcError> {
+        if self.head.model.is_empty() {
+            self.head.created = chunk.created;
+            self.head.model = chunk.model;
+        }
+        let Some(mut choice) = chunk.choice else {
+            let usage = chunk.usage.unwrap_or_default();
+            super::usage::add(self.usage.get_or_insert_default(), usage);
+            return Ok(());
+        };
+        if choice.index >= self.n {
+            return Err(broken_reply("a chunk of a choice that was not asked for"));
+        }
+        if finish_reason(&choice)?.is_some() {
+            let left = self.unfinished.checked_sub(1);
+            self.unfinished = left.ok_or_else(|| broken_reply("a choice that ends twice"))?;
+        }
+        // Below MAX_CHOICES.
+        choice.index += prompt * self.n;
+        self.events.piece(out, &self.head, &choice, chunk.usage)
+    }
+
+    /// At least one event, or `None` after the last.
+    async fn next_events(&mut self) -> Option<Bytes> {
+        let mut out = Vec::new();
+        while out.is_empty() {
+            if self.done {
+                return None;
+            }
+            let received = self.receive().await;
+            let accepted = match received {
+                Ok(Some((prompt, chunk))) => self.accept(&mut out, prompt, chunk),
+                Ok(None) => self.finish(&mut out),
+                Err(error) => Err(error),
+            };
+            if let Err(error) = accepted {
+                self.fail(&mut out, error);
+            }
+        }
+        Some(out.into())
+    }
+
+    fn finish(&mut self, out: &mut Vec<u8>) -> Result<(), RpcError> {
+        if self.unfinished > 0 {
+            return Err(broken_reply("the stream ended before its choices did"));
+        }
+        if let Some(usage) = self.usage {
+            self.events.usage(out, &self.head, usage);
+        }
+        self.end(out);
+        Ok(())
+    }
+
+    fn fail(&mut self, out: &mut Vec<u8>, error: RpcError) {
+        tracing::warn!(id = self.head.id, %error, "stream failed");
+        out.extend_from_slice(b"data: ");
+        ApiError::from(error).write_json(out);
+        out.extend_from_slice(b"\n\n");
+        self.end(out);
+    }
+
+    fn end(&mut self, out: &mut Vec<u8>) {
+        out.extend_from_slice(DONE);
+        self.done = true;
+        // The other prompts of a request that failed need not go on.
+        self.streams.clear();
+    }
+}
+
+/// Appends `data: <json>` and an empty line.
+pub(super) fn event<T: Serialize>(out: &mut Vec<u8>, data: &T) {
+    out.extend_from_slice(b"data: ");
+    write_json(out, data);
+    out.extend_from_slice(b"\n\n");
+}
+
+/// Appends compact JSON.
+pub(super) fn write_json<T: Serialize>(out: &mut Vec<u8>, data: &T) {
+    // Fails only for maps with keys that are no strings and for a failing writer: neither exists here.
+    if let Err(error) = serde_json::to_writer(out, data) {
+        tracing::error!(%error, "a reply could not be written as JSON");
+    }
+}

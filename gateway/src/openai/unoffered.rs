@@ -1,0 +1,150 @@
+//! Fields of the API that this server does not offer: refused by name, unless their value asks for nothing.
+//!
+//! Ignoring them would answer another question than the one asked. Fields that nobody knows are ignored, as vLLM does.
+
+use std::fmt;
+
+use phalanx_proto::RpcError;
+use serde::{
+    Deserialize, Deserializer,
+    de::{IgnoredAny, MapAccess, Visitor},
+};
+use serde_json::Value;
+
+use super::body::parse;
+
+/// A field, and the values beside `null` that ask for nothing, as compact JSON.
+type Field = (&'static str, &'static [&'static str]);
+
+const BOTH: &[Field] = &[
+    ("allowed_token_ids", &[]),
+    ("bad_words", &["[]"]),
+    ("best_of", &["1"]),
+    ("cache_salt", &[]),
+    ("guided_choice", &[]),
+    ("guided_grammar", &[]),
+    ("guided_json", &[]),
+    ("guided_regex", &[]),
+    ("kv_transfer_params", &[]),
+    ("logit_bias", &["{}"]),
+    ("logits_processors", &["[]"]),
+    ("priority", &["0"]),
+    ("prompt_logprobs", &[]),
+    ("response_format", &[r#"{"type":"text"}"#]),
+    ("return_token_ids", &["false"]),
+    ("return_tokens_as_token_ids", &["false"]),
+    ("structured_outputs", &[]),
+    ("truncate_prompt_tokens", &[]),
+    ("use_beam_search", &["false"]),
+];
+
+const CHAT: &[Field] = &[
+    ("add_special_tokens", &["false"]),
+    ("audio", &[]),
+    ("chat_template", &[]),
+    ("continue_final_message", &["false"]),
+    ("documents", &["[]"]),
+    ("echo", &["false"]),
+    ("function_call", &[r#""none""#, r#""auto""#]),
+    ("functions", &["[]"]),
+    ("mm_processor_kwargs", &["{}"]),
+    ("modalities", &[r#"["text"]"#]),
+    ("thinking_token_budget", &[]),
+    ("tool_choice", &[r#""none""#, r#""auto""#]),
+    ("tools", &["[]"]),
+    ("web_search_options", &[]),
+];
+
+const COMPLETIONS: &[Field] = &[("prompt_embeds", &["[]"]), ("suffix", &[r#""""#])];
+
+/// # Errors
+/// `InvalidArgument` naming the first field of a chat request that is not offered.
+pub(super) fn refuse_for_chat(body: &[u8]) -> Result<(), RpcError> {
+    refuse(parse::<Found<true>>(body)?)
+}
+
+/// # Errors
+/// `InvalidArgument` naming the first field of a completions request that is not offered.
+pub(super) fn refuse_for_completions(body: &[u8]) -> Result<(), RpcError> {
+    refuse(parse::<Found<false>>(body)?)
+}
+
+fn refuse<const IS_CHAT: bool>(found: Found<IS_CHAT>) -> Result<(), RpcError> {
+    match found.0 {
+        Some(field) => Err(RpcError::invalid(
+            field,
+            format!("{field} is not offered by this server"),
+        )),
+        None => Ok(()),
+    }
+}
+
+/// The first field of an object that is not offered and not a no-op.
+struct Found<const IS_CHAT: bool>(Option<&'static str>);
+
+impl<'de, const IS_CHAT: bool> Deserialize<'de> for Found<IS_CHAT> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(FoundVisitor)
+    }
+}
+
+struct FoundVisitor<const IS_CHAT: bool>;
+
+impl<'de, const IS_CHAT: bool> Visitor<'de> for FoundVisitor<IS_CHAT> {
+    type Value = Found<IS_CHAT>;
+
+    fn expecting(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        out.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+        let own = if IS_CHAT { CHAT } else { COMPLETIONS };
+        let mut found = None;
+        while let Some(key) = map.next_key::<String>()? {
+            let Some((name, no_ops)) = BOTH.iter().chain(own).find(|(name, _)| *name == key) else {
+                map.next_value::<IgnoredAny>()?;
+                continue;
+            };
+            let value = map.next_value::<Value>()?;
+            let asks_nothing = value.is_null() || no_ops.contains(&value.to_string().as_str());
+            if !asks_nothing && found.is_none() {
+                found = Some(*name);
+            }
+        }
+        Ok(Found(found))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_ops_pass_and_the_rest_is_named() {
+        let no_ops =
+            br#"{"tools": [], "tool_choice": "auto", "response_format": {"type": "text"}, "logit_bias": {},
+            "best_of": 1, "guided_json": null, "somebody_elses": 3}"#;
+        refuse_for_chat(no_ops).expect("asks for nothing");
+        let refused = |body: &str| {
+            refuse_for_chat(body.as_bytes())
+                .expect_err(body)
+                .param
+                .expect("named")
+        };
+        assert_eq!(refused(r#"{"tools": [{}]}"#), "tools");
+        assert_eq!(
+            refused(r#"{"response_format": {"type": "json_object"}}"#),
+            "response_format"
+        );
+        assert_eq!(refused(r#"{"best_of": 2, "tools": [1]}"#), "best_of");
+        assert_eq!(refused(r#"{"\u0074ools": [1]}"#), "tools");
+    }
+
+    #[test]
+    fn the_two_routes_differ() {
+        refuse_for_completions(br#"{"echo": true, "tools": [{}]}"#)
+            .expect("echo is offered, tools mean nothing");
+        assert!(refuse_for_completions(br#"{"suffix": "x"}"#).is_err());
+        assert!(refuse_for_chat(br#"{"echo": true}"#).is_err());
+    }
+}

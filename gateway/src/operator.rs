@@ -1,0 +1,150 @@
+//! The routes for those who run the server: health, version, load, metrics.
+
+use axum::{
+    Json,
+    extract::State,
+    response::{IntoResponse, Response},
+};
+use http::{StatusCode, header};
+use phalanx_proto::v1::{GetStatusResponse, GroupState, Phase, RankStatus};
+use serde::Serialize;
+
+use crate::{metrics::OPENMETRICS, routes::Service};
+
+/// `GET /health`, `/ping`: 200 when the coordinator's ranks are ready and this gateway is not draining; otherwise
+/// 503, with how far each rank has come.
+pub(crate) async fn health(State(service): State<Service>) -> Response {
+    let health = if service.lifecycle.is_draining() {
+        Health::bare("draining", "the gateway is shutting down")
+    } else {
+        match service.backend.status().await {
+            Ok(status) => Health::of(status),
+            Err(error) => Health::bare("unreachable", error.message),
+        }
+    };
+    let status = if health.state == READY {
+        StatusCode::OK
+    } else {
+        StatusCode::SERVICE_UNAVAILABLE
+    };
+    (status, Json(health)).into_response()
+}
+
+/// `GET /version`.
+pub(crate) async fn version() -> Response {
+    #[derive(Serialize)]
+    struct Version {
+        version: &'static str,
+    }
+    let version = env!("CARGO_PKG_VERSION");
+    Json(Version { version }).into_response()
+}
+
+/// `GET /load`: the number of completions requests this gateway has running.
+pub(crate) async fn load(State(service): State<Service>) -> Response {
+    #[derive(Serialize)]
+    struct Load {
+        server_load: usize,
+    }
+    let server_load = service.lifecycle.running();
+    Json(Load { server_load }).into_response()
+}
+
+/// `GET /metrics`: the coordinator's metrics and the gateway's. Without a coordinator, the gateway's alone.
+pub(crate) async fn metrics(State(service): State<Service>) -> Response {
+    let theirs = match service.backend.metrics().await {
+        Ok(reply) if reply.content_type.starts_with("application/openmetrics-text") => {
+            String::from_utf8(reply.body).ok()
+        }
+        Ok(reply) => {
+            tracing::warn!(
+                content_type = reply.content_type,
+                "the coordinator's metrics are not OpenMetrics"
+            );
+            None
+        }
+        Err(error) => {
+            tracing::debug!(%error, "no metrics from the coordinator");
+            None
+        }
+    };
+    let text = service.metrics.exposition(theirs.as_deref());
+    ([(header::CONTENT_TYPE, OPENMETRICS)], text).into_response()
+}
+
+const READY: &str = "ready";
+
+#[derive(Serialize)]
+struct Health {
+    state: &'static str,
+    message: String,
+    epoch: u32,
+    version: String,
+    ranks: Vec<Rank>,
+}
+
+#[derive(Serialize)]
+struct Rank {
+    rank: u32,
+    host: String,
+    pid: u32,
+    phase: &'static str,
+    bytes_done: u64,
+    bytes_total: u64,
+    rss_bytes: u64,
+}
+
+impl Health {
+    fn bare(state: &'static str, message: impl Into<String>) -> Self {
+        Self {
+            state,
+            message: message.into(),
+            epoch: 0,
+            version: String::new(),
+            ranks: Vec::new(),
+        }
+    }
+
+    fn of(status: GetStatusResponse) -> Self {
+        let state = match status.state() {
+            GroupState::Ready => READY,
+            GroupState::Starting => "starting",
+            GroupState::Draining => "draining",
+            GroupState::Failed => "failed",
+            GroupState::Unspecified => "unknown",
+        };
+        Self {
+            state,
+            message: status.message,
+            epoch: status.epoch,
+            version: status.version,
+            ranks: status.ranks.into_iter().map(Rank::of).collect(),
+        }
+    }
+}
+
+impl Rank {
+    fn of(rank: RankStatus) -> Self {
+        Self {
+            phase: phase_name(rank.phase()),
+            rank: rank.rank,
+            host: rank.host,
+            pid: rank.pid,
+            bytes_done: rank.bytes_done,
+            bytes_total: rank.bytes_total,
+            rss_bytes: rank.rss_bytes,
+        }
+    }
+}
+
+fn phase_name(phase: Phase) -> &'static str {
+    match phase {
+        Phase::Unspecified => "unknown",
+        Phase::Starting => "starting",
+        Phase::LoadingWeights => "loading_weights",
+        Phase::AllocatingKv => "allocating_kv",
+        Phase::JoiningGroup => "joining_group",
+        Phase::WarmingUp => "warming_up",
+        Phase::Serving => "serving",
+    }
+}
