@@ -1,1 +1,4 @@
 //! The CPU backend.
+
+mod math;
+mod simd;
