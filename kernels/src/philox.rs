@@ -6,14 +6,24 @@ const WEYL: [u32; 2] = [0x9e37_79b9, 0xbb67_ae85];
 const ROUNDS: usize = 10;
 
 /// Four random words of a counter.
-#[inline(always)]
 pub fn philox4x32(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
-    let mut c = counter;
+    philox4x32_lanes(counter.map(|word| [word]), key).map(|[word]| word)
+}
+
+/// Of N counters at once: word `w` of counter `n` is at `[w][n]`, in the argument and in the result.
+#[inline(always)]
+pub fn philox4x32_lanes<const N: usize>(counters: [[u32; N]; 4], key: [u32; 2]) -> [[u32; N]; 4] {
+    let mut c = counters;
     let mut k = key;
     for _ in 0..ROUNDS {
-        let a = u64::from(MULTIPLIERS[0]) * u64::from(c[0]);
-        let b = u64::from(MULTIPLIERS[1]) * u64::from(c[2]);
-        c = [(b >> 32) as u32 ^ c[1] ^ k[0], b as u32, (a >> 32) as u32 ^ c[3] ^ k[1], a as u32];
+        for n in 0..N {
+            let a = u64::from(MULTIPLIERS[0]) * u64::from(c[0][n]);
+            let b = u64::from(MULTIPLIERS[1]) * u64::from(c[2][n]);
+            c[0][n] = (b >> 32) as u32 ^ c[1][n] ^ k[0];
+            c[1][n] = b as u32;
+            c[2][n] = (a >> 32) as u32 ^ c[3][n] ^ k[1];
+            c[3][n] = a as u32;
+        }
         k = [k[0].wrapping_add(WEYL[0]), k[1].wrapping_add(WEYL[1])];
     }
     c
@@ -37,6 +47,15 @@ mod tests {
         ];
         for (counter, key, want) in cases {
             assert_eq!(philox4x32(counter, key), want);
+        }
+    }
+
+    #[test]
+    fn lanes_are_independent() {
+        let counters: [[u32; 5]; 4] = std::array::from_fn(|w| std::array::from_fn(|n| (7 * w + n) as u32));
+        let words = philox4x32_lanes(counters, [3, 4]);
+        for n in 0..5 {
+            assert_eq!(words.map(|w| w[n]), philox4x32(counters.map(|w| w[n]), [3, 4]));
         }
     }
 }

@@ -25,8 +25,8 @@ pub(crate) trait Simd: Copy {
 
     fn splat(self, x: f32) -> Self::F32;
     fn load(self, from: &[f32; LANES]) -> Self::F32;
-    fn load_f16(self, from: &[u16; LANES]) -> Self::F32;
-    fn load_bf16(self, from: &[u16; LANES]) -> Self::F32;
+    fn load_f16(self, from: &[f16; LANES]) -> Self::F32;
+    fn load_bf16(self, from: &[bf16; LANES]) -> Self::F32;
     fn store(self, to: &mut [f32; LANES], x: Self::F32);
 
     fn add(self, a: Self::F32, b: Self::F32) -> Self::F32;
@@ -45,6 +45,14 @@ pub(crate) trait Simd: Copy {
     fn ldexp(self, x: Self::F32, n: Self::F32) -> Self::F32;
     /// 0 where `x < limit`, else `y`.
     fn zero_below(self, y: Self::F32, x: Self::F32, limit: Self::F32) -> Self::F32;
+
+    /// Up to eight values, followed by zeros.
+    #[inline(always)]
+    fn load_partial(self, from: &[f32]) -> Self::F32 {
+        let mut lanes = [0.0; LANES];
+        lanes[..from.len()].copy_from_slice(from);
+        self.load(&lanes)
+    }
 
     #[inline(always)]
     fn to_array(self, x: Self::F32) -> [f32; LANES] {
@@ -129,12 +137,12 @@ impl Simd for Portable {
         *from
     }
     #[inline(always)]
-    fn load_f16(self, from: &[u16; LANES]) -> Self::F32 {
-        map(|i| f16::from_bits(from[i]).to_f32())
+    fn load_f16(self, from: &[f16; LANES]) -> Self::F32 {
+        map(|i| from[i].to_f32())
     }
     #[inline(always)]
-    fn load_bf16(self, from: &[u16; LANES]) -> Self::F32 {
-        map(|i| bf16::from_bits(from[i]).to_f32())
+    fn load_bf16(self, from: &[bf16; LANES]) -> Self::F32 {
+        map(|i| from[i].to_f32())
     }
     #[inline(always)]
     fn store(self, to: &mut [f32; LANES], x: Self::F32) {
@@ -192,6 +200,8 @@ pub(crate) use avx2::Avx2;
 mod avx2 {
     use std::arch::x86_64::*;
 
+    use half::{bf16, f16};
+
     use super::{Kernel, LANES, Simd};
 
     /// Proof of AVX2, FMA and F16C.
@@ -221,12 +231,12 @@ mod avx2 {
             unsafe { _mm256_loadu_ps(from.as_ptr()) }
         }
         #[inline(always)]
-        fn load_f16(self, from: &[u16; LANES]) -> __m256 {
+        fn load_f16(self, from: &[f16; LANES]) -> __m256 {
             // SAFETY: `self` exists, so the machine has F16C; 16 bytes are readable, at any alignment.
             unsafe { _mm256_cvtph_ps(_mm_loadu_si128(from.as_ptr().cast())) }
         }
         #[inline(always)]
-        fn load_bf16(self, from: &[u16; LANES]) -> __m256 {
+        fn load_bf16(self, from: &[bf16; LANES]) -> __m256 {
             // SAFETY: `self` exists, so the machine has AVX2; 16 bytes are readable, at any alignment.
             unsafe {
                 let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.as_ptr().cast()));
