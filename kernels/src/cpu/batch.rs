@@ -1,6 +1,6 @@
 //! A step's positions, slots and tables, checked once.
 
-use std::cell::RefCell;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::exec::check;
 use super::rotary::RopeTable;
@@ -13,7 +13,7 @@ pub struct CpuBatch {
     num_blocks: usize,
     num_slots: usize,
     /// The step's cosines and sines: computed by the first layer, used by all.
-    pub(crate) rope_tables: RefCell<Vec<RopeTable>>,
+    rope_tables: Mutex<Vec<RopeTable>>,
 }
 
 impl CpuBatch {
@@ -40,12 +40,17 @@ impl CpuBatch {
             num_blocks: bound(&input.block_tables),
             num_slots: bound(&input.slot_mapping),
             input,
-            rope_tables: RefCell::default(),
+            rope_tables: Mutex::default(),
         })
     }
 
     pub fn input(&self) -> &BatchInput {
         &self.input
+    }
+
+    pub(crate) fn rope_tables(&self) -> MutexGuard<'_, Vec<RopeTable>> {
+        // Tables are pushed whole: a panic elsewhere cannot leave half of one.
+        self.rope_tables.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// An error unless all slots exist.

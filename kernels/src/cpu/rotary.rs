@@ -76,7 +76,7 @@ pub(crate) fn rotary_embedding(
         return Ok(());
     }
 
-    let mut tables = batch.rope_tables.borrow_mut();
+    let mut tables = batch.rope_tables();
     let table = match tables.iter().position(|t| t.is_of(rotary)) {
         Some(index) => &tables[index],
         None => {
