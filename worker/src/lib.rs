@@ -4,13 +4,21 @@
 #![forbid(unsafe_code)]
 
 pub mod assignment;
+mod attach;
+mod connect;
 pub mod error;
+mod group;
 pub mod layers;
+pub mod loader;
 pub mod models;
+mod process;
+mod rank;
 pub mod runner;
 pub mod sampler;
 pub mod workspace;
 
 pub use assignment::{Assignment, AssignmentError, MAX_LOGPROBS, step_limits};
-pub use error::{PlanError, RunError};
+pub use attach::{WorkerConfig, run, serve};
+pub use error::{JoinError, PlanError, RunError, WorkerError};
+pub use loader::{LoadError, LoadProgress, load};
 pub use runner::{LoadedModel, ModelRunner};
