@@ -1,5 +1,7 @@
 //! Storage formats of tensors, as facts: block lengths and bytes. How to compute with them is the kernels' business.
 
+use std::fmt;
+
 /// Element format of a tensor in a file (GGUF's names; the block layouts are those of the GGUF specification).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[allow(non_camel_case_types)]
@@ -57,6 +59,33 @@ impl TensorFormat {
         }
     }
 
+    /// GGUF's number for the format (`enum ggml_type`).
+    pub const fn gguf_type(self) -> u32 {
+        match self {
+            Self::F32 => 0,
+            Self::F16 => 1,
+            Self::Q4_0 => 2,
+            Self::Q4_1 => 3,
+            Self::Q5_0 => 6,
+            Self::Q5_1 => 7,
+            Self::Q8_0 => 8,
+            Self::Q4_K => 12,
+            Self::Q5_K => 13,
+            Self::Q6_K => 14,
+            Self::BF16 => 30,
+        }
+    }
+
+    /// The format of a GGUF type number, if it is one we hold.
+    pub fn from_gguf_type(id: u32) -> Option<Self> {
+        Self::ALL.into_iter().find(|format| format.gguf_type() == id)
+    }
+
+    /// Whether elements are plain floats, readable one by one.
+    pub const fn is_dense(self) -> bool {
+        self.block_len() == 1
+    }
+
     /// Bytes of a row of `cols` elements; none if `cols` cuts a block or the product overflows.
     pub const fn row_bytes(self, cols: usize) -> Option<usize> {
         if cols.is_multiple_of(self.block_len()) {
@@ -65,7 +94,39 @@ impl TensorFormat {
             None
         }
     }
+
+    /// Bytes of a `[rows, cols]` matrix in a file; none if `cols` cuts a block or the product overflows.
+    pub const fn file_bytes(self, rows: usize, cols: usize) -> Option<usize> {
+        match self.row_bytes(cols) {
+            Some(row) => row.checked_mul(rows),
+            None => None,
+        }
+    }
+
+    /// Bytes of a `[rows, cols]` matrix as the CPU backend holds it: the file's blocks regrouped into tiles of
+    /// [`TILE_ROWS`] rows, with the columns of 32-element blocks padded to pairs of blocks. None if `cols` cuts a block
+    /// or the product overflows. The memory plan counts with this function and the kernels assert it.
+    pub const fn resident_bytes(self, rows: usize, cols: usize) -> Option<usize> {
+        let padded_cols = match (cols.is_multiple_of(self.block_len()), self.block_len()) {
+            (false, _) => None,
+            (true, 32) => cols.checked_next_multiple_of(2 * 32),
+            (true, _) => Some(cols),
+        };
+        match (rows.checked_next_multiple_of(TILE_ROWS), padded_cols) {
+            (Some(rows), Some(cols)) => self.file_bytes(rows, cols),
+            _ => None,
+        }
+    }
 }
+
+impl fmt::Display for TensorFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(self, f)
+    }
+}
+
+/// Rows that the CPU backend's matrix kernels work on at a time.
+pub const TILE_ROWS: usize = 8;
 
 /// Element type of the KV cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,6 +134,12 @@ pub enum KvDtype {
     F32,
     F16,
     BF16,
+}
+
+impl fmt::Display for KvDtype {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(self, f)
+    }
 }
 
 impl KvDtype {

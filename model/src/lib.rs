@@ -2,10 +2,21 @@
 //! No device, no arithmetic on weights, no I/O but what the caller's mapping function does.
 #![forbid(unsafe_code)]
 
+pub mod checkpoint;
 pub mod config;
 pub mod format;
+pub mod gguf;
+pub mod memory;
+pub mod role;
+pub mod safetensors;
 pub mod shard;
 
-pub use config::{ModelConfig, RopeConfig, RopeLayout, RopeScaling};
+pub use checkpoint::{Checkpoint, CheckpointError, TensorInfo};
+pub use config::{ConfigError, ModelConfig, RopeConfig, RopeLayout, RopeScaling};
 pub use format::{KvDtype, TensorFormat};
-pub use shard::{RankShard, Shard, ShardPlan, TensorParallelOptions, TensorParallelStyle};
+pub use memory::{MemoryBudget, MemoryError, MemoryPlan, MemoryRequest, RankBudget};
+pub use role::{LayerTensor, TensorFormats, TensorRole};
+pub use shard::{
+    RankShard, RowSplitBlocks, Shard, ShardError, ShardPlan, TensorParallelOptions, TensorParallelStyle,
+    TensorSlice,
+};
