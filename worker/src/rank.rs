@@ -1,0 +1,213 @@
+//! The rank's own thread: loads the shard, then serves one group after another.
+
+use std::{
+    sync::{Arc, mpsc as thread_mpsc},
+    thread,
+    time::{Duration, Instant},
+};
+
+use phalanx_kernels::cpu::{CpuBackend, ShmCommunicator};
+use phalanx_proto::{
+    step::{StepLimits, StepPlan, decode_plan, encode_output},
+    v1::{self, Phase, worker_event::Event},
+};
+use phalanx_shm::{AbortReason, Party, RankPort, Segment, Wait};
+use tokio::sync::{mpsc, oneshot};
+
+use crate::{
+    assignment::Assignment,
+    error::{JoinError, RunError, WorkerError},
+    loader::{self, LoadProgress},
+    process,
+    runner::{LoadedModel, ModelRunner},
+};
+
+/// Progress is reported at most so often.
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
+
+/// What the rank's thread is to do. `Load` is the first and comes once.
+pub(crate) enum Task {
+    Load(Box<Assignment>),
+    Join(Arc<Segment>),
+}
+
+pub(crate) enum Report {
+    Event(Event),
+    /// The last report.
+    Failed(WorkerError),
+}
+
+pub(crate) struct RankContext {
+    pub(crate) rank: u32,
+    pub(crate) cpus: Option<Vec<usize>>,
+    pub(crate) reports: mpsc::Sender<Report>,
+}
+
+/// Starts the thread. It ends with the task queue, or after a failure; then `ended` is dropped.
+pub(crate) fn spawn(
+    context: RankContext,
+    tasks: thread_mpsc::Receiver<Task>,
+    ended: oneshot::Sender<()>,
+) -> Result<(), WorkerError> {
+    let live = move || {
+        if let Err(error) = context.live(&tasks) {
+            tracing::error!(rank = context.rank, %error, "rank failed");
+            context.report(Report::Failed(error));
+        }
+        drop(ended);
+    };
+    let thread = thread::Builder::new().name("rank".to_owned()).spawn(live);
+    thread
+        .map(drop)
+        .map_err(|source| WorkerError::System { call: "clone", source })
+}
+
+impl RankContext {
+    fn live(&self, tasks: &thread_mpsc::Receiver<Task>) -> Result<(), WorkerError> {
+        // The backend's threads inherit this.
+        if let Some(cpus) = &self.cpus {
+            process::pin_to(cpus)?;
+        }
+        let Ok(Task::Load(assignment)) = tasks.recv() else {
+            return Ok(());
+        };
+        let mut model = self.load(*assignment)?;
+        while let Ok(Task::Join(segment)) = tasks.recv() {
+            model = self.serve(model, segment)?;
+        }
+        Ok(())
+    }
+
+    fn load(&self, assignment: Assignment) -> Result<LoadedModel<CpuBackend>, WorkerError> {
+        let started = Instant::now();
+        let backend = CpuBackend::new(assignment.threads).map_err(loader::LoadError::from)?;
+        let mut last: Option<Instant> = None;
+        let mut progress = |progress: LoadProgress| {
+            let due = last.is_none_or(|last| last.elapsed() >= PROGRESS_INTERVAL);
+            if due || progress.bytes_done == progress.bytes_total {
+                last = Some(Instant::now());
+                self.report(Report::Event(Event::Progress(v1::Progress {
+                    phase: progress.phase.into(),
+                    bytes_done: progress.bytes_done,
+                    bytes_total: progress.bytes_total,
+                })));
+            }
+        };
+        let model = loader::load(backend, assignment, &mut progress)?;
+        let loaded = v1::Loaded {
+            weight_bytes: model.weight_bytes,
+            kv_bytes: model.kv_bytes,
+            rss_bytes: process::resident_bytes(),
+        };
+        tracing::info!(rank = self.rank, ?loaded, elapsed = ?started.elapsed(), "loaded");
+        self.report(Report::Event(Event::Loaded(loaded)));
+        Ok(model)
+    }
+
+    /// Serves the group of `segment` until it ends. If it ended under this rank, the model comes back for the next one.
+    fn serve(
+        &self,
+        model: LoadedModel<CpuBackend>,
+        segment: Arc<Segment>,
+    ) -> Result<LoadedModel<CpuBackend>, WorkerError> {
+        let epoch = segment.shape().epoch;
+        let (model, error) = match self.join(model, &segment) {
+            Ok(mut runner) => {
+                self.report(Report::Event(Event::GroupJoined(v1::GroupJoined { epoch })));
+                let error = StepLoop::new(&runner, epoch).run(&mut runner);
+                (runner.into_model(), error)
+            }
+            Err((model, error)) => (model, error),
+        };
+        match &error {
+            RunError::Peer { rank, .. } => segment.abort(AbortReason::OutOfStep(Party::Rank(*rank as u32))),
+            error if !error.is_group_end() => {
+                segment.abort(AbortReason::Lost(Party::Rank(self.rank)));
+            }
+            _ => {}
+        }
+        if error.is_group_end() {
+            tracing::info!(rank = self.rank, epoch, reason = %error, "the group ended");
+            Ok(model)
+        } else {
+            Err(error.into())
+        }
+    }
+
+    fn join(
+        &self,
+        model: LoadedModel<CpuBackend>,
+        segment: &Arc<Segment>,
+    ) -> Result<ModelRunner<CpuBackend, ShmCommunicator>, (LoadedModel<CpuBackend>, RunError)> {
+        let limit = model.assignment.step_timeout;
+        match RankPort::join(Arc::clone(segment), self.rank, Wait::default(), limit) {
+            Ok(port) => ModelRunner::new(model, ShmCommunicator::new(port)),
+            Err(error) => Err((model, error.into())),
+        }
+    }
+
+    fn report(&self, report: Report) {
+        // Nobody listens once the stream is over; the task queue ends as well then.
+        let _ = self.reports.blocking_send(report);
+    }
+}
+
+/// Plans in, outputs out, for one epoch.
+struct StepLoop {
+    limits: StepLimits,
+    epoch: u32,
+    /// None before the first step.
+    last_step: Option<u64>,
+}
+
+impl StepLoop {
+    fn new(runner: &ModelRunner<CpuBackend, ShmCommunicator>, epoch: u32) -> Self {
+        Self {
+            limits: runner.assignment().limits,
+            epoch,
+            last_step: None,
+        }
+    }
+
+    /// Returns what ended the group.
+    fn run(&mut self, runner: &mut ModelRunner<CpuBackend, ShmCommunicator>) -> RunError {
+        loop {
+            if let Err(error) = self.step(runner) {
+                return error;
+            }
+        }
+    }
+
+    fn step(&mut self, runner: &mut ModelRunner<CpuBackend, ShmCommunicator>) -> Result<(), RunError> {
+        let port = runner.comm_mut().port_mut();
+        let (plan, arrived) = port.next_plan(|bytes| (decode_plan(bytes, &self.limits), Instant::now()))?;
+        let plan = plan.map_err(RunError::DecodePlan)?;
+        self.check(&plan)?;
+        let mut output = runner.execute(&plan)?;
+        let port = runner.comm_mut().port_mut();
+        if port.rank() == 0 {
+            output.forward_us = u32::try_from(arrived.elapsed().as_micros()).unwrap_or(u32::MAX);
+            port.publish_output(|slot| encode_output(&output, slot).map_err(RunError::EncodeOutput))?;
+        }
+        Ok(())
+    }
+
+    /// A plan belongs to this epoch and follows the last one.
+    fn check(&mut self, plan: &StepPlan) -> Result<(), RunError> {
+        if plan.epoch != self.epoch {
+            return Err(RunError::Epoch {
+                expected: self.epoch,
+                found: plan.epoch,
+            });
+        }
+        let expected = self.last_step.map_or(plan.step, |last| last.wrapping_add(1));
+        if plan.step != expected {
+            return Err(RunError::StepNumber {
+                expected,
+                found: plan.step,
+            });
+        }
+        self.last_step = Some(plan.step);
+        Ok(())
+    }
+}

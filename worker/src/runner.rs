@@ -1,0 +1,235 @@
+//! One step on one rank: plan in, sampled tokens out.
+
+use phalanx_kernels::{Backend, BatchInput, Communicator};
+use phalanx_proto::step::{StepOutput, StepPlan, StepRow};
+
+use crate::{
+    assignment::Assignment,
+    error::{PlanError, RunError},
+    layers::Step,
+    models::LlamaForCausalLm,
+    sampler::{self, SamplingRow, Vocabulary},
+    workspace::Workspace,
+};
+
+/// Weights and KV cache, which outlive any group, and the device they lie on.
+pub struct LoadedModel<B: Backend> {
+    pub backend: B,
+    pub assignment: Assignment,
+    pub model: LlamaForCausalLm<B>,
+    /// Bytes that weights, and K and V, take on this rank.
+    pub weight_bytes: u64,
+    pub kv_bytes: u64,
+    /// SHA-256 over the model file's header: ranks that disagree hold different models.
+    pub fingerprint: [u8; 32],
+}
+
+/// A loaded model in a group.
+pub struct ModelRunner<B: Backend, C: Communicator<B>> {
+    loaded: LoadedModel<B>,
+    comm: C,
+    workspace: Workspace<B>,
+    /// Token ids of each rank.
+    vocab: Vec<std::ops::Range<usize>>,
+}
+
+impl<B: Backend, C: Communicator<B>> ModelRunner<B, C> {
+    /// Allocates the group's activations. All ranks do so together.
+    pub fn new(loaded: LoadedModel<B>, mut comm: C) -> Result<Self, (LoadedModel<B>, RunError)> {
+        let assignment = &loaded.assignment;
+        if comm.world_size() != assignment.world_size() {
+            let error = RunError::WorldSize {
+                expected: assignment.world_size(),
+                found: comm.world_size(),
+            };
+            return Err((loaded, error));
+        }
+        let vocab = assignment.plan.ranks.iter().map(|shard| shard.vocab.clone()).collect();
+        match Workspace::new(&loaded.backend, &mut comm, assignment) {
+            Ok(workspace) => Ok(Self {
+                loaded,
+                comm,
+                workspace,
+                vocab,
+            }),
+            Err(error) => Err((loaded, error.into())),
+        }
+    }
+
+    /// Leaves the group; weights and KV memory stay.
+    pub fn into_model(self) -> LoadedModel<B> {
+        self.loaded
+    }
+
+    pub fn assignment(&self) -> &Assignment {
+        &self.loaded.assignment
+    }
+
+    pub fn comm_mut(&mut self) -> &mut C {
+        &mut self.comm
+    }
+
+    /// Runs `plan` and samples the rows that ask for it. Every rank returns the same tokens; `forward_us` is left 0.
+    pub fn execute(&mut self, plan: &StepPlan) -> Result<StepOutput, RunError> {
+        let sampled = self.forward(plan)?;
+        let rows: Vec<SamplingRow<'_>> = plan
+            .rows
+            .iter()
+            .filter_map(|row| {
+                Some(SamplingRow {
+                    sequence: row.sequence,
+                    position: end_position(row),
+                    sampling: row.sampling.as_ref()?,
+                })
+            })
+            .collect();
+        debug_assert_eq!(rows.len(), sampled);
+        let vocab = Vocabulary {
+            ranks: &self.vocab,
+            rank: self.loaded.assignment.rank,
+        };
+        let logits = &self.workspace.logits;
+        let sampled = sampler::sample(&self.loaded.backend, &mut self.comm, logits, vocab, &rows)?;
+        Ok(StepOutput {
+            epoch: plan.epoch,
+            step: plan.step,
+            sampled,
+            forward_us: 0,
+        })
+    }
+
+    /// Runs `plan` and returns this rank's columns of the logits, one row after another, of the rows that would be
+    /// sampled. All ranks must call it together, as with [`Self::execute`].
+    pub fn logits(&mut self, plan: &StepPlan) -> Result<Vec<f32>, RunError> {
+        let sampled = self.forward(plan)?;
+        let logits = self.loaded.backend.read(&self.workspace.logits, sampled)?;
+        // The meeting that ends every step.
+        self.comm.exchange(&[])?;
+        Ok(logits)
+    }
+
+    /// Leaves the logits of the sampled rows in the workspace; returns how many.
+    fn forward(&mut self, plan: &StepPlan) -> Result<usize, RunError> {
+        let LoadedModel {
+            backend,
+            assignment,
+            model,
+            ..
+        } = &mut self.loaded;
+        let (input, sampled) = batch_input(plan, assignment)?;
+        if input.num_rows() > 0 {
+            let owners: Vec<u32> = input.token_ids.iter().map(|&id| model.embed_tokens.owner(id)).collect();
+            let batch = backend.batch(&input)?;
+            let mut step = Step {
+                backend: &*backend,
+                comm: &mut self.comm,
+                batch: &batch,
+                rows: input.num_rows(),
+            };
+            model.forward(&mut step, &mut self.workspace, &owners)?;
+            if !sampled.is_empty() {
+                model.compute_logits(backend, &mut self.workspace, &sampled)?;
+            }
+        }
+        Ok(sampled.len())
+    }
+}
+
+/// Index in its sequence of the token after the row's last.
+fn end_position(row: &StepRow) -> u64 {
+    u64::from(row.num_computed_tokens) + row.token_ids.len() as u64
+}
+
+/// Flattens a plan, and names the rows of activations that are sampled from. Everything that becomes an index on the
+/// device is checked here against what was allocated.
+pub fn batch_input(plan: &StepPlan, assignment: &Assignment) -> Result<(BatchInput, Vec<u32>), PlanError> {
+    if plan.masks_follow {
+        return Err(PlanError::MasksUnsupported);
+    }
+    let limits = &assignment.limits;
+    let over = |row, field, value: usize, limit: u32| PlanError::OverLimit {
+        row,
+        field,
+        value: value as u64,
+        limit: limit.into(),
+    };
+    if plan.rows.len() > limits.max_rows as usize {
+        return Err(over(limits.max_rows as usize, "rows", plan.rows.len(), limits.max_rows));
+    }
+    let mut input = BatchInput {
+        cu_seqlens_q: vec![0],
+        cu_blocks: vec![0],
+        ..BatchInput::default()
+    };
+    let mut sampled = Vec::new();
+    for (i, row) in plan.rows.iter().enumerate() {
+        check_row(i, row, assignment)?;
+        let total = input.token_ids.len() + row.token_ids.len();
+        if total > limits.max_tokens as usize {
+            return Err(over(i, "tokens", total, limits.max_tokens));
+        }
+        push_row(&mut input, row, assignment.block_size as u32);
+        if row.sampling.is_some() {
+            sampled.push(total as u32 - 1);
+        }
+    }
+    Ok((input, sampled))
+}
+
+fn check_row(i: usize, row: &StepRow, assignment: &Assignment) -> Result<(), PlanError> {
+    let limits = &assignment.limits;
+    let bounded = |field, value: u64, limit: u64| {
+        if value <= limit {
+            Ok(())
+        } else {
+            Err(PlanError::OverLimit {
+                row: i,
+                field,
+                value,
+                limit,
+            })
+        }
+    };
+    let last_token = u64::from(limits.vocab_size) - 1;
+    let last_block = u64::from(limits.num_blocks) - 1;
+    if row.token_ids.is_empty() {
+        return Err(PlanError::Empty { row: i });
+    }
+    for &id in &row.token_ids {
+        bounded("token_ids", id.into(), last_token)?;
+    }
+    for block in &row.block_table {
+        bounded("block_table", block.0.into(), last_block)?;
+    }
+    let blocks = row.block_table.len();
+    bounded("blocks", blocks as u64, limits.max_blocks_per_row.into())?;
+    let capacity = blocks as u64 * assignment.block_size as u64;
+    let needed = end_position(row);
+    if needed > capacity {
+        return Err(PlanError::ShortBlockTable {
+            row: i,
+            blocks,
+            capacity,
+            needed,
+        });
+    }
+    Ok(())
+}
+
+/// `row` has passed [`check_row`]: every position has its block, and slots fit u32.
+fn push_row(input: &mut BatchInput, row: &StepRow, block_size: u32) {
+    for (offset, &token_id) in row.token_ids.iter().enumerate() {
+        let position = row.num_computed_tokens + offset as u32;
+        let block = row.block_table[(position / block_size) as usize].0;
+        input.token_ids.push(token_id);
+        input.positions.push(position);
+        input.slot_mapping.push(block * block_size + position % block_size);
+    }
+    // Blocks past the last token may be given but hold nothing yet.
+    let context_len = row.num_computed_tokens + row.token_ids.len() as u32;
+    let used = context_len.div_ceil(block_size) as usize;
+    input.block_tables.extend(row.block_table[..used].iter().map(|block| block.0));
+    input.context_lens.push(context_len);
+    input.cu_seqlens_q.push(input.token_ids.len() as u32);
+    input.cu_blocks.push(input.block_tables.len() as u32);
+}

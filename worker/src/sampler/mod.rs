@@ -1,0 +1,87 @@
+//! From logits that no rank holds whole to tokens.
+//!
+//! The order of operations is vLLM's: penalties, bias, temperature, min-p, top-k, top-p, draw. Every rank reports a few
+//! candidates of its part of the vocabulary, the ranks exchange them, and each computes the same decision from the same
+//! candidates; so when a row needs more candidates than it asked for, all ranks go round again together. A draw is the
+//! argmax of scaled logit + Gumbel noise over the tokens the filters leave (Gumbel, 1954): it depends on the row's
+//! logits, seed and position, and on nothing else.
+
+mod decision;
+mod exchange;
+mod row;
+mod wire;
+
+pub use wire::WireError;
+
+use std::ops::Range;
+
+use phalanx_kernels::{Backend, CandidateRequest, Communicator};
+use phalanx_proto::step::{RowSampling, SampledToken, SequenceId};
+
+use crate::error::RunError;
+use row::{Ask, Row};
+
+/// One row of the logits, and how to draw from it.
+#[derive(Clone, Copy, Debug)]
+pub struct SamplingRow<'a> {
+    pub sequence: SequenceId,
+    /// Index in its sequence of the token that is drawn.
+    pub position: u64,
+    pub sampling: &'a RowSampling,
+}
+
+/// The split vocabulary, and this rank's place in it.
+#[derive(Clone, Copy, Debug)]
+pub struct Vocabulary<'a> {
+    /// Token ids of each rank; they tile the vocabulary in rank order.
+    pub ranks: &'a [Range<usize>],
+    pub rank: usize,
+}
+
+impl Vocabulary<'_> {
+    fn own(&self) -> Range<usize> {
+        self.ranks[self.rank].clone()
+    }
+    fn size(&self) -> usize {
+        self.ranks.last().map_or(0, |range| range.end)
+    }
+}
+
+/// Draws one token for each row: `rows[i]` belongs to row `i` of `logits`. Every rank returns the same.
+pub fn sample<B: Backend, C: Communicator<B>>(
+    backend: &B,
+    comm: &mut C,
+    logits: &B::Buffer,
+    vocab: Vocabulary<'_>,
+    rows: &[SamplingRow<'_>],
+) -> Result<Vec<SampledToken>, RunError> {
+    let mut states: Vec<Row> = rows.iter().map(|row| Row::new(row, vocab.size())).collect();
+    let mut sampled: Vec<Option<SampledToken>> = vec![None; rows.len()];
+    let mut open: Vec<usize> = (0..rows.len()).collect();
+    loop {
+        let requests: Vec<CandidateRequest<'_>> = open
+            .iter()
+            .map(|&i| states[i].request(i, vocab.own()))
+            .collect();
+        let local = backend.candidates(logits, &requests)?;
+        let asks: Vec<Ask> = open.iter().map(|&i| states[i].ask()).collect();
+        // Without rows, too: this is what keeps a fast rank's next step off the buffers of a slow one's last.
+        let merged = exchange::merge_all(comm, vocab, &asks, &local)?;
+        let mut undecided = Vec::new();
+        for (&i, candidates) in open.iter().zip(&merged) {
+            match states[i].decide(candidates) {
+                Some(choice) => sampled[i] = Some(choice.into_token(rows[i].sequence)),
+                None => {
+                    states[i].grow();
+                    undecided.push(i);
+                }
+            }
+        }
+        open = undecided;
+        if open.is_empty() {
+            // Every row left `open` with its token.
+            return Ok(sampled.into_iter().flatten().collect());
+        }
+    }
+}
+

@@ -1,0 +1,177 @@
+//! Candidates as bytes. A peer's message is checked against what was asked for before anything is allocated.
+
+use std::ops::Range;
+
+use phalanx_kernels::{Candidate, Candidates, ChunkStatistics, VOCAB_CHUNK};
+
+use super::row::Ask;
+
+/// Why a peer's message is not an answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum WireError {
+    #[error("ends within {0}")]
+    Truncated(&'static str),
+    #[error("{field} is {value}, limit {limit}")]
+    OverLimit {
+        field: &'static str,
+        value: usize,
+        limit: usize,
+    },
+    #[error("token {id} lies outside the rank's {start}..{end}")]
+    ForeignToken { id: u32, start: usize, end: usize },
+    #[error("{0} bytes after the end")]
+    Trailing(usize),
+}
+
+type Result<T> = std::result::Result<T, WireError>;
+
+const FINITE: u8 = 1;
+const PERTURBED: u8 = 2;
+const CANDIDATE_BYTES: usize = 12;
+const CHUNK_BYTES: usize = 8;
+/// Flags, a perturbed candidate and four counts.
+const ROW_BYTES: usize = 1 + 4 + CANDIDATE_BYTES + 4 * 4;
+
+/// Most bytes that the answers to `asks` take on a rank that holds `vocab`.
+pub(super) fn message_bound(asks: &[Ask], vocab: &Range<usize>) -> usize {
+    let row = |ask: &Ask| {
+        let limits = RowLimits::new(ask, vocab);
+        ROW_BYTES
+            + CANDIDATE_BYTES * (limits.top + limits.raw_top)
+            + CHUNK_BYTES * (limits.scaled_chunks + limits.raw_chunks)
+    };
+    asks.iter().map(row).sum()
+}
+
+pub(super) fn encode(rows: &[Candidates]) -> Vec<u8> {
+    let mut out = Vec::new();
+    for row in rows {
+        out.push(u8::from(row.finite) * FINITE | u8::from(row.perturbed.is_some()) * PERTURBED);
+        if let Some((value, candidate)) = &row.perturbed {
+            out.extend(value.to_le_bytes());
+            put_candidate(&mut out, candidate);
+        }
+        for list in [&row.best, &row.raw_best] {
+            out.extend((list.len() as u32).to_le_bytes());
+            list.iter().for_each(|candidate| put_candidate(&mut out, candidate));
+        }
+        for list in [&row.scaled_statistics, &row.raw_statistics] {
+            out.extend((list.len() as u32).to_le_bytes());
+            for chunk in list {
+                out.extend(chunk.max.to_le_bytes());
+                out.extend(chunk.sum.to_le_bytes());
+            }
+        }
+    }
+    out
+}
+
+fn put_candidate(out: &mut Vec<u8>, candidate: &Candidate) {
+    out.extend(candidate.id.to_le_bytes());
+    out.extend(candidate.raw.to_le_bytes());
+    out.extend(candidate.scaled.to_le_bytes());
+}
+
+/// The answers of the rank that holds `vocab` to `asks`.
+pub(super) fn decode(
+    bytes: &[u8],
+    asks: &[Ask],
+    vocab: &Range<usize>,
+) -> Result<Vec<Candidates>> {
+    let mut reader = Reader { bytes, vocab };
+    let rows = asks
+        .iter()
+        .map(|ask| reader.row(&RowLimits::new(ask, vocab)))
+        .collect::<Result<_>>()?;
+    match reader.bytes.len() {
+        0 => Ok(rows),
+        left => Err(WireError::Trailing(left)),
+    }
+}
+
+/// What a rank may answer to one ask.
+struct RowLimits {
+    top: usize,
+    raw_top: usize,
+    scaled_chunks: usize,
+    raw_chunks: usize,
+}
+
+impl RowLimits {
+    fn new(ask: &Ask, vocab: &Range<usize>) -> Self {
+        let chunks = |wanted: bool| if wanted { vocab.len().div_ceil(VOCAB_CHUNK) } else { 0 };
+        Self {
+            top: ask.top.min(vocab.len()),
+            raw_top: ask.raw_top.min(vocab.len()),
+            scaled_chunks: chunks(ask.scaled_statistics),
+            raw_chunks: chunks(ask.raw_statistics),
+        }
+    }
+}
+
+struct Reader<'a> {
+    bytes: &'a [u8],
+    vocab: &'a Range<usize>,
+}
+
+impl Reader<'_> {
+    fn array<const N: usize>(&mut self, field: &'static str) -> Result<[u8; N]> {
+        let (head, rest) = self.bytes.split_first_chunk::<N>().ok_or(WireError::Truncated(field))?;
+        self.bytes = rest;
+        Ok(*head)
+    }
+    fn f32(&mut self, field: &'static str) -> Result<f32> {
+        Ok(f32::from_le_bytes(self.array(field)?))
+    }
+    fn candidate(&mut self, field: &'static str) -> Result<Candidate> {
+        let id = u32::from_le_bytes(self.array(field)?);
+        if !self.vocab.contains(&(id as usize)) {
+            let Range { start, end } = *self.vocab;
+            return Err(WireError::ForeignToken { id, start, end });
+        }
+        Ok(Candidate {
+            id,
+            raw: self.f32(field)?,
+            scaled: self.f32(field)?,
+        })
+    }
+    fn count(&mut self, field: &'static str, limit: usize) -> Result<usize> {
+        let value = u32::from_le_bytes(self.array(field)?) as usize;
+        if value <= limit {
+            Ok(value)
+        } else {
+            Err(WireError::OverLimit { field, value, limit })
+        }
+    }
+    fn candidates(&mut self, field: &'static str, limit: usize) -> Result<Vec<Candidate>> {
+        let count = self.count(field, limit)?;
+        (0..count).map(|_| self.candidate(field)).collect()
+    }
+    fn statistics(&mut self, field: &'static str, limit: usize) -> Result<Vec<ChunkStatistics>> {
+        let count = self.count(field, limit)?;
+        (0..count)
+            .map(|_| {
+                Ok(ChunkStatistics {
+                    max: self.f32(field)?,
+                    sum: self.f32(field)?,
+                })
+            })
+            .collect()
+    }
+    fn row(&mut self, limits: &RowLimits) -> Result<Candidates> {
+        let [flags] = self.array("flags")?;
+        let perturbed = if flags & PERTURBED != 0 {
+            Some((self.f32("perturbed")?, self.candidate("perturbed")?))
+        } else {
+            None
+        };
+        Ok(Candidates {
+            finite: flags & FINITE != 0,
+            perturbed,
+            best: self.candidates("best", limits.top)?,
+            raw_best: self.candidates("raw_best", limits.raw_top)?,
+            scaled_statistics: self.statistics("scaled_statistics", limits.scaled_chunks)?,
+            raw_statistics: self.statistics("raw_statistics", limits.raw_chunks)?,
+        })
+    }
+}
