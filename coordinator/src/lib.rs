@@ -3,8 +3,13 @@
 
 pub mod api;
 pub mod cluster;
+pub mod config;
+mod coordinator;
+pub mod deployment;
 pub mod engine;
 pub mod engine_thread;
 pub mod executor;
 pub mod metrics;
 pub mod text;
+
+pub use coordinator::{Coordinator, CoordinatorError};

@@ -6,7 +6,7 @@ use std::{
 };
 
 use phalanx_proto::v1;
-use phalanx_shm::Segment;
+use phalanx_shm::{AbortReason, Party, Segment};
 use tokio::{sync::mpsc, sync::watch, time};
 
 /// Commands waiting for one worker; a handful is sent in a whole life.
@@ -166,7 +166,7 @@ impl Cluster {
             tracing::error!(rank, phase = phase_name(failure.phase), cause = failure.cause, "rank failed");
             table.failure = Some(failure);
             if let Some(segment) = &table.group {
-                segment.abort(rank + 1);
+                segment.abort(AbortReason::Lost(Party::Rank(rank)));
             }
         });
     }
@@ -190,7 +190,7 @@ impl Cluster {
         Some((assign, table.members[rank as usize].commands.is_none()))
     }
 
-    pub(super) fn is_closing(&self) -> bool {
+    pub(crate) fn is_closing(&self) -> bool {
         self.lock().closing
     }
 

@@ -1,9 +1,12 @@
 //! Ranks of this machine, reached through the rings of one shared segment: no gRPC and no lock on the way of a step.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    thread,
+    time::{Duration, Instant},
+};
 
 use phalanx_proto::step::{self, CodecError, StepLimits, StepOutput, StepPlan};
-use phalanx_shm::{EnginePort, Segment, ShmError};
+use phalanx_shm::{AbortReason, EnginePort, Party, ShmError};
 
 use crate::{
     cluster::Cluster,
@@ -17,20 +20,31 @@ const EXPLANATION_LIMIT: Duration = Duration::from_millis(200);
 
 pub struct ShmExecutor {
     port: EnginePort,
-    segment: Arc<Segment>,
     cluster: Cluster,
     limits: StepLimits,
 }
 
+/// What filling a slot may end with.
+enum PublishError {
+    Codec(CodecError),
+    Shm(ShmError),
+}
+
+impl From<ShmError> for PublishError {
+    fn from(error: ShmError) -> Self {
+        Self::Shm(error)
+    }
+}
+
 impl ShmExecutor {
     /// The engine's end of a group whose ranks have all joined.
-    pub fn new(port: EnginePort, segment: Arc<Segment>, cluster: Cluster, limits: StepLimits) -> Self {
-        Self { port, segment, cluster, limits }
+    pub fn new(port: EnginePort, cluster: Cluster, limits: StepLimits) -> Self {
+        Self { port, cluster, limits }
     }
 
     /// Turns "the group was aborted" into which rank failed and why.
-    fn explain(&self, error: ShmError) -> ExecutorError {
-        let give_up = std::time::Instant::now() + EXPLANATION_LIMIT;
+    fn explain(&self, error: &ShmError) -> ExecutorError {
+        let give_up = Instant::now() + EXPLANATION_LIMIT;
         loop {
             if let Some(failure) = self.cluster.failure() {
                 return ExecutorError::RankLost { rank: failure.rank, cause: failure.to_string() };
@@ -38,38 +52,37 @@ impl ShmExecutor {
             if self.cluster.is_closing() {
                 return ExecutorError::Closed;
             }
-            if std::time::Instant::now() > give_up {
+            if Instant::now() > give_up {
                 return ExecutorError::Protocol(error.to_string());
             }
-            std::thread::sleep(Duration::from_millis(5));
+            thread::sleep(Duration::from_millis(5));
         }
     }
 }
 
 impl Executor for ShmExecutor {
     fn submit(&mut self, plan: &StepPlan) -> Result<(), ExecutorError> {
-        let mut encoded = Ok(0);
-        let published = self.port.publish_plan(PUBLISH_LIMIT, |slot| {
-            encoded = step::encode_plan(plan, slot);
-            *encoded.as_ref().unwrap_or(&0)
-        });
-        encoded.map_err(|error| ExecutorError::Protocol(format!("plan of step {}: {error}", plan.step)))?;
-        published.map_err(|error| self.explain(error))
+        let encode = |slot: &mut [u8]| step::encode_plan(plan, slot).map_err(PublishError::Codec);
+        self.port.publish_plan(PUBLISH_LIMIT, encode).map_err(|error| match error {
+            PublishError::Codec(error) => ExecutorError::Protocol(format!("plan of step {}: {error}", plan.step)),
+            PublishError::Shm(error) => self.explain(&error),
+        })
     }
 
     fn wait(&mut self, step: u64, limit: Duration) -> Result<StepOutput, ExecutorError> {
         let limits = self.limits;
-        let read = self.port.wait_output(limit, |bytes| step::decode_output(bytes, &limits));
-        let output: Result<StepOutput, CodecError> = match read {
+        let output = match self.port.wait_output(limit, |bytes| step::decode_output(bytes, &limits)) {
             Ok(output) => output,
-            Err(ShmError::TimedOut { .. }) => {
-                self.segment.abort(u32::MAX);
+            Err(ShmError::TimedOut { party, .. }) => {
+                if let Party::Rank(rank) = party {
+                    self.cluster.fail(rank, None, format!("step {step} took longer than {limit:?}"));
+                }
                 return Err(ExecutorError::Deadline { step });
             }
-            Err(error) => return Err(self.explain(error)),
+            Err(error) => return Err(self.explain(&error)),
         };
         let output = output.map_err(|error| ExecutorError::Protocol(format!("output of step {step}: {error}")))?;
-        let (epoch, current) = (output.epoch, self.segment.shape().epoch);
+        let (epoch, current) = (output.epoch, self.port.segment().shape().epoch);
         if output.step != step || epoch != current {
             let message = format!("expected step {step} of epoch {current}, got {} of {epoch}", output.step);
             return Err(ExecutorError::Protocol(message));
@@ -79,7 +92,7 @@ impl Executor for ShmExecutor {
 
     /// A lost rank is not replaced yet: the caller reports the loss and ends.
     fn rebuild(&mut self) -> Result<u32, ExecutorError> {
-        self.segment.abort(u32::MAX);
+        self.port.segment().abort(AbortReason::Shutdown);
         Err(ExecutorError::Closed)
     }
 }

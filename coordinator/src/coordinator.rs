@@ -1,0 +1,393 @@
+//! A running coordinator, from the first listener to the last worker.
+
+use std::{
+    net::SocketAddr,
+    path::PathBuf,
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use phalanx_proto::{
+    RpcError,
+    v1::{GetStatusResponse, GroupState, cluster_server::ClusterServer},
+};
+use phalanx_shm::{EnginePort, Segment, ShmError, Wait, sweep_orphans};
+use tokio::{sync::watch, task::JoinHandle};
+
+use crate::{
+    api::{Api, EngineSlot, ListenError, Listeners, MetricsSource, StatusHandle, serve},
+    cluster::{AttachService, Cluster, ClusterError, LaunchSpec, Launcher, RankFailure, split_cpus},
+    config::{CoordinatorConfig, WorkerOptions, WorkerSource},
+    deployment::{Deployment, DeploymentError},
+    engine::{EngineConfig, SamplingParams, StopRules},
+    engine_thread::{EngineHandle, EngineThreadConfig, NewSequence, StartError, StreamEvent, spawn_engine},
+    executor::ShmExecutor,
+    metrics::Metrics,
+    text::{GgufVocab, ModelLimits, TextError, TextModel, TextOptions, TextProcessor, random_u64},
+};
+
+/// The first group; a new one after every loss.
+const FIRST_EPOCH: u32 = 1;
+/// Joining a group maps a segment and allocates a few buffers.
+const JOIN_LIMIT: Duration = Duration::from_secs(30);
+
+#[derive(Debug, thiserror::Error)]
+pub enum CoordinatorError {
+    #[error(transparent)]
+    Deployment(#[from] DeploymentError),
+    #[error("tokenizer or chat template: {0}")]
+    Text(#[from] TextError),
+    #[error("{path}: {source}")]
+    ChatTemplate { path: PathBuf, source: std::io::Error },
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+    #[error(transparent)]
+    Shm(#[from] ShmError),
+    #[error(transparent)]
+    Cluster(#[from] ClusterError),
+    #[error(transparent)]
+    RankFailed(#[from] RankFailure),
+    #[error("cannot start workers: {0}")]
+    Launch(std::io::Error),
+    #[error(transparent)]
+    Engine(#[from] StartError),
+    #[error("the first step through all ranks failed: {0}")]
+    WarmUp(RpcError),
+}
+
+/// A coordinator whose services answer and whose workers have been started. Dropping it kills local workers.
+pub struct Coordinator {
+    deployment: Deployment,
+    config: CoordinatorConfig,
+    cluster: Cluster,
+    launcher: std::sync::Mutex<Option<Launcher>>,
+    engine: EngineSlot,
+    running: std::sync::OnceLock<EngineHandle>,
+    status: StatusHandle,
+    metrics: Arc<Metrics>,
+    tcp: Option<SocketAddr>,
+    /// Ends the services.
+    shutdown: watch::Sender<bool>,
+    services: std::sync::Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Coordinator {
+    /// Checks that the deployment fits, opens the listeners, starts the workers and the services. The workers load while
+    /// the tokenizer is built; [`Coordinator::wait_ready`] waits for them.
+    ///
+    /// # Errors
+    /// Whatever makes a start pointless, before any weight is read.
+    pub async fn start(config: CoordinatorConfig) -> Result<Self, CoordinatorError> {
+        let started = Instant::now();
+        let shm_dir = &config.workers.shm_dir;
+        let deployment = Deployment::resolve(config.model.clone(), shm_dir)?;
+        let swept = sweep_orphans(shm_dir)?;
+        if swept > 0 {
+            tracing::info!(swept, "removed segments of dead groups");
+        }
+        let mut listeners = Listeners::default();
+        let tcp = match config.api.tcp {
+            Some(address) => Some(listeners.bind_tcp(address).await?),
+            None => None,
+        };
+        if let Some(path) = &config.api.uds {
+            listeners.bind_unix(path)?;
+        }
+        let plan = WorkerPlan::new(&config.workers, deployment.memory.shards.ranks.len());
+        let assigns = deployment.assigns(&plan.threads, config.engine.step_timeout);
+        let cluster = Cluster::new(assigns, &plan.join_token);
+        let launcher = plan.launch(&config, tcp, &cluster).map_err(CoordinatorError::Launch)?;
+        let text = Arc::new(text_processor(&deployment, &config)?);
+        let name = config.engine.served_model_names.first().cloned().unwrap_or_default();
+        let coordinator = Self {
+            metrics: Arc::new(Metrics::new(&name, deployment.max_model_len)),
+            status: StatusHandle::new(),
+            engine: EngineSlot::default(),
+            running: std::sync::OnceLock::new(),
+            launcher: std::sync::Mutex::new(launcher),
+            shutdown: watch::Sender::new(false),
+            services: std::sync::Mutex::new(None),
+            deployment,
+            config,
+            cluster,
+            tcp,
+        };
+        coordinator.serve(listeners, text);
+        tracing::info!(took = ?started.elapsed(), "coordinator started");
+        Ok(coordinator)
+    }
+
+    /// Starts the services and whatever follows the ranks' state.
+    fn serve(&self, listeners: Listeners, text: Arc<TextProcessor>) {
+        let api = Api {
+            text,
+            engine: Arc::new(self.engine.clone()),
+            metrics: self.metrics.clone(),
+            status: self.status.clone(),
+            served_model_names: self.config.engine.served_model_names.clone(),
+            model_root: self.config.model.path.to_string_lossy().into_owned(),
+        };
+        let attach = ClusterServer::new(AttachService(self.cluster.clone()));
+        let routes = api.routes().add_service(attach);
+        let mut stop = self.shutdown.subscribe();
+        let stopped = async move {
+            let _ = stop.wait_for(|stop| *stop).await;
+        };
+        let services = tokio::spawn(async move {
+            // Draining is the engine's business; what is left when the services stop is cut off.
+            if let Err(error) = serve(routes, listeners, stopped, Duration::from_millis(200)).await {
+                tracing::error!(%error, "the gRPC services ended");
+            }
+        });
+        *lock(&self.services) = Some(services);
+        tokio::spawn(follow(self.cluster.clone(), self.status.clone(), self.shutdown.subscribe()));
+    }
+
+    /// Where gRPC is served over TCP.
+    pub fn grpc_address(&self) -> Option<SocketAddr> {
+        self.tcp
+    }
+
+    pub fn status(&self) -> watch::Receiver<GetStatusResponse> {
+        self.status.subscribe()
+    }
+
+    /// Waits until a step has gone through every rank; then requests are served. A second call tells what has failed
+    /// since.
+    ///
+    /// # Errors
+    /// The first failure of any rank, or a rank that is not there in time.
+    pub async fn wait_ready(&self) -> Result<(), CoordinatorError> {
+        if let Some(failure) = self.cluster.failure() {
+            return Err(failure.into());
+        }
+        if self.running.get().is_some() {
+            return Ok(());
+        }
+        self.cluster.wait_loaded(self.config.workers.ready_timeout).await?;
+        let engine = self.start_engine(FIRST_EPOCH).await?;
+        if let Err(error) = warm_up(&engine).await {
+            return Err(self.cluster.failure().map_or(CoordinatorError::WarmUp(error), CoordinatorError::from));
+        }
+        self.cluster.mark_serving();
+        self.engine.set(engine.clone());
+        let _ = self.running.set(engine);
+        self.status.update(|status| {
+            status.epoch = FIRST_EPOCH;
+            if status.state() == GroupState::Starting {
+                status.state = GroupState::Ready.into();
+            }
+        });
+        Ok(())
+    }
+
+    /// Forms the group of `epoch` and starts the engine over it.
+    async fn start_engine(&self, epoch: u32) -> Result<EngineHandle, CoordinatorError> {
+        let group = format!("{}", std::process::id());
+        let segment = Segment::create(&self.config.workers.shm_dir, &group, self.deployment.shape(epoch))?;
+        let segment = Arc::new(segment);
+        let port = EnginePort::join(segment.clone(), Wait::ADAPTIVE)?;
+        self.cluster.form_group(&segment, JOIN_LIMIT).await?;
+        segment.unlink_when_joined(Duration::from_secs(1))?;
+        let executor = ShmExecutor::new(port, self.cluster.clone(), self.deployment.limits);
+        let options = &self.config.engine;
+        let engine = EngineConfig {
+            epoch,
+            enable_prefix_caching: options.enable_prefix_caching,
+            policy: options.policy,
+            long_prefill_token_threshold: options.long_prefill_token_threshold as u32,
+            step_timeout: options.step_timeout,
+            prefix_cache_seed: random_seed(),
+            ..self.deployment.engine_config()
+        };
+        let thread =
+            EngineThreadConfig { max_num_queued_reqs: options.max_num_queued_reqs, ..EngineThreadConfig::new(engine) };
+        let (engine, _thread) = spawn_engine(thread, executor, self.metrics.clone())?;
+        tokio::spawn(tell_losses(self.cluster.clone(), engine.clone(), epoch));
+        Ok(engine)
+    }
+
+    /// Returns once a rank has failed.
+    pub async fn failed(&self) -> RankFailure {
+        let mut changes = self.cluster.subscribe();
+        loop {
+            if let Some(failure) = self.cluster.failure() {
+                return failure;
+            }
+            // The sender lives in `self`.
+            let _ = changes.changed().await;
+        }
+    }
+
+    /// Refuses new requests from now on; those that were admitted go on.
+    pub fn begin_drain(&self) {
+        self.status.update(|status| {
+            if status.state() != GroupState::Failed {
+                status.state = GroupState::Draining.into();
+            }
+        });
+        if let Some(engine) = self.running.get() {
+            engine.drain();
+        }
+    }
+
+    /// Waits until no request is left, for at most `limit`.
+    pub async fn drain(&self, limit: Duration) {
+        self.begin_drain();
+        let Some(engine) = self.running.get() else { return };
+        if tokio::time::timeout(limit, engine.drained()).await.is_err() {
+            tracing::warn!(?limit, "requests still run after the drain time, they are aborted");
+        }
+    }
+
+    /// Ends the engine, the workers (which get `grace` to leave by themselves) and the services.
+    pub async fn stop(&self, grace: Duration) {
+        if let Some(engine) = self.running.get() {
+            engine.shutdown();
+        }
+        self.cluster.shutdown();
+        let launcher = lock(&self.launcher).take();
+        if let Some(launcher) = launcher {
+            launcher.stop(grace).await;
+        }
+        self.shutdown.send_replace(true);
+        let services = lock(&self.services).take();
+        if let Some(services) = services {
+            let _ = services.await;
+        }
+    }
+}
+
+fn lock<T>(mutex: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+impl MetricsSource for Metrics {
+    fn render(&self) -> (String, Vec<u8>) {
+        let content_type = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+        (content_type.into(), self.encode().into_bytes())
+    }
+}
+
+/// CPUs, threads and the secret of the workers.
+struct WorkerPlan {
+    cpus: Vec<Vec<usize>>,
+    threads: Vec<usize>,
+    join_token: String,
+}
+
+impl WorkerPlan {
+    fn new(options: &WorkerOptions, ranks: usize) -> Self {
+        let own = own_cpus();
+        let cpus = split_cpus(&own, ranks);
+        let each = |set: &Vec<usize>| options.threads_per_rank.unwrap_or(set.len().max(1));
+        let threads = cpus.iter().map(each).collect();
+        let join_token = match &options.source {
+            WorkerSource::External { join_token } => join_token.clone(),
+            WorkerSource::Local { .. } => format!("{:016x}{:016x}", random_u64(), random_u64()),
+        };
+        Self { cpus, threads, join_token }
+    }
+
+    fn launch(
+        &self,
+        config: &CoordinatorConfig,
+        tcp: Option<SocketAddr>,
+        cluster: &Cluster,
+    ) -> std::io::Result<Option<Launcher>> {
+        let WorkerSource::Local { program } = &config.workers.source else { return Ok(None) };
+        let coordinator = match (&config.api.uds, tcp) {
+            (Some(path), _) => format!("unix:{}", path.display()),
+            (None, Some(address)) => format!("http://{address}"),
+            (None, None) => return Err(std::io::Error::other("no address for workers to attach to")),
+        };
+        let (program, join_token, cpus) = (program.clone(), self.join_token.clone(), self.cpus.clone());
+        Launcher::start(&LaunchSpec { program, coordinator, join_token, cpus }, cluster).map(Some)
+    }
+}
+
+/// The CPUs this process may use.
+fn own_cpus() -> Vec<usize> {
+    let all = || (0..thread::available_parallelism().map_or(1, usize::from)).collect();
+    match rustix::thread::sched_getaffinity(None) {
+        Ok(set) => (0..rustix::thread::CpuSet::MAX_CPU).filter(|cpu| set.is_set(*cpu)).collect(),
+        Err(_) => all(),
+    }
+}
+
+fn random_seed() -> [u8; 32] {
+    let mut seed = [0; 32];
+    for chunk in seed.chunks_exact_mut(8) {
+        chunk.copy_from_slice(&random_u64().to_le_bytes());
+    }
+    seed
+}
+
+fn text_processor(deployment: &Deployment, config: &CoordinatorConfig) -> Result<TextProcessor, CoordinatorError> {
+    let model = match deployment.checkpoint.gguf() {
+        Some(gguf) => TextModel::from_gguf(&GgufVocab::read(gguf)?)?,
+        None => TextModel::from_dir(deployment.checkpoint.path())?,
+    };
+    let template = config.engine.chat_template.as_ref().map(|path| {
+        let read = std::fs::read_to_string(path);
+        read.map_err(|source| CoordinatorError::ChatTemplate { path: path.clone(), source })
+    });
+    let limits = ModelLimits {
+        max_model_len: deployment.max_model_len,
+        vocab_size: deployment.limits.vocab_size,
+        max_logprobs: deployment.limits.max_logprobs,
+    };
+    let options = TextOptions { limits, chat_template: template.transpose()?, threads: None };
+    Ok(TextProcessor::new(model, options)?)
+}
+
+/// One token through every rank: the proof that the group works, and the first touch of its memory.
+async fn warm_up(engine: &EngineHandle) -> Result<(), RpcError> {
+    let sequence = NewSequence {
+        prompt: vec![0],
+        sampling: SamplingParams::GREEDY,
+        stop: StopRules { max_tokens: 1, min_tokens: 0, stop_token_ids: Vec::new() },
+        priority: 0,
+        cache_salt: Some("warm-up".into()),
+    };
+    let mut submission = engine.submit(sequence)?;
+    while let Some(event) = submission.events.recv().await {
+        if let StreamEvent::Failed(error) = event {
+            return Err(error);
+        }
+    }
+    Ok(())
+}
+
+/// Copies the ranks' state into the status until the services stop.
+async fn follow(cluster: Cluster, status: StatusHandle, mut stop: watch::Receiver<bool>) {
+    let mut changes = cluster.subscribe();
+    loop {
+        let (ranks, failure) = (cluster.statuses(), cluster.failure());
+        status.update(|status| {
+            status.ranks = ranks;
+            if let Some(failure) = failure {
+                status.state = GroupState::Failed.into();
+                status.message = failure.to_string();
+            }
+        });
+        tokio::select! {
+            _ = changes.changed() => {}
+            _ = stop.wait_for(|stop| *stop) => return,
+        }
+    }
+}
+
+/// Tells an engine, which may be idle, that its group has lost a rank.
+async fn tell_losses(cluster: Cluster, engine: EngineHandle, epoch: u32) {
+    let mut changes = cluster.subscribe();
+    loop {
+        if let Some(failure) = cluster.failure() {
+            return engine.rank_lost(epoch, failure.rank, failure.to_string());
+        }
+        if cluster.is_closing() || changes.changed().await.is_err() {
+            return;
+        }
+    }
+}
