@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::Context;
-use phalanx_gateway::{Gateway, GatewayConfig};
+use phalanx_gateway::{ApiKeys, Gateway, GatewayConfig};
 use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
 
 use crate::{
@@ -22,7 +22,7 @@ pub(crate) fn run(args: GatewayArgs) -> anyhow::Result<()> {
 async fn serve(args: GatewayArgs) -> anyhow::Result<()> {
     let mut signals = Signals::install()?;
     let drain = Duration::from_secs(args.shutdown_timeout);
-    let gateway = Gateway::bind(config(&args.frontend, args.coordinator, drain)).await?;
+    let gateway = Gateway::bind(config(args.frontend, args.coordinator, drain)?).await?;
     if let Some(address) = gateway.local_addr() {
         tracing::info!(%address, "HTTP gateway listening");
     }
@@ -41,15 +41,15 @@ async fn serve(args: GatewayArgs) -> anyhow::Result<()> {
 }
 
 /// The gateway's settings from the flags.
-fn config(frontend: &FrontendArgs, coordinator: String, drain: Duration) -> GatewayConfig {
-    GatewayConfig {
-        coordinator,
-        host: frontend.host.clone(),
-        port: frontend.port,
-        uds: frontend.uds.clone(),
-        api_keys: frontend.api_key.clone(),
-        drain,
+fn config(frontend: FrontendArgs, coordinator: String, drain_timeout: Duration) -> anyhow::Result<GatewayConfig> {
+    let mut config = GatewayConfig::new(format!("{}:{}", frontend.host, frontend.port), coordinator);
+    if frontend.uds.is_some() {
+        config.listen.clear();
     }
+    config.uds = frontend.uds;
+    config.api_keys = ApiKeys::new(frontend.api_key)?;
+    config.drain_timeout = drain_timeout;
+    Ok(config)
 }
 
 /// Asks the kernel to end this process with its parent, and ends it if the parent has gone already.

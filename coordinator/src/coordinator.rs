@@ -24,7 +24,7 @@ use crate::{
     engine_thread::{EngineHandle, EngineThreadConfig, NewSequence, StartError, StreamEvent, spawn_engine},
     executor::ShmExecutor,
     metrics::Metrics,
-    text::{GgufVocab, ModelLimits, TextError, TextModel, TextOptions, TextProcessor, random_u64},
+    text::{ModelLimits, TextError, TextModel, TextOptions, TextProcessor, random_u64},
 };
 
 /// The first group; a new one after every loss.
@@ -326,7 +326,7 @@ fn random_seed() -> [u8; 32] {
 
 fn text_processor(deployment: &Deployment, config: &CoordinatorConfig) -> Result<TextProcessor, CoordinatorError> {
     let model = match deployment.checkpoint.gguf() {
-        Some(gguf) => TextModel::from_gguf(&GgufVocab::read(gguf)?)?,
+        Some(gguf) => TextModel::from_gguf(gguf)?,
         None => TextModel::from_dir(deployment.checkpoint.path())?,
     };
     let template = config.engine.chat_template.as_ref().map(|path| {
