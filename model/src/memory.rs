@@ -149,7 +149,7 @@ pub struct Nearest {
     pub max_tokens: Option<usize>,
 }
 
-impl<'a> MemoryRequest<'a> {
+impl MemoryRequest<'_> {
     /// Checks that no product below can overflow.
     fn validate(&self) -> Result<(), MemoryError> {
         self.config.validate()?;
@@ -310,7 +310,10 @@ impl MemoryPlan {
         match &budget.ranks {
             RankBudget::Pooled(bytes) => {
                 let per_block: u64 = self.ranks.iter().map(|rank| rank.kv_bytes_per_block).sum();
-                Ok(bytes.saturating_sub(self.host_total(0)) / per_block)
+                Ok(bytes
+                    .saturating_sub(self.host_total(0))
+                    .checked_div(per_block)
+                    .unwrap_or(0))
             }
             RankBudget::Each(sizes) => {
                 self.check_count(sizes)?;
