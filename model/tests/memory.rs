@@ -60,8 +60,11 @@ fn a_tiny_model_is_counted_to_the_byte() {
     // 16 tokens, K and V, 2 layers, 2 heads of 16 f16.
     assert_eq!(plan.bytes_per_block(0), Some(16 * 2 * 2 * 2 * 16 * 2));
     assert_eq!(plan.bytes_per_block(1), None);
-    // attention 64, mlp 96 and hidden 64 wide, 8 tokens of f32.
-    assert_eq!(plan.segment, (64 + 96 + 64) * 8 * 4 + (1 << 16));
+    // hidden is 64 wide, the wider of attention and MLP 96; 8 tokens of f32.
+    assert_eq!(
+        (plan.arena, plan.segment),
+        ((64 + 96) * 8 * 4, (64 + 96) * 8 * 4 + (1 << 16))
+    );
     assert_eq!(plan.blocks_per_sequence(), 8);
 }
 
@@ -74,32 +77,63 @@ fn ranks_share_weights_and_replicate_no_more_than_they_must() {
         plan.ranks.iter().map(|rank| rank.weights).collect::<Vec<_>>()
     };
     let whole = weights(1)[0];
-    let file: usize = config
+    let norms = (2 * 80 + 1) * 8192 * 4;
+    // 144 bytes of a block become 148 in memory.
+    let matrices: u64 = config
         .roles()
+        .filter(|role| !role.is_vector())
         .map(|role| {
             config
                 .shape(role)
-                .map_or(0, |(rows, cols)| formats[&role].file_bytes(rows, cols).unwrap())
+                .map_or(0, |(rows, cols)| (rows * cols / 256 * 148) as u64)
         })
         .sum();
-    assert_eq!(whole, file as u64);
+    assert_eq!(whole, matrices + norms);
     let eighths = weights(8);
-    let norms = (2 * 80 + 1) * 8192 * 4;
     assert_eq!(eighths.iter().sum::<u64>(), whole + 7 * norms);
     // The vocabulary's 250 and a half chunks of 512 rows do not divide by 8; all else does. Two tables are split so.
     let spread = eighths.iter().max().unwrap() - eighths.iter().min().unwrap();
-    assert_eq!(spread, 2 * 3 * 256 * 8192 / 256 * 144);
+    assert_eq!(spread, 2 * 3 * 256 * 8192 / 256 * 148);
 }
 
 #[test]
-fn reduce_style_needs_an_addend_per_rank() {
+fn workspaces_follow_style_and_formats() {
     let config = tiny_config();
-    let formats = formats(&config, TensorFormat::F32);
-    let mut request = request(&config, &formats, 2);
-    request.parallel.style = TensorParallelStyle::Reduce;
+    let widths = |style, matrices| {
+        let formats = formats(&config, matrices);
+        let mut request = request(&config, &formats, 2);
+        request.parallel.style = style;
+        let plan = MemoryPlan::new(&request).unwrap();
+        let buffers = request.workspace(&plan.shards, 1);
+        assert_eq!(plan.arena > 0, style == TensorParallelStyle::Gather);
+        let own = buffers
+            .iter()
+            .filter(|buffer| !buffer.shared)
+            .map(|buffer| buffer.bytes());
+        assert_eq!(plan.ranks[1].workspace, own.sum::<u64>());
+        move |name: &str| {
+            buffers
+                .iter()
+                .find(|buffer| buffer.name == name)
+                .map(|buffer| (buffer.rows, buffer.width))
+        }
+    };
+    let gather = widths(TensorParallelStyle::Gather, TensorFormat::Q8_0);
     assert_eq!(
-        MemoryPlan::new(&request).unwrap().segment,
-        2 * 64 * 8 * 4 + (1 << 16)
+        (gather("wide"), gather("gate_up")),
+        (Some((8, 96)), Some((8, 96)))
+    );
+    // 8 tokens of 96 columns: 3 blocks, padded to 4, of 72 bytes.
+    assert_eq!(
+        (gather("wide_input_blocks"), gather("narrow_input_blocks")),
+        (Some((8 * 4, 18)), Some((0, 12)))
+    );
+    // 2 heads of 16; half of the intermediate columns of 96, which is 48.
+    let reduce = widths(TensorParallelStyle::Reduce, TensorFormat::F32);
+    assert_eq!((reduce("wide"), reduce("qkv")), (Some((8, 48)), Some((8, 64))));
+    assert_eq!(
+        (reduce("wide_input_blocks"), reduce("logits")),
+        (Some((0, 18)), Some((4, 0)))
     );
 }
 
