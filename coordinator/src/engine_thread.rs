@@ -59,12 +59,14 @@ pub enum StreamEvent {
 /// A queued sequence. Dropping it aborts the sequence and frees its blocks within a step.
 ///
 /// It has to be kept while `events` is read: moving `events` out and dropping the rest aborts as well.
+#[derive(Debug)]
 pub struct Submission {
     pub id: SequenceId,
     pub events: mpsc::Receiver<StreamEvent>,
     _abort: AbortOnDrop,
 }
 
+#[derive(Debug)]
 struct AbortOnDrop {
     id: SequenceId,
     inbox: Sender<Message>,

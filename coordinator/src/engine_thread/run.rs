@@ -135,7 +135,12 @@ impl<E: Executor> EngineThread<E> {
                 self.commands.push(Command::Submit(request));
             }
             Message::Abort(id) => self.commands.push(Command::Abort(id)),
-            Message::RankLost { epoch, cause } => self.rank_lost = Some((epoch, cause)),
+            Message::RankLost { epoch, cause } => {
+                // A late report of an earlier group must not hide one of this group.
+                if self.rank_lost.as_ref().is_none_or(|(known, _)| *known <= epoch) {
+                    self.rank_lost = Some((epoch, cause));
+                }
+            }
             Message::Drain => self.draining = true,
             Message::Shutdown => return false,
         }

@@ -157,6 +157,27 @@ fn the_second_of_two_equal_prompts_computes_only_its_end() {
 }
 
 #[test]
+fn kv_behind_logits_that_are_no_numbers_is_not_shared() {
+    let config = EngineConfig::new(32, 128, VOCAB_SIZE);
+    let with_first_token = |token| {
+        let mut request = request(0, vec![5; 50], 4);
+        request.prompt[0] = token;
+        request.sampling.seed = 7;
+        request
+    };
+    let broken = (0..VOCAB_SIZE)
+        .map(with_first_token)
+        .find(|request| oracle(request, 64) == (vec![], FinishReason::NotFinite))
+        .expect("one prompt in sixteen");
+    let mut again = request(3, broken.prompt.clone(), 4);
+    again.sampling.seed = 1;
+    let mut core = core(&config, Faults::default());
+    finish(&mut core, vec![Command::Submit(broken)]);
+    finish(&mut core, vec![Command::Submit(again)]);
+    assert_eq!(core.snapshot().prefix_cache_hits, 0);
+}
+
+#[test]
 fn a_sequence_that_keeps_killing_ranks_is_given_up_and_the_others_finish() {
     let config = EngineConfig::new(32, 128, VOCAB_SIZE);
     let faults = Faults {
