@@ -1,7 +1,25 @@
 //! The pure engine. Events in, plans and events out: no tokio, no I/O, no clock but [`Clock`], no randomness.
+//!
+//! [`EngineCore::step`] is the whole of it; `engine_thread` runs it in production, the seeded simulator in `sim` in
+//! tests. The coordinator owns every token and all sampling state, the ranks own weights and KV only, so that losing
+//! them is no different from preempting every sequence at once.
 
+mod block_hash;
+mod block_pool;
+mod config;
+mod core;
+mod kv_cache_manager;
+mod request;
+mod scheduler;
+mod sequence;
+#[cfg(test)]
+pub(crate) mod sim;
 mod types;
 
+pub use self::core::{EngineCore, EngineFailure, Progress, StepStats};
+pub use config::{ConfigError, EngineConfig, SchedulingPolicy};
+pub use request::RequestError;
+pub use scheduler::Snapshot;
 pub use types::{
     Clock, Command, EngineRequest, Event, Executor, ExecutorError, FinishReason, Instant, SamplingParams,
     StopRules,

@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use phalanx_proto::step::{Penalties, SampledToken, SequenceId, StepOutput, StepPlan};
 
+use super::request::RequestError;
+
 /// Time since the engine's start.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
 pub struct Instant(pub Duration);
@@ -125,15 +127,23 @@ pub enum Event {
         cached_tokens: u32,
     },
     Token(SampledToken),
-    /// Exactly one of `Finished` and `Rejected` is every submitted sequence's last event.
+    /// Exactly one of `Finished`, `Rejected` and `Lost` is every submitted sequence's last event.
     Finished {
         sequence: SequenceId,
         reason: FinishReason,
     },
-    /// It can never run: needs more blocks than the pool has.
+    /// It gave its blocks back to a more urgent sequence and will be computed again.
+    Preempted {
+        sequence: SequenceId,
+    },
+    /// It can never run.
     Rejected {
         sequence: SequenceId,
-        needed_blocks: u32,
-        total_blocks: u32,
+        cause: RequestError,
+    },
+    /// So many steps in a row that ran it lost the group: it may be what kills the ranks, so it is not tried again.
+    Lost {
+        sequence: SequenceId,
+        failed_steps: u32,
     },
 }

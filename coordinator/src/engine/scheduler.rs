@@ -1,0 +1,376 @@
+//! Continuous batching: which tokens of which sequences the next step computes.
+//!
+//! Running sequences come before waiting ones, decodes before prompt chunks, and within each the more urgent before the
+//! less urgent. When blocks are short the least urgent running sequence gives all of its back and is computed again
+//! later, so the most urgent one always makes progress: alone it fits, or it would have been rejected.
+
+use std::collections::BTreeMap;
+
+use phalanx_proto::step::{SampledToken, SequenceId, StepOutput, StepPlan};
+
+use super::{
+    Command, EngineConfig, EngineRequest, Event, FinishReason, SchedulingPolicy,
+    kv_cache_manager::KvCacheManager,
+    sequence::{Sequence, Urgency},
+};
+
+/// The engine in numbers. Counters count since the engine's start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Snapshot {
+    pub epoch: u32,
+    /// Sequences that hold blocks.
+    pub num_running: usize,
+    /// Sequences that hold none: not started yet, preempted, or requeued after a lost rank.
+    pub num_waiting: usize,
+    pub num_blocks: usize,
+    /// Free blocks, including those whose content can still be found.
+    pub num_free_blocks: usize,
+    /// Tokens of sequences that started.
+    pub prefix_cache_queries: u64,
+    /// Those of them that came from the prefix cache.
+    pub prefix_cache_hits: u64,
+    pub num_preemptions: u64,
+    /// Plans made, including those that failed.
+    pub num_steps: u64,
+}
+
+impl Snapshot {
+    /// 0 to 1.
+    pub fn kv_cache_usage(&self) -> f64 {
+        1.0 - self.num_free_blocks as f64 / self.num_blocks.max(1) as f64
+    }
+}
+
+pub(super) struct Scheduler {
+    config: EngineConfig,
+    kv: KvCacheManager,
+    sequences: BTreeMap<SequenceId, Sequence>,
+    /// Every sequence is in exactly one of these two.
+    waiting: BTreeMap<Urgency, SequenceId>,
+    running: BTreeMap<Urgency, SequenceId>,
+    num_arrivals: u64,
+    epoch: u32,
+    /// Number of the last plan. It goes on across epochs, so no late output can be taken for a newer one.
+    step: u64,
+    prefix_cache_queries: u64,
+    prefix_cache_hits: u64,
+    num_preemptions: u64,
+}
+
+/// A step in the making.
+struct Draft<'a> {
+    /// Tokens that may still be added.
+    budget: usize,
+    /// New tokens of each sequence, in order of urgency.
+    chosen: BTreeMap<Urgency, usize>,
+    preempted: bool,
+    /// It holds a sequence that will be given up if this step fails as well.
+    on_last_chance: bool,
+    events: &'a mut Vec<Event>,
+}
+
+impl Draft<'_> {
+    fn choose(&mut self, urgency: Urgency, num_tokens: usize) {
+        self.budget -= num_tokens;
+        self.chosen.insert(urgency, num_tokens);
+    }
+}
+
+impl Scheduler {
+    pub(super) fn new(config: EngineConfig) -> Self {
+        Self {
+            kv: KvCacheManager::new(&config),
+            sequences: BTreeMap::new(),
+            waiting: BTreeMap::new(),
+            running: BTreeMap::new(),
+            num_arrivals: 0,
+            epoch: config.epoch,
+            step: 0,
+            prefix_cache_queries: 0,
+            prefix_cache_hits: 0,
+            num_preemptions: 0,
+            config,
+        }
+    }
+
+    pub(super) fn is_idle(&self) -> bool {
+        self.sequences.is_empty()
+    }
+
+    pub(super) fn snapshot(&self) -> Snapshot {
+        Snapshot {
+            epoch: self.epoch,
+            num_running: self.running.len(),
+            num_waiting: self.waiting.len(),
+            num_blocks: self.kv.num_blocks(),
+            num_free_blocks: self.kv.num_free_blocks(),
+            prefix_cache_queries: self.prefix_cache_queries,
+            prefix_cache_hits: self.prefix_cache_hits,
+            num_preemptions: self.num_preemptions,
+            num_steps: self.step,
+        }
+    }
+
+    pub(super) fn apply(&mut self, command: Command, events: &mut Vec<Event>) {
+        match command {
+            Command::Submit(request) => self.submit(request, events),
+            Command::Abort(id) if self.sequences.contains_key(&id) => {
+                self.finish(id, FinishReason::Abort, events);
+            }
+            Command::Abort(_) => {}
+        }
+    }
+
+    fn submit(&mut self, request: EngineRequest, events: &mut Vec<Event>) {
+        let id = request.id;
+        if let Err(cause) = request.check(&self.config) {
+            return events.push(Event::Rejected { sequence: id, cause });
+        }
+        let urgency = Urgency {
+            priority: match self.config.policy {
+                SchedulingPolicy::Fcfs => 0,
+                SchedulingPolicy::Priority => request.priority,
+            },
+            arrival: self.num_arrivals,
+        };
+        self.num_arrivals += 1;
+        let kv = self.kv.sequence(request.cache_salt.as_deref());
+        self.waiting.insert(urgency, id);
+        let replaced = self.sequences.insert(id, Sequence::new(request, urgency, kv));
+        assert!(replaced.is_none(), "{id:?} was submitted twice");
+    }
+
+    /// The next step; none if there is no sequence.
+    pub(super) fn schedule(&mut self, events: &mut Vec<Event>) -> Option<StepPlan> {
+        let mut draft = Draft {
+            budget: self.config.max_num_batched_tokens as usize,
+            chosen: BTreeMap::new(),
+            preempted: false,
+            on_last_chance: false,
+            events,
+        };
+        self.choose_running(&mut draft, |remaining| remaining == 1);
+        self.choose_running(&mut draft, |remaining| remaining > 1);
+        // Who was just preempted would be the next to be admitted.
+        if !draft.preempted {
+            self.admit_waiting(&mut draft);
+        }
+        let chosen = draft.chosen;
+        if chosen.is_empty() {
+            assert!(self.is_idle(), "sequences are live but none can run");
+            return None;
+        }
+        self.step += 1;
+        let rows = chosen.iter().map(|(urgency, &num_tokens)| {
+            let sequence = &self.sequences[&self.running[urgency]];
+            sequence.row(num_tokens, self.config.max_edits_per_row)
+        });
+        Some(StepPlan {
+            epoch: self.epoch,
+            step: self.step,
+            rows: rows.collect(),
+            masks_follow: false,
+        })
+    }
+
+    /// Gives tokens to the running sequences whose number of remaining tokens passes `turn`.
+    fn choose_running(&mut self, draft: &mut Draft<'_>, turn: impl Fn(usize) -> bool) {
+        let candidates: Vec<_> = self.running.iter().map(|(&urgency, &id)| (urgency, id)).collect();
+        for (urgency, id) in candidates {
+            // A candidate may be preempted for a more urgent one, or in the end for itself.
+            while draft.budget > 0 && self.running.contains_key(&urgency) {
+                let Some(sequence) = self.sequences.get_mut(&id) else {
+                    break;
+                };
+                if !turn(sequence.num_remaining_tokens()) {
+                    break;
+                }
+                let num_tokens = chunk(sequence, draft.budget, &self.config);
+                let end = sequence.num_computed_tokens + num_tokens;
+                if self.kv.grow(&mut sequence.kv, end) {
+                    draft.choose(urgency, num_tokens);
+                    break;
+                }
+                self.preempt_least_urgent(draft);
+            }
+        }
+    }
+
+    fn preempt_least_urgent(&mut self, draft: &mut Draft<'_>) {
+        let Some((urgency, id)) = self.running.pop_last() else {
+            return;
+        };
+        self.requeue(urgency, id);
+        self.num_preemptions += 1;
+        draft.preempted = true;
+        draft.budget += draft.chosen.remove(&urgency).unwrap_or(0);
+        draft.events.push(Event::Preempted { sequence: id });
+    }
+
+    /// Back to waiting, with nothing computed and in its old place of the order.
+    fn requeue(&mut self, urgency: Urgency, id: SequenceId) {
+        if let Some(sequence) = self.sequences.get_mut(&id) {
+            self.kv.free(&mut sequence.kv);
+            sequence.num_computed_tokens = 0;
+        }
+        self.waiting.insert(urgency, id);
+    }
+
+    /// Admits in order: nobody overtakes a sequence that does not fit yet, or a large one might never run.
+    fn admit_waiting(&mut self, draft: &mut Draft<'_>) {
+        while draft.budget > 0 && self.running.len() < self.config.max_num_seqs as usize {
+            let Some((&urgency, &id)) = self.waiting.first_key_value() else {
+                return;
+            };
+            let Some(sequence) = self.sequences.get_mut(&id) else {
+                return;
+            };
+            // If one of them kills the ranks, the others must not be given up with it. Whatever runs already has
+            // been part of a successful step.
+            let last_chance =
+                sequence.failed_steps > 0 && sequence.failed_steps + 1 == self.config.max_step_failures;
+            if last_chance && draft.on_last_chance {
+                return;
+            }
+            let alone = self.running.is_empty();
+            let Some(num_cached_tokens) = self.kv.admit(&mut sequence.kv, &sequence.tokens, alone) else {
+                return;
+            };
+            draft.on_last_chance |= last_chance;
+            sequence.num_computed_tokens = num_cached_tokens;
+            let num_tokens = chunk(sequence, draft.budget, &self.config);
+            let grown = self.kv.grow(&mut sequence.kv, num_cached_tokens + num_tokens);
+            assert!(grown, "admission has made sure of the blocks of {id:?}");
+            if !std::mem::replace(&mut sequence.started, true) {
+                self.prefix_cache_queries += sequence.tokens.len() as u64;
+                self.prefix_cache_hits += num_cached_tokens as u64;
+                draft.events.push(Event::Started {
+                    sequence: id,
+                    cached_tokens: num_cached_tokens as u32,
+                });
+            }
+            self.waiting.remove(&urgency);
+            self.running.insert(urgency, id);
+            draft.choose(urgency, num_tokens);
+        }
+    }
+
+    /// Books what a step has computed. The output must answer the plan; sequences that ended meanwhile are skipped.
+    pub(super) fn update(&mut self, plan: &StepPlan, output: StepOutput, events: &mut Vec<Event>) {
+        // First, because nobody may find the blocks of a sequence whose logits are no numbers.
+        for sampled in output.sampled.iter().filter(|sampled| !sampled.finite) {
+            if let Some(sequence) = self.sequences.get_mut(&sampled.sequence) {
+                self.kv.discard(&mut sequence.kv);
+                self.finish(sampled.sequence, FinishReason::NotFinite, events);
+            }
+        }
+        for row in &plan.rows {
+            if let Some(sequence) = self.sequences.get_mut(&row.sequence) {
+                let num_computed = row.num_computed_tokens as usize + row.token_ids.len();
+                sequence.num_computed_tokens = num_computed;
+                sequence.failed_steps = 0;
+                self.kv.offer(&mut sequence.kv, &sequence.tokens, num_computed);
+            }
+        }
+        for sampled in output.sampled {
+            self.accept(sampled, events);
+        }
+    }
+
+    fn accept(&mut self, sampled: SampledToken, events: &mut Vec<Event>) {
+        let id = sampled.sequence;
+        let Some(sequence) = self.sequences.get_mut(&id) else {
+            return;
+        };
+        let finished = sequence.push(sampled.token);
+        events.push(Event::Token(sampled));
+        if let Some(reason) = finished {
+            self.finish(id, reason, events);
+        }
+    }
+
+    fn finish(&mut self, id: SequenceId, reason: FinishReason, events: &mut Vec<Event>) {
+        self.remove(id);
+        events.push(Event::Finished { sequence: id, reason });
+    }
+
+    fn remove(&mut self, id: SequenceId) {
+        if let Some(mut sequence) = self.sequences.remove(&id) {
+            self.kv.free(&mut sequence.kv);
+            self.waiting.remove(&sequence.urgency);
+            self.running.remove(&sequence.urgency);
+        }
+    }
+
+    /// A new group has taken over: no KV is left, every token still is. `failed` is the plan that the old one was lost
+    /// over, if any; a sequence for which that happens too often is given up.
+    pub(super) fn requeue_running(&mut self, epoch: u32, failed: Option<&StepPlan>, events: &mut Vec<Event>) {
+        self.epoch = epoch;
+        while let Some((urgency, id)) = self.running.pop_last() {
+            self.requeue(urgency, id);
+        }
+        self.kv.reset();
+        for id in failed
+            .into_iter()
+            .flat_map(|plan| &plan.rows)
+            .map(|row| row.sequence)
+        {
+            let Some(sequence) = self.sequences.get_mut(&id) else {
+                continue;
+            };
+            sequence.failed_steps += 1;
+            let failed_steps = sequence.failed_steps;
+            if failed_steps >= self.config.max_step_failures {
+                self.remove(id);
+                events.push(Event::Lost {
+                    sequence: id,
+                    failed_steps,
+                });
+            }
+        }
+    }
+
+    /// Panics on a state that must not be. The full check is linear in sequences and blocks and left to debug builds.
+    pub(super) fn check_invariants(&self) {
+        assert_eq!(
+            self.waiting.len() + self.running.len(),
+            self.sequences.len(),
+            "every sequence either waits or runs"
+        );
+        assert!(
+            !self.running.is_empty() || self.kv.num_free_blocks() == self.kv.num_blocks(),
+            "blocks are held but nothing runs"
+        );
+        if cfg!(debug_assertions) {
+            self.check_every_sequence();
+        }
+    }
+
+    fn check_every_sequence(&self) {
+        self.kv
+            .check(self.sequences.values().map(|sequence| &sequence.kv));
+        for (id, sequence) in &self.sequences {
+            let (urgency, computed) = (&sequence.urgency, sequence.num_computed_tokens);
+            let room = sequence.kv.table.len() * self.config.block_size as usize;
+            if self.running.get(urgency) == Some(id) {
+                assert!(
+                    computed < sequence.tokens.len() && computed <= room,
+                    "{id:?} has {computed} of {} tokens computed in room for {room}",
+                    sequence.tokens.len()
+                );
+            } else {
+                assert_eq!(self.waiting.get(urgency), Some(id), "place of {id:?}");
+                assert_eq!((computed, room), (0, 0), "{id:?} waits and holds nothing");
+            }
+        }
+    }
+}
+
+/// How many tokens a sequence may compute in this step.
+fn chunk(sequence: &Sequence, budget: usize, config: &EngineConfig) -> usize {
+    let longest = match config.long_prefill_token_threshold {
+        0 => usize::MAX,
+        threshold => threshold as usize,
+    };
+    sequence.num_remaining_tokens().min(budget).min(longest)
+}

@@ -1,0 +1,197 @@
+//! The simulated rank group.
+
+use std::{
+    collections::BTreeSet,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use phalanx_proto::step::{
+    SampledToken, SequenceId, StepLimits, StepOutput, StepPlan, decode_plan, encode_plan,
+};
+
+use super::{Prng, VOCAB_SIZE, kv_entry, mix, sample};
+use crate::engine::{EngineConfig, Executor, ExecutorError};
+
+/// What goes wrong, and how often.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Faults {
+    /// One step in so many is lost; 0: none.
+    pub(crate) one_in: u64,
+    /// But no more than this: a prompt that takes longer than the ranks live would never end.
+    pub(crate) most: u32,
+    pub(crate) seed: u64,
+    /// Every step that has this sequence in it is lost.
+    pub(crate) poison: Option<SequenceId>,
+    /// No group can be formed again after so many.
+    pub(crate) max_rebuilds: Option<u32>,
+}
+
+/// What the test sees of the ranks.
+#[derive(Default)]
+pub(crate) struct Observed {
+    pub(crate) last_plan: Vec<SequenceId>,
+    pub(crate) num_faults: u32,
+    /// Of every plan, in order.
+    pub(crate) trace: u64,
+}
+
+pub(crate) struct SimExecutor {
+    limits: StepLimits,
+    block_size: usize,
+    /// One entry per token slot of every block.
+    kv: Vec<Option<u64>>,
+    epoch: u32,
+    last_step: u64,
+    pending: Option<StepOutput>,
+    ring_slot: Vec<u8>,
+    faults: Faults,
+    prng: Prng,
+    num_rebuilds: u32,
+    observed: Arc<Mutex<Observed>>,
+}
+
+impl SimExecutor {
+    pub(crate) fn new(config: &EngineConfig, faults: Faults) -> Self {
+        let limits = config.step_limits();
+        Self {
+            limits,
+            block_size: config.block_size as usize,
+            kv: vec![None; (config.num_blocks * config.block_size) as usize],
+            epoch: config.epoch,
+            last_step: 0,
+            pending: None,
+            ring_slot: vec![0; limits.plan_bytes()],
+            faults,
+            prng: Prng(faults.seed),
+            num_rebuilds: 0,
+            observed: Arc::default(),
+        }
+    }
+
+    pub(crate) fn observed(&self) -> Arc<Mutex<Observed>> {
+        Arc::clone(&self.observed)
+    }
+
+    /// Sends the plan through the ring's codec, as the ranks would get it.
+    fn receive(&mut self, plan: &StepPlan) -> StepPlan {
+        let len = encode_plan(plan, &mut self.ring_slot).expect("a plan within its limits fits its slot");
+        let bytes = &self.ring_slot[..len];
+        let decoded = decode_plan(bytes, &self.limits).expect("a plan the codec takes");
+        assert_eq!(&decoded, plan);
+        assert_eq!(plan.epoch, self.epoch, "plan of a dead group");
+        assert_eq!(plan.step, self.last_step + 1, "steps count up by one");
+        self.last_step = plan.step;
+        let mut observed = self.observed.lock().unwrap();
+        observed.trace = bytes.iter().fold(observed.trace, |hash, &b| mix(hash, b.into()));
+        observed.last_plan = plan.rows.iter().map(|row| row.sequence).collect();
+        decoded
+    }
+
+    fn run(&mut self, plan: &StepPlan) -> StepOutput {
+        let mut sampled = Vec::new();
+        for row in &plan.rows {
+            let distinct: BTreeSet<_> = row.block_table.iter().collect();
+            assert_eq!(distinct.len(), row.block_table.len(), "a block twice in a table");
+            let start = row.num_computed_tokens as usize;
+            let end = start + row.token_ids.len();
+            assert_eq!(
+                row.block_table.len(),
+                end.div_ceil(self.block_size),
+                "table length"
+            );
+            let slot = |position: usize| {
+                let block = row.block_table[position / self.block_size].0 as usize;
+                block * self.block_size + position % self.block_size
+            };
+            for (offset, &token) in row.token_ids.iter().enumerate() {
+                self.kv[slot(start + offset)] = Some(kv_entry(token, row.sequence));
+            }
+            if let Some(sampling) = &row.sampling {
+                let context = (0..end).map(|position| self.kv[slot(position)].unwrap_or(u64::MAX));
+                let (token, finite) = sample(context, sampling);
+                sampled.push(SampledToken {
+                    sequence: row.sequence,
+                    token,
+                    finite,
+                    logprob: None,
+                    top_logprobs: Vec::new(),
+                });
+            }
+        }
+        StepOutput {
+            epoch: plan.epoch,
+            step: plan.step,
+            sampled,
+            forward_us: 1,
+        }
+    }
+
+    /// An answer that must not be believed.
+    fn garble(&mut self, mut output: StepOutput) -> StepOutput {
+        match (self.prng.below(5), output.sampled.first().cloned()) {
+            (0, Some(mut foreign)) => {
+                foreign.sequence = SequenceId(u64::MAX);
+                output.sampled[0] = foreign;
+            }
+            (1, Some(mut unknown)) => {
+                unknown.token = VOCAB_SIZE;
+                output.sampled[0] = unknown;
+            }
+            (2, Some(again)) => output.sampled.push(again),
+            (3, _) => output.step -= 1,
+            _ => output.epoch += 1,
+        }
+        output
+    }
+
+    fn strikes(&mut self, one_in: u64) -> bool {
+        self.prng.one_in(one_in) && self.observed.lock().unwrap().num_faults < self.faults.most
+    }
+
+    fn lost(&self, cause: &str) -> ExecutorError {
+        self.observed.lock().unwrap().num_faults += 1;
+        ExecutorError::RankLost {
+            rank: 1,
+            cause: cause.into(),
+        }
+    }
+}
+
+impl Executor for SimExecutor {
+    fn submit(&mut self, plan: &StepPlan) -> Result<(), ExecutorError> {
+        let plan = self.receive(plan);
+        let poisoned = |id: SequenceId| Some(id) == self.faults.poison;
+        if plan.rows.iter().any(|row| poisoned(row.sequence)) {
+            return Err(self.lost("poison"));
+        }
+        if self.strikes(3 * self.faults.one_in) {
+            return Err(self.lost("on submit"));
+        }
+        self.pending = Some(self.run(&plan));
+        Ok(())
+    }
+
+    fn wait(&mut self, step: u64, _limit: Duration) -> Result<StepOutput, ExecutorError> {
+        let output = self.pending.take().expect("a step was submitted");
+        if self.strikes(self.faults.one_in) {
+            let lost = self.lost("while computing");
+            return match self.prng.below(3) {
+                0 => Err(lost),
+                1 => Err(ExecutorError::Deadline { step }),
+                _ => Ok(self.garble(output)),
+            };
+        }
+        Ok(output)
+    }
+
+    fn rebuild(&mut self) -> Result<u32, ExecutorError> {
+        if self.faults.max_rebuilds == Some(self.num_rebuilds) {
+            return Err(ExecutorError::Protocol("no replacement rank".into()));
+        }
+        self.num_rebuilds += 1;
+        self.epoch += 1;
+        self.kv.fill(None);
+        Ok(self.epoch)
+    }
+}

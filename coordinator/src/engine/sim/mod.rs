@@ -1,0 +1,120 @@
+//! Token-KV simulation: ranks whose "KV cache" holds the token ids themselves, and a "model" that hashes whatever
+//! attention would read through the block table. A wrong block, a stale prefix hit, a prefix hit across salts or a bad
+//! requeue changes a token, and the oracle, which knows nothing of blocks, notices. No model and no device is needed.
+
+mod executor;
+mod scenario;
+mod tests;
+
+pub(crate) use executor::{Faults, SimExecutor};
+
+use std::collections::BTreeMap;
+
+use phalanx_proto::step::{RowSampling, SequenceId};
+
+use super::{EngineRequest, FinishReason};
+
+/// Large enough that a wrong context seldom draws the right token, small enough that stop tokens are met.
+pub(crate) const VOCAB_SIZE: u32 = 257;
+
+/// SplitMix64 (Steele, Lea, Flood 2014).
+pub(crate) struct Prng(pub(crate) u64);
+
+impl Prng {
+    pub(crate) fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    }
+    pub(crate) fn below(&mut self, n: u64) -> u64 {
+        self.next() % n
+    }
+    pub(crate) fn one_in(&mut self, n: u64) -> bool {
+        n > 0 && self.below(n) == 0
+    }
+    /// From `low` to `high`, both included.
+    pub(crate) fn range(&mut self, low: u32, high: u32) -> u32 {
+        low + self.below(u64::from(high - low) + 1) as u32
+    }
+}
+
+fn mix(hash: u64, value: u64) -> u64 {
+    Prng(hash ^ value.wrapping_mul(0xD6E8_FEB8_6659_FD93)).next()
+}
+
+/// Callers are told apart by salt, and a sequence's id says which caller's it is, so that the simulated ranks know whose
+/// KV they hold without being told.
+fn salt(id: SequenceId) -> Option<&'static str> {
+    [None, Some("a"), Some("b")][(id.0 % 3) as usize]
+}
+
+/// What a KV slot holds of a token.
+fn kv_entry(token: u32, id: SequenceId) -> u64 {
+    u64::from(token) << 8 | id.0 % 3
+}
+
+/// The token drawn after `context`, and whether the logits are numbers. Everything a real sampler looks at counts.
+fn sample(context: impl Iterator<Item = u64>, sampling: &RowSampling) -> (u32, bool) {
+    let mut hash = context.fold(7, mix);
+    // A request with such a seed has a weight that is no number in its way, now and then.
+    let finite = sampling.seed % 8 != 7 || hash % 16 != 0;
+    hash = mix(hash, sampling.seed ^ u64::from(sampling.temperature.to_bits()));
+    if let Some(penalties) = &sampling.penalties {
+        hash = mix(hash, penalties.repetition.to_bits().into());
+        for &(token, count) in &penalties.history {
+            hash = mix(hash, u64::from(token) << 32 | u64::from(count));
+        }
+    }
+    let mut token = (hash % u64::from(VOCAB_SIZE)) as u32;
+    while sampling.bias.contains(&(token, f32::NEG_INFINITY)) {
+        token = (token + 1) % VOCAB_SIZE;
+    }
+    (token, finite)
+}
+
+/// Tokens and end of a request that has the machine to itself, computed without blocks, chunks or batches.
+pub(crate) fn oracle(request: &EngineRequest, max_edits: usize) -> (Vec<u32>, FinishReason) {
+    let mut tokens = request.prompt.clone();
+    let num_prompt = tokens.len();
+    loop {
+        let num_output = tokens.len() - num_prompt;
+        let s = &request.sampling;
+        let mut bias = s.logit_bias.clone();
+        if num_output < request.stop.min_tokens as usize {
+            let banned = request.stop.stop_token_ids.iter();
+            bias.extend(banned.map(|&id| (id, f32::NEG_INFINITY)));
+        }
+        let sampling = RowSampling {
+            temperature: s.temperature,
+            seed: s.seed,
+            penalties: s.penalties(|| naive_history(&tokens, num_prompt, max_edits)),
+            bias,
+            ..RowSampling::GREEDY
+        };
+        let context = tokens.iter().map(|&token| kv_entry(token, request.id));
+        let (token, finite) = sample(context, &sampling);
+        let output = |tokens: &[u32]| tokens[num_prompt..].to_vec();
+        if !finite {
+            return (output(&tokens), FinishReason::NotFinite);
+        }
+        tokens.push(token);
+        if request.stop.stop_token_ids.contains(&token) {
+            return (output(&tokens), FinishReason::Stop);
+        }
+        if num_output + 1 == request.stop.max_tokens as usize {
+            return (output(&tokens), FinishReason::Length);
+        }
+    }
+}
+
+fn naive_history(tokens: &[u32], num_prompt: usize, max_edits: usize) -> Vec<(u32, u32)> {
+    let mut latest = BTreeMap::new();
+    for &token in tokens.iter().rev() {
+        if latest.len() < max_edits {
+            let count = tokens[num_prompt..].iter().filter(|&&other| other == token);
+            latest.entry(token).or_insert(count.count() as u32);
+        }
+    }
+    latest.into_iter().collect()
+}

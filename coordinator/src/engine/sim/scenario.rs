@@ -1,0 +1,250 @@
+//! A seeded story: configuration, arrivals, aborts and faults, played against the engine and compared with the oracle.
+
+use std::{cell::Cell, collections::BTreeMap, time::Duration};
+
+use phalanx_proto::step::SequenceId;
+
+use super::{Faults, Prng, SimExecutor, VOCAB_SIZE, mix, oracle, salt};
+use crate::engine::{
+    Clock, Command, EngineConfig, EngineCore, EngineRequest, Event, FinishReason, Instant, Progress,
+    SamplingParams, SchedulingPolicy, Snapshot, StopRules,
+};
+
+/// Time passes with every look at it.
+#[derive(Default)]
+pub(super) struct SimClock(Cell<u64>);
+
+impl Clock for SimClock {
+    fn now(&self) -> Instant {
+        self.0.set(self.0.get() + 1);
+        Instant(Duration::from_millis(self.0.get()))
+    }
+}
+
+pub(super) struct Scenario {
+    pub(super) config: EngineConfig,
+    pub(super) faults: Faults,
+    /// Commands by the turn they arrive in.
+    pub(super) commands: BTreeMap<u64, Vec<Command>>,
+    pub(super) requests: BTreeMap<SequenceId, EngineRequest>,
+}
+
+/// What a scenario came to, for sums over many seeds and for comparing two runs of one seed.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Report {
+    pub(super) trace: u64,
+    pub(super) snapshot: Snapshot,
+    pub(super) num_faults: u32,
+    pub(super) num_tokens: u64,
+    pub(super) ends: BTreeMap<&'static str, u64>,
+}
+
+/// What the owner of a sequence has heard so far.
+#[derive(Default)]
+struct Heard {
+    started: bool,
+    tokens: Vec<u32>,
+    end: Option<Event>,
+}
+
+impl Scenario {
+    pub(super) fn from_seed(seed: u64, with_faults: bool) -> Self {
+        let mut prng = Prng(seed);
+        let config = config(&mut prng);
+        let shared: Vec<u32> = (0..48).map(|_| prng.below(VOCAB_SIZE.into()) as u32).collect();
+        let (mut commands, mut requests) = (BTreeMap::<_, Vec<_>>::new(), BTreeMap::new());
+        let mut turn = 0;
+        for index in 0..4 + prng.below(14) {
+            turn += prng.below(4);
+            let request = request(SequenceId(index), &shared, &config, &mut prng);
+            let arrivals = commands.entry(turn).or_default();
+            arrivals.push(Command::Submit(request.clone()));
+            if prng.one_in(5) {
+                let abort = turn + prng.below(20);
+                let aborts = commands.entry(abort).or_default();
+                aborts.push(Command::Abort(request.id));
+            }
+            requests.insert(request.id, request);
+        }
+        let faults = Faults {
+            one_in: if with_faults { 5 + prng.below(20) } else { 0 },
+            most: 30,
+            seed: prng.next(),
+            ..Faults::default()
+        };
+        Self {
+            config,
+            faults,
+            commands,
+            requests,
+        }
+    }
+
+    /// Plays the story to its end and checks everything that must hold whatever happens.
+    pub(super) fn play(&self) -> Report {
+        let executor = SimExecutor::new(&self.config, self.faults);
+        let observed = executor.observed();
+        let mut core = EngineCore::new(self.config.clone(), executor, SimClock::default()).expect("valid");
+        let mut heard: BTreeMap<SequenceId, Heard> = BTreeMap::new();
+        let (mut commands, mut trace, mut turn) = (self.commands.clone(), 0, 0);
+        while !commands.is_empty() || !core.is_idle() {
+            let inbox = commands.remove(&turn).unwrap_or_default();
+            for command in &inbox {
+                if let Command::Submit(request) = command {
+                    heard.insert(request.id, Heard::default());
+                }
+            }
+            let mut events = Vec::new();
+            let oldest = oldest_live(&heard, &inbox);
+            let progress = core.step(inbox, &mut events);
+            let said = format!("{progress:?} {events:?}");
+            trace = said.bytes().fold(trace, |hash, byte| mix(hash, byte.into()));
+            for event in events {
+                hear(&mut heard, event);
+            }
+            if let (SchedulingPolicy::Fcfs, Progress::Stepped(_), Some(oldest)) =
+                (self.config.policy, &progress, oldest)
+            {
+                let planned = &observed.lock().unwrap().last_plan;
+                assert!(
+                    planned.contains(&oldest),
+                    "the oldest sequence is part of every step"
+                );
+            }
+            assert!(!matches!(progress, Progress::Fatal(_)), "{progress:?}");
+            assert!(turn < 20_000, "livelock");
+            turn += 1;
+        }
+        let snapshot = core.snapshot();
+        assert_eq!(
+            snapshot.num_free_blocks, snapshot.num_blocks,
+            "every block came back"
+        );
+        let observed = observed.lock().unwrap();
+        Report {
+            trace: mix(trace, observed.trace),
+            snapshot,
+            num_faults: observed.num_faults,
+            num_tokens: heard.values().map(|heard| heard.tokens.len() as u64).sum(),
+            ends: self.compare(&heard),
+        }
+    }
+
+    /// Every sequence against the oracle; how often each end was met.
+    fn compare(&self, heard: &BTreeMap<SequenceId, Heard>) -> BTreeMap<&'static str, u64> {
+        let mut ends = BTreeMap::new();
+        for (id, request) in &self.requests {
+            let heard = &heard[id];
+            let end = heard.end.as_ref().expect("every sequence has an end");
+            let name = match end {
+                Event::Rejected { .. } => {
+                    assert!(request.check(&self.config).is_err() && heard.tokens.is_empty());
+                    "rejected"
+                }
+                Event::Finished { reason, .. } => {
+                    let (tokens, expected) = oracle(request, self.config.max_edits_per_row as usize);
+                    if *reason == FinishReason::Abort {
+                        assert!(tokens.starts_with(&heard.tokens), "{id:?} before its abort");
+                        "abort"
+                    } else {
+                        assert_eq!((&heard.tokens, *reason), (&tokens, expected), "{id:?}");
+                        match reason {
+                            FinishReason::Stop => "stop",
+                            FinishReason::Length => "length",
+                            _ => "not finite",
+                        }
+                    }
+                }
+                other => panic!("{id:?} ended with {other:?}"),
+            };
+            *ends.entry(name).or_default() += 1;
+        }
+        ends
+    }
+}
+
+/// Under first come, first served: the one that must be part of the next step.
+fn oldest_live(heard: &BTreeMap<SequenceId, Heard>, inbox: &[Command]) -> Option<SequenceId> {
+    // Commands of this very turn may end sequences before the step is planned.
+    let quiet = inbox.is_empty();
+    let mut live = heard.iter().filter(|(_, heard)| heard.end.is_none());
+    live.next().map(|(id, _)| *id).filter(|_| quiet)
+}
+
+fn hear(all: &mut BTreeMap<SequenceId, Heard>, event: Event) {
+    let id = match &event {
+        Event::Token(sampled) => sampled.sequence,
+        Event::Started { sequence, .. }
+        | Event::Preempted { sequence }
+        | Event::Finished { sequence, .. }
+        | Event::Rejected { sequence, .. }
+        | Event::Lost { sequence, .. } => *sequence,
+    };
+    let heard = all.get_mut(&id).expect("an event of a submitted sequence");
+    assert!(heard.end.is_none(), "{event:?} after {:?}", heard.end);
+    match event {
+        Event::Started { .. } => assert!(!std::mem::replace(&mut heard.started, true), "started twice"),
+        Event::Token(sampled) => {
+            assert!(heard.started && sampled.finite);
+            heard.tokens.push(sampled.token);
+        }
+        Event::Preempted { .. } => assert!(heard.started),
+        end => heard.end = Some(end),
+    }
+}
+
+fn config(prng: &mut Prng) -> EngineConfig {
+    let mut config = EngineConfig::new(prng.range(5, 40), 64, VOCAB_SIZE);
+    config.block_size = [1, 2, 4, 8][prng.below(4) as usize];
+    if config.block_size == 1 {
+        config.num_blocks += 24;
+    }
+    config.max_num_seqs = prng.range(1, 8);
+    config.max_num_batched_tokens = config.max_num_seqs + prng.range(0, 24);
+    config.long_prefill_token_threshold = [0, 0, 1, 3, 8][prng.below(5) as usize];
+    config.watermark = [0.0, 0.01, 0.1, 0.3][prng.below(4) as usize];
+    config.enable_prefix_caching = !prng.one_in(4);
+    config.policy = [SchedulingPolicy::Fcfs, SchedulingPolicy::Priority][prng.below(2) as usize];
+    config.max_edits_per_row = [10, 64][prng.below(2) as usize];
+    config.max_step_failures = u32::MAX - 1;
+    config.epoch = prng.range(0, 3);
+    config.prefix_cache_seed = [prng.next() as u8; 32];
+    config
+}
+
+fn request(id: SequenceId, shared: &[u32], config: &EngineConfig, prng: &mut Prng) -> EngineRequest {
+    let mut prompt = Vec::new();
+    if !prng.one_in(3) {
+        prompt.extend(&shared[..prng.below(shared.len() as u64 / 2) as usize]);
+    }
+    let own = prng.range(u32::from(prompt.is_empty()), 20);
+    prompt.extend((0..own).map(|_| prng.below(VOCAB_SIZE.into()) as u32));
+    let mut tokens = |most: u64| -> Vec<u32> {
+        let count = prng.below(most + 1);
+        (0..count).map(|_| prng.below(VOCAB_SIZE.into()) as u32).collect()
+    };
+    // Together within the smallest max_edits_per_row.
+    let (stop_token_ids, biased) = (tokens(6), tokens(3));
+    let max_tokens = prng.range(1, 16);
+    let mut sampling = SamplingParams::GREEDY;
+    sampling.seed = prng.next();
+    sampling.temperature = prng.below(3) as f32;
+    sampling.logit_bias = biased.into_iter().map(|id| (id, f32::NEG_INFINITY)).collect();
+    if prng.one_in(3) {
+        sampling.repetition_penalty = 1.25;
+    }
+    // Now and then one that no configuration of this size can run.
+    let oversized = if prng.one_in(40) { config.max_model_len } else { 0 };
+    EngineRequest {
+        id,
+        prompt,
+        sampling,
+        stop: StopRules {
+            max_tokens: max_tokens + oversized,
+            min_tokens: prng.range(0, max_tokens),
+            stop_token_ids,
+        },
+        priority: prng.range(0, 3) as i32,
+        cache_salt: salt(id).map(str::to_owned),
+    }
+}

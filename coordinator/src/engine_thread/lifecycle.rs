@@ -1,0 +1,74 @@
+//! The times of one request, as vLLM defines them.
+
+use std::time::Instant;
+
+use crate::{
+    engine::FinishReason,
+    metrics::{Metrics, RequestStats},
+};
+
+pub(super) struct Lifecycle {
+    submitted: Instant,
+    started: Option<Instant>,
+    first_token: Option<Instant>,
+    last_token: Option<Instant>,
+    num_prompt_tokens: usize,
+    num_cached_tokens: usize,
+    num_generation_tokens: usize,
+    num_preemptions: u32,
+    max_tokens: u32,
+}
+
+impl Lifecycle {
+    pub(super) fn new(num_prompt_tokens: usize, max_tokens: u32) -> Self {
+        Self {
+            submitted: Instant::now(),
+            started: None,
+            first_token: None,
+            last_token: None,
+            num_prompt_tokens,
+            num_cached_tokens: 0,
+            num_generation_tokens: 0,
+            num_preemptions: 0,
+            max_tokens,
+        }
+    }
+
+    /// `now` is when the turn that planned the first step began.
+    pub(super) fn start(&mut self, now: Instant, num_cached_tokens: u32) {
+        self.started = Some(now);
+        self.num_cached_tokens = num_cached_tokens as usize;
+    }
+
+    pub(super) fn preempt(&mut self) {
+        self.num_preemptions += 1;
+    }
+
+    pub(super) fn token(&mut self, now: Instant, metrics: &Metrics) {
+        self.num_generation_tokens += 1;
+        match self.last_token.replace(now) {
+            Some(last) => metrics.next_token(now - last),
+            None => {
+                self.first_token = Some(now);
+                let waited = now - self.submitted;
+                metrics.first_token(self.num_prompt_tokens, self.num_cached_tokens, waited);
+            }
+        }
+    }
+
+    pub(super) fn finish(&self, now: Instant, reason: FinishReason) -> RequestStats {
+        let between = |from: Option<Instant>, to: Option<Instant>| Some(to? - from?);
+        RequestStats {
+            reason,
+            num_prompt_tokens: self.num_prompt_tokens,
+            num_cached_tokens: self.num_cached_tokens,
+            num_generation_tokens: self.num_generation_tokens,
+            max_tokens: self.max_tokens,
+            num_preemptions: self.num_preemptions,
+            e2e: now - self.submitted,
+            queue: between(Some(self.submitted), self.started),
+            prefill: between(self.started, self.first_token),
+            decode: between(self.first_token, self.last_token),
+        }
+    }
+}

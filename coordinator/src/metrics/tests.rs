@@ -1,0 +1,196 @@
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
+
+use super::*;
+
+/// Name, labels and value of every sample, read as a scraper would.
+fn parse(text: &str) -> Vec<(String, BTreeMap<String, String>, f64)> {
+    assert!(text.ends_with("# EOF\n"));
+    let samples = text.lines().filter(|line| !line.starts_with('#'));
+    samples
+        .map(|line| {
+            let (name, rest) = line.split_once('{').expect("labels");
+            let (labels, value) = rest.rsplit_once("} ").expect("a value");
+            let labels = labels.split("\",").map(|label| {
+                let (key, value) = label.split_once("=\"").expect("a quoted label");
+                (key.to_owned(), value.trim_end_matches('"').to_owned())
+            });
+            (
+                name.to_owned(),
+                labels.collect(),
+                value.parse().expect("a number"),
+            )
+        })
+        .collect()
+}
+
+fn recorded() -> Metrics {
+    let metrics = Metrics::new("SmolLM2", 8192);
+    let config = EngineConfig::new(100, 8192, 1000);
+    metrics.engine_started(&config);
+    let now = Snapshot {
+        epoch: 2,
+        num_running: 3,
+        num_waiting: 4,
+        num_blocks: 100,
+        num_free_blocks: 75,
+        prefix_cache_queries: 30,
+        prefix_cache_hits: 16,
+        num_preemptions: 5,
+        num_steps: 9,
+    };
+    metrics.engine_turned(&Snapshot::default(), &now);
+    metrics.engine_turned(&now, &now);
+    metrics.stepped(&StepStats {
+        step: 9,
+        num_tokens: 40,
+        num_rows: 3,
+        took: Duration::from_millis(7),
+        forward: Duration::from_millis(6),
+    });
+    metrics.group_lost(&ExecutorError::RankLost {
+        rank: 1,
+        cause: "killed".into(),
+    });
+    metrics.group_recovered(Duration::from_millis(400));
+    metrics.rejected("max_num_queued_reqs");
+    metrics.first_token(30, 16, Duration::from_millis(50));
+    metrics.next_token(Duration::from_millis(20));
+    metrics.request_finished(&RequestStats {
+        reason: FinishReason::NotFinite,
+        num_prompt_tokens: 30,
+        num_cached_tokens: 16,
+        num_generation_tokens: 2,
+        max_tokens: 64,
+        num_preemptions: 1,
+        e2e: Duration::from_millis(90),
+        queue: Some(Duration::from_millis(10)),
+        prefill: Some(Duration::from_millis(40)),
+        decode: Some(Duration::from_millis(20)),
+    });
+    metrics
+}
+
+#[test]
+fn names_are_those_that_dashboards_know() {
+    let text = recorded().encode();
+    let names: BTreeSet<_> = parse(&text).into_iter().map(|(name, ..)| name).collect();
+    let plain = [
+        "vllm:num_requests_running",
+        "vllm:num_requests_waiting",
+        "vllm:num_requests_waiting_by_reason",
+        "vllm:kv_cache_usage_perc",
+        "vllm:cache_config_info",
+        "vllm:num_preemptions_total",
+        "vllm:prefix_cache_queries_total",
+        "vllm:prefix_cache_hits_total",
+        "vllm:prompt_tokens_total",
+        "vllm:prompt_tokens_by_source_total",
+        "vllm:prompt_tokens_cached_total",
+        "vllm:generation_tokens_total",
+        "vllm:request_success_total",
+        "vllm:corrupted_requests_total",
+        "vllm:admission_rejections_total",
+        "phalanx_epoch",
+        "phalanx_ranks_lost_total",
+    ];
+    let histograms = [
+        "vllm:iteration_tokens_total",
+        "vllm:time_to_first_token_seconds",
+        "vllm:inter_token_latency_seconds",
+        "vllm:request_time_per_output_token_seconds",
+        "vllm:e2e_request_latency_seconds",
+        "vllm:request_queue_time_seconds",
+        "vllm:request_inference_time_seconds",
+        "vllm:request_prefill_time_seconds",
+        "vllm:request_decode_time_seconds",
+        "vllm:request_prompt_tokens",
+        "vllm:request_generation_tokens",
+        "vllm:request_params_max_tokens",
+        "vllm:request_num_preemptions",
+        "vllm:request_prefill_kv_computed_tokens",
+        "phalanx_step_seconds",
+        "phalanx_recovery_seconds",
+    ];
+    let suffixes = ["_bucket", "_count", "_sum"];
+    let of_histograms = histograms
+        .iter()
+        .flat_map(|name| suffixes.map(|suffix| format!("{name}{suffix}")));
+    let expected: BTreeSet<_> = plain
+        .iter()
+        .map(|name| name.to_string())
+        .chain(of_histograms)
+        .collect();
+    assert_eq!(names, expected);
+}
+
+#[test]
+fn labels_and_values_are_those_recorded() {
+    let samples = parse(&recorded().encode());
+    for (name, labels, _) in &samples {
+        assert_eq!(labels["model_name"], "SmolLM2", "{name}");
+        let engine = labels.get("engine").map(String::as_str);
+        let expected = (name != "vllm:admission_rejections_total").then_some("0");
+        assert_eq!(engine, expected, "{name}");
+    }
+    let value = |name: &str, label: Option<(&str, &str)>| {
+        let matches = |labels: &BTreeMap<String, String>| {
+            label.is_none_or(|(key, value)| labels.get(key).is_some_and(|it| it == value))
+        };
+        let mut found = samples
+            .iter()
+            .filter(|(it, labels, _)| it == name && matches(labels));
+        found.next().unwrap_or_else(|| panic!("no {name} {label:?}")).2
+    };
+    assert_eq!(value("vllm:num_requests_running", None), 3.0);
+    assert_eq!(
+        value(
+            "vllm:num_requests_waiting_by_reason",
+            Some(("reason", "capacity"))
+        ),
+        4.0
+    );
+    assert_eq!(value("vllm:kv_cache_usage_perc", None), 0.25);
+    assert_eq!(value("vllm:num_preemptions_total", None), 5.0);
+    assert_eq!(value("vllm:prefix_cache_hits_total", None), 16.0);
+    assert_eq!(value("vllm:cache_config_info", Some(("block_size", "16"))), 1.0);
+    let by_source = |source| value("vllm:prompt_tokens_by_source_total", Some(("source", source)));
+    assert_eq!(
+        (by_source("local_compute"), by_source("local_cache_hit")),
+        (14.0, 16.0)
+    );
+    let success = |reason| value("vllm:request_success_total", Some(("finished_reason", reason)));
+    assert_eq!((success("error"), success("stop")), (1.0, 0.0));
+    assert_eq!(value("vllm:corrupted_requests_total", None), 1.0);
+    assert_eq!(
+        value("vllm:time_to_first_token_seconds_bucket", Some(("le", "0.04"))),
+        0.0
+    );
+    assert_eq!(
+        value("vllm:time_to_first_token_seconds_bucket", Some(("le", "0.06"))),
+        1.0
+    );
+    assert_eq!(
+        value("vllm:request_generation_tokens_bucket", Some(("le", "5000.0"))),
+        1.0
+    );
+    assert_eq!(value("vllm:request_inference_time_seconds_sum", None), 0.06);
+    assert_eq!(value("phalanx_epoch", None), 2.0);
+}
+
+#[test]
+fn an_engine_that_ended_leaves_no_gauge_standing() {
+    let metrics = recorded();
+    metrics.engine_ended();
+    let gauges = [
+        "vllm:num_requests_running",
+        "vllm:num_requests_waiting",
+        "vllm:num_requests_waiting_by_reason",
+        "vllm:kv_cache_usage_perc",
+    ];
+    for (name, _, value) in parse(&metrics.encode()) {
+        assert!(!gauges.contains(&name.as_str()) || value == 0.0, "{name}");
+    }
+}
