@@ -61,7 +61,11 @@ impl InferenceService {
         self.parts.registry.register(request_id(id, prefix)?)
     }
 
-    fn start(&self, prepared: PreparedRequest, registration: Registration) -> Result<RequestStream, RpcError> {
+    fn start(
+        &self,
+        prepared: PreparedRequest,
+        registration: Registration,
+    ) -> Result<RequestStream, RpcError> {
         let envelope = Envelope {
             request_id: registration.id.clone(),
             model: self
@@ -107,7 +111,10 @@ impl Inference for InferenceService {
         Ok(into_stream(self.generate(request.into_inner()).await?))
     }
 
-    async fn chat(&self, request: Request<v1::ChatRequest>) -> Result<Response<v1::GenerateResponse>, Status> {
+    async fn chat(
+        &self,
+        request: Request<v1::ChatRequest>,
+    ) -> Result<Response<v1::GenerateResponse>, Status> {
         let stream = self.chat(request.into_inner()).await?;
         Ok(Response::new(stream.collect().await?))
     }

@@ -120,7 +120,10 @@ pub async fn serve(
         Ok(())
     };
     timeout(drain, rest).await.unwrap_or_else(|_| {
-        tracing::warn!(?drain, "requests still run after the drain time; they are cut off");
+        tracing::warn!(
+            ?drain,
+            "requests still run after the drain time; they are cut off"
+        );
         Ok(())
     })
 }

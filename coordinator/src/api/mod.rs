@@ -11,9 +11,7 @@ mod stream;
 
 use std::{sync::Arc, time::SystemTime};
 
-use phalanx_proto::v1::{
-    self, ModelCard, admin_server::AdminServer, inference_server::InferenceServer,
-};
+use phalanx_proto::v1::{self, ModelCard, admin_server::AdminServer, inference_server::InferenceServer};
 use tonic::service::Routes;
 
 pub use engine::{Engine, EngineSlot};

@@ -54,13 +54,16 @@ impl RequestStream {
             .map(|index| ChoiceAssembler::new(&request, index, text.tokenizer()))
             .collect();
         let sequences = std::mem::take(&mut request.sequences).into_iter();
-        let choices = assemblers.into_iter().zip(sequences).map(|(assembler, sequence)| {
-            let submission = Some(engine.submit(sequence)?);
-            Ok(Choice {
-                assembler,
-                submission,
-            })
-        });
+        let choices = assemblers
+            .into_iter()
+            .zip(sequences)
+            .map(|(assembler, sequence)| {
+                let submission = Some(engine.submit(sequence)?);
+                Ok(Choice {
+                    assembler,
+                    submission,
+                })
+            });
         Ok(Self {
             choices: choices.collect::<Result<_, RpcError>>()?,
             envelope,
@@ -195,11 +198,7 @@ impl RequestStream {
     fn usage(&self) -> v1::Usage {
         v1::Usage {
             prompt_tokens: self.prompt_tokens,
-            completion_tokens: self
-                .choices
-                .iter()
-                .map(|choice| choice.assembler.tokens())
-                .sum(),
+            completion_tokens: self.choices.iter().map(|choice| choice.assembler.tokens()).sum(),
             cached_tokens: self.cached_tokens,
         }
     }

@@ -2,6 +2,8 @@
 
 use std::{io, path::PathBuf};
 
+use phalanx_model::gguf::GgufError;
+
 /// An error of loading. Requests fail with [`phalanx_proto::RpcError`] instead.
 #[derive(Debug, thiserror::Error)]
 pub enum TextError {
@@ -9,6 +11,8 @@ pub enum TextError {
     Io { path: PathBuf, source: io::Error },
     #[error("{file} is not valid: {reason}")]
     File { file: String, reason: String },
+    #[error(transparent)]
+    Gguf(#[from] GgufError),
     #[error("{field} is missing")]
     Missing { field: &'static str },
     #[error("{field} is {value:?}, which is not supported; supported: {supported}")]

@@ -2,6 +2,7 @@
 
 use std::{path::Path, sync::Arc, thread};
 
+use phalanx_model::gguf::Gguf;
 use phalanx_proto::{ErrorKind, RpcError, v1};
 
 use super::{
@@ -24,10 +25,11 @@ pub struct TextModel {
 
 impl TextModel {
     /// From a GGUF file's metadata, which has no generation defaults.
-    pub fn from_gguf(vocab: &GgufVocab) -> Result<Self, TextError> {
+    pub fn from_gguf<B: AsRef<[u8]>>(file: &Gguf<B>) -> Result<Self, TextError> {
+        let vocab = GgufVocab::from_metadata(file)?;
         Ok(Self {
-            tokenizer: Tokenizer::from_gguf(vocab)?,
-            chat_template: vocab.chat_template.clone(),
+            tokenizer: Tokenizer::from_gguf(&vocab)?,
+            chat_template: vocab.chat_template,
             defaults: GenerationDefaults::default(),
         })
     }
@@ -134,10 +136,9 @@ impl TextProcessor {
             }
             Some(v1::generate_request::Prompt::TokenIds(ids)) => {
                 self.check_ids(&ids.ids)?;
-                let echo = output.echo.then(|| {
-                    self.tokenizer
-                        .decode(&ids.ids, params.skip_special_tokens)
-                });
+                let echo = output
+                    .echo
+                    .then(|| self.tokenizer.decode(&ids.ids, params.skip_special_tokens));
                 (ids.ids, echo)
             }
         };
@@ -175,7 +176,11 @@ impl TextProcessor {
         self.assemble(params, prompt, echo, output)
     }
 
-    fn check(&self, params: &v1::SamplingParams, output: &v1::OutputOptions) -> Result<CheckedParams, RpcError> {
+    fn check(
+        &self,
+        params: &v1::SamplingParams,
+        output: &v1::OutputOptions,
+    ) -> Result<CheckedParams, RpcError> {
         let rules = Rules {
             limits: &self.limits,
             defaults: &self.defaults,

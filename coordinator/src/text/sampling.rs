@@ -146,7 +146,11 @@ pub(crate) fn check(
 impl CheckedParams {
     /// When a sequence with `prompt_tokens` ends. Errors: `ContextLengthExceeded` naming the numbers; `min_tokens` that
     /// no longer fit.
-    pub(crate) fn stop_rules(&self, prompt_tokens: usize, limits: &ModelLimits) -> Result<StopRules, RpcError> {
+    pub(crate) fn stop_rules(
+        &self,
+        prompt_tokens: usize,
+        limits: &ModelLimits,
+    ) -> Result<StopRules, RpcError> {
         let limit = limits.max_model_len;
         let left = (limit as usize).saturating_sub(prompt_tokens) as u32;
         if left == 0 {
@@ -327,7 +331,11 @@ mod tests {
     fn edited(edit: impl FnOnce(&mut v1::SamplingParams)) -> Result<CheckedParams, RpcError> {
         let mut params = v1::SamplingParams::default();
         edit(&mut params);
-        check_with(&params, &v1::OutputOptions::default(), &GenerationDefaults::default())
+        check_with(
+            &params,
+            &v1::OutputOptions::default(),
+            &GenerationDefaults::default(),
+        )
     }
 
     /// Expects a refusal that names the field and ends with `message`.
@@ -344,7 +352,9 @@ mod tests {
     #[test]
     fn every_range_is_checked_and_named() {
         refused("temperature", "finite, got -0.5.", |p| p.temperature = Some(-0.5));
-        refused("temperature", "finite, got NaN.", |p| p.temperature = Some(f32::NAN));
+        refused("temperature", "finite, got NaN.", |p| {
+            p.temperature = Some(f32::NAN)
+        });
         refused("temperature", "finite, got inf.", |p| {
             p.temperature = Some(f32::INFINITY);
         });
@@ -357,9 +367,13 @@ mod tests {
         refused("frequency_penalty", "in [-2, 2], got NaN.", |p| {
             p.frequency_penalty = Some(f32::NAN);
         });
-        refused("repetition_penalty", "greater than zero and finite, got 0.", |p| {
-            p.repetition_penalty = Some(0.0);
-        });
+        refused(
+            "repetition_penalty",
+            "greater than zero and finite, got 0.",
+            |p| {
+                p.repetition_penalty = Some(0.0);
+            },
+        );
         refused("n", "at least 1, got 0.", |p| p.n = Some(0));
         refused("n", "at most 128, got 129.", |p| p.n = Some(129));
         refused("n", "greedy sampling, got 2.", |p| {
@@ -380,7 +394,11 @@ mod tests {
             logprobs: Some(21),
             ..Default::default()
         };
-        let error = check_with(&v1::SamplingParams::default(), &output, &GenerationDefaults::default());
+        let error = check_with(
+            &v1::SamplingParams::default(),
+            &output,
+            &GenerationDefaults::default(),
+        );
         assert_eq!(error.expect_err("over").param.as_deref(), Some("logprobs"));
     }
 
@@ -396,10 +414,7 @@ mod tests {
             ..Default::default()
         };
         let checked = check_with(&params, &v1::OutputOptions::default(), &defaults).expect("valid");
-        assert_eq!(
-            (checked.sampling.temperature, checked.sampling.top_p),
-            (0.6, 0.5)
-        );
+        assert_eq!((checked.sampling.temperature, checked.sampling.top_p), (0.6, 0.5));
         assert_eq!((checked.sampling.top_k, checked.sampling.min_p), (0, 0.0));
         let rules = checked.stop_rules(10, &LIMITS).expect("fits");
         assert_eq!((rules.max_tokens, rules.stop_token_ids), (7, vec![0, 2]));
@@ -427,11 +442,18 @@ mod tests {
                 .message
                 .contains("you requested 101 tokens (60 in the messages, 41 in the completion)")
         );
-        assert_eq!(fixed.stop_rules(59, &LIMITS).map(|rules| rules.max_tokens), Ok(41));
+        assert_eq!(
+            fixed.stop_rules(59, &LIMITS).map(|rules| rules.max_tokens),
+            Ok(41)
+        );
 
         let patient = edited(|p| p.min_tokens = Some(50)).expect("valid");
         assert_eq!(
-            patient.stop_rules(60, &LIMITS).expect_err("no room").param.as_deref(),
+            patient
+                .stop_rules(60, &LIMITS)
+                .expect_err("no room")
+                .param
+                .as_deref(),
             Some("min_tokens")
         );
     }
@@ -451,10 +473,7 @@ mod tests {
         let seeds: Vec<u64> = (0..3).map(|index| fixed.sampling_of(index).seed).collect();
         assert_eq!(seeds, [u64::MAX, 0, 1]);
         let (a, b) = (edited(|_| {}), edited(|_| {}));
-        assert_ne!(
-            a.expect("valid").sampling.seed,
-            b.expect("valid").sampling.seed
-        );
+        assert_ne!(a.expect("valid").sampling.seed, b.expect("valid").sampling.seed);
     }
 
     #[test]

@@ -16,6 +16,10 @@ use super::{TextError, tokenizer::SpecialTokens};
 const MAX_TEMPLATE_BYTES: usize = 1 << 20;
 /// Template instructions per rendering: about a second of work.
 const FUEL: u64 = 10_000_000;
+/// Most messages of a conversation; each takes some tokens, so longer ones hardly fit any context.
+pub const MAX_MESSAGES: usize = 16_384;
+/// Most bytes of `template_kwargs_json`.
+pub const MAX_KWARGS_BYTES: usize = 64 << 10;
 const NAME: &str = "chat_template";
 /// Variables a request cannot replace through `template_kwargs_json`.
 const RESERVED: [&str; 7] = [
@@ -114,6 +118,13 @@ fn messages(messages: &[ChatMessage]) -> Result<Value, RpcError> {
             "messages must hold at least one message.",
         ));
     }
+    if messages.len() > MAX_MESSAGES {
+        let message = format!(
+            "messages has {} messages, at most {MAX_MESSAGES} are allowed.",
+            messages.len()
+        );
+        return Err(RpcError::invalid("messages", message));
+    }
     let values = messages.iter().enumerate().map(|(at, message)| {
         if message.role.is_empty() {
             let param = format!("messages[{at}].role");
@@ -126,15 +137,20 @@ fn messages(messages: &[ChatMessage]) -> Result<Value, RpcError> {
             None => context! { role, content },
         })
     });
-    values
-        .collect::<Result<Vec<_>, _>>()
-        .map(|values| Value::from_iter(values))
+    values.collect::<Result<Vec<_>, _>>().map(Value::from_iter)
 }
 
 fn kwargs(json: &str) -> Result<Value, RpcError> {
     const PARAM: &str = "chat_template_kwargs";
     if json.is_empty() {
         return Ok(context! {});
+    }
+    if json.len() > MAX_KWARGS_BYTES {
+        let message = format!(
+            "chat_template_kwargs has {} bytes, at most {MAX_KWARGS_BYTES} are allowed.",
+            json.len()
+        );
+        return Err(RpcError::invalid(PARAM, message));
     }
     let parsed: serde_json::Map<String, serde_json::Value> = serde_json::from_str(json).map_err(|error| {
         RpcError::invalid(
@@ -249,7 +265,7 @@ mod tests {
             {% endfor %}{% if tools is not none %}T{% endif %}{{ messages | tojson }}";
         assert_eq!(
             render_with(source, "").expect("renders"),
-            r#"<s>U:Hi <b>|Yo[{"content": " Hi <b> ", "role": "user"}, {"content": "Yo", "role": "assistant"}]"#
+            r#"<s>U:Hi <b>|Yo[{"role": "user", "content": " Hi <b> "}, {"role": "assistant", "content": "Yo"}]"#
         );
     }
 
@@ -290,7 +306,8 @@ mod tests {
             render_with("{{ x.y[1] }}", r#"{"x": {"y": [1, 2]}}"#).expect("renders"),
             "2"
         );
-        for bad in ["[]", "{", r#"{"messages": []}"#, r#"{"bos_token": ""}"#] {
+        let large = format!(r#"{{"x": "{}"}}"#, "x".repeat(MAX_KWARGS_BYTES));
+        for bad in ["[]", "{", r#"{"messages": []}"#, r#"{"bos_token": ""}"#, &large] {
             let error = render_with("", bad).expect_err("refused");
             assert_eq!(error.param.as_deref(), Some("chat_template_kwargs"), "{bad}");
         }
@@ -311,6 +328,8 @@ mod tests {
         assert_eq!(render(&[]).as_deref(), Some("messages"));
         let messages = [message("user", "a"), message("", "b")];
         assert_eq!(render(&messages).as_deref(), Some("messages[1].role"));
+        let many = vec![message("user", "a"); MAX_MESSAGES + 1];
+        assert_eq!(render(&many).as_deref(), Some("messages"));
     }
 
     #[test]

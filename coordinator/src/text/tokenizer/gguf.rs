@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use phalanx_model::gguf::Gguf;
 use tokenizers::{
     AddedToken, NormalizerWrapper,
     models::bpe::{BPE, Merges, Vocab},
@@ -68,6 +69,51 @@ pub struct GgufVocab {
 }
 
 impl GgufVocab {
+    /// Reads the fields out of a file's metadata. Errors: a field of the wrong type, or `tokenizer.ggml.model` or
+    /// `tokens` missing. [`Tokenizer::from_gguf`] checks what they say.
+    pub fn from_metadata<B: AsRef<[u8]>>(file: &Gguf<B>) -> Result<Self, TextError> {
+        let missing = |field| TextError::Missing { field };
+        let text = |key| Ok::<_, TextError>(file.str(key)?.map(str::to_owned));
+        let id = |key| match file.u64(key)? {
+            None => Ok(None),
+            Some(id) => u32::try_from(id)
+                .map(Some)
+                .map_err(|_| TextError::invalid("a token id", id, format!("of {key}, which is no token"))),
+        };
+        let strings = |key| {
+            let strings = file.strings(key)?.into_iter().flatten();
+            Ok::<_, TextError>(strings.map(str::to_owned).collect::<Vec<_>>())
+        };
+        // A type no version has named is as good as any other number outside the known ones.
+        let token_type = |value: i64| i32::try_from(value).unwrap_or(i32::MAX);
+        let types = file.integers("tokenizer.ggml.token_type")?.into_iter().flatten();
+        let turns = [
+            id("tokenizer.ggml.eot_token_id")?,
+            id("tokenizer.ggml.eom_token_id")?,
+        ];
+        Ok(Self {
+            model: text("tokenizer.ggml.model")?.ok_or_else(|| missing("tokenizer.ggml.model"))?,
+            pre: text("tokenizer.ggml.pre")?,
+            tokens: strings("tokenizer.ggml.tokens")?,
+            scores: file
+                .floats("tokenizer.ggml.scores")?
+                .into_iter()
+                .flatten()
+                .collect(),
+            token_types: types.map(token_type).collect(),
+            merges: strings("tokenizer.ggml.merges")?,
+            bos_token_id: id("tokenizer.ggml.bos_token_id")?,
+            eos_token_id: id("tokenizer.ggml.eos_token_id")?,
+            unknown_token_id: id("tokenizer.ggml.unknown_token_id")?,
+            padding_token_id: id("tokenizer.ggml.padding_token_id")?,
+            end_of_turn_token_ids: turns.into_iter().flatten().collect(),
+            add_bos_token: file.bool("tokenizer.ggml.add_bos_token")?,
+            add_eos_token: file.bool("tokenizer.ggml.add_eos_token")?,
+            add_space_prefix: file.bool("tokenizer.ggml.add_space_prefix")?,
+            chat_template: text("tokenizer.chat_template")?,
+        })
+    }
+
     pub(super) fn build(&self) -> Result<Tokenizer, TextError> {
         self.check()?;
         let (encoding, inner, add_bos) = match self.model.as_str() {
@@ -211,7 +257,11 @@ impl GgufVocab {
                     found.push((self.scores[at], left, right, at));
                 }
             }
-            TextError::check_limit("merges of the SentencePiece vocabulary", found.len(), 4 * MAX_MERGES)?;
+            TextError::check_limit(
+                "merges of the SentencePiece vocabulary",
+                found.len(),
+                4 * MAX_MERGES,
+            )?;
         }
         found.sort_by(|a, b| b.0.total_cmp(&a.0).then((a.1, a.2).cmp(&(b.1, b.2))));
         let text = |id: u32| self.tokens[id as usize].clone();
@@ -271,9 +321,7 @@ impl GgufVocab {
             .filter(|&(at, _)| self.kind(at) != EntryKind::Ordinary)
             .map(|(at, token)| (token.as_str(), at as u32))
             .collect();
-        let by_name = END_OF_GENERATION
-            .iter()
-            .filter_map(|name| ids.get(name).copied());
+        let by_name = END_OF_GENERATION.iter().filter_map(|name| ids.get(name).copied());
         let mut end_of_generation: Vec<u32> = self
             .eos_token_id
             .into_iter()

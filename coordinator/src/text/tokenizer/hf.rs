@@ -67,7 +67,10 @@ impl HfFiles {
         let json: Value = serde_json::from_slice(&self.tokenizer)
             .map_err(|error| TextError::file("tokenizer.json", error))?;
         let prefix = json.pointer("/model/continuing_subword_prefix");
-        if prefix.and_then(Value::as_str).is_some_and(|prefix| !prefix.is_empty()) {
+        if prefix
+            .and_then(Value::as_str)
+            .is_some_and(|prefix| !prefix.is_empty())
+        {
             return Err(TextError::Unsupported {
                 field: "model.continuing_subword_prefix",
                 value: "not empty".to_owned(),
@@ -205,20 +208,23 @@ fn table(
     for (text, &id) in vocab {
         texts[id as usize] = Some(text);
     }
-    let entries = texts.iter().enumerate().map(|(id, &text)| match added.get(&(id as u32)) {
-        Some(token) => Some(TokenEntry {
-            text: &token.content,
-            kind: if token.special {
-                EntryKind::Special
-            } else {
-                EntryKind::Added
-            },
-        }),
-        None => text.map(|text| TokenEntry {
-            text,
-            kind: EntryKind::Ordinary,
-        }),
-    });
+    let entries = texts
+        .iter()
+        .enumerate()
+        .map(|(id, &text)| match added.get(&(id as u32)) {
+            Some(token) => Some(TokenEntry {
+                text: &token.content,
+                kind: if token.special {
+                    EntryKind::Special
+                } else {
+                    EntryKind::Added
+                },
+            }),
+            None => text.map(|text| TokenEntry {
+                text,
+                kind: EntryKind::Ordinary,
+            }),
+        });
     TokenTable::build(encoding, entries)
 }
 

@@ -98,17 +98,15 @@ impl PreTokenizer {
     /// An unknown name is an error: a wrong guess would give a model other tokens than it was trained with, silently.
     pub(super) fn by_name(name: &str) -> Result<&'static Self, TextError> {
         let known = NAMES.iter().find(|(names, _)| names.contains(&name));
-        known
-            .map(|(_, pre)| pre)
-            .ok_or_else(|| TextError::Unsupported {
-                field: "tokenizer.ggml.pre",
-                value: name.to_owned(),
-                supported: NAMES
-                    .iter()
-                    .flat_map(|(names, _)| names.iter().copied())
-                    .collect::<Vec<_>>()
-                    .join(", "),
-            })
+        known.map(|(_, pre)| pre).ok_or_else(|| TextError::Unsupported {
+            field: "tokenizer.ggml.pre",
+            value: name.to_owned(),
+            supported: NAMES
+                .iter()
+                .flat_map(|(names, _)| names.iter().copied())
+                .collect::<Vec<_>>()
+                .join(", "),
+        })
     }
 
     pub(super) fn normalizer(&self) -> Option<NormalizerWrapper> {

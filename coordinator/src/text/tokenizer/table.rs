@@ -180,10 +180,7 @@ mod tests {
         assert_eq!(table.bytes(1), "’".as_bytes());
         assert_eq!(table.bytes(2), "é".as_bytes());
         assert_eq!(table.bytes(3), b"a b");
-        assert_eq!(
-            (table.bytes(5), table.bytes(u32::MAX)),
-            (&b""[..], &b""[..])
-        );
+        assert_eq!((table.bytes(5), table.bytes(u32::MAX)), (&b""[..], &b""[..]));
         assert!(table.is_special(4) && !table.is_special(2) && !table.is_special(9));
         assert_eq!(table.longest_token(), 5);
     }
