@@ -40,7 +40,7 @@ pub(super) fn to_grpc(messages: Option<Vec<Object<Message>>>) -> Result<Vec<Chat
         .enumerate()
         .map(|(index, Object(message))| {
             message
-                .to_grpc()
+                .into_grpc()
                 .map_err(|(field, why)| refuse(index, field, why))
         })
         .collect()
@@ -53,7 +53,7 @@ fn refuse(index: usize, field: &str, why: String) -> RpcError {
 }
 
 impl Message {
-    fn to_grpc(self) -> Result<ChatMessage, (&'static str, String)> {
+    fn into_grpc(self) -> Result<ChatMessage, (&'static str, String)> {
         let role = self.role.ok_or_else(|| ("role", "is needed".to_owned()))?;
         if !ROLES.contains(&role.as_str()) {
             // Debug, and cut: a role is as long as its sender likes.

@@ -1,0 +1,13 @@
+//! The gateway over real sockets: raw HTTP on one side, a real tonic server on the other.
+//!
+//! The server is scripted, since what is under test is the translation between the two; the real coordinator behind
+//! the gateway is tested with the whole cluster.
+
+mod access;
+mod damage;
+mod errors;
+mod operator;
+mod shapes;
+mod shutdown;
+mod streams;
+mod support;

@@ -1,0 +1,369 @@
+//! A tonic server that answers every prompt by the same script.
+
+use std::{
+    net::SocketAddr,
+    sync::{Arc, Mutex},
+};
+
+use futures_util::{StreamExt, stream, stream::BoxStream};
+use phalanx_proto::{
+    RpcError,
+    v1::{
+        AbortRequestRequest, AbortRequestResponse, ChatRequest, Choice, FinishReason, GenerateChunk,
+        GenerateRequest, GenerateResponse, GetMetricsRequest, GetMetricsResponse, GetStatusRequest,
+        GetStatusResponse, GroupState, ListModelsRequest, ListModelsResponse, ModelCard, OutputOptions,
+        SamplingParams, TokenLogprob, TokenLogprobs, Usage, admin_server, choice::StopReason,
+        inference_server,
+    },
+};
+use tokio::{net::TcpListener, sync::mpsc, task::JoinHandle};
+use tokio_stream::wrappers::TcpListenerStream;
+use tonic::{Request, Response, Status, transport::Server};
+
+pub(crate) const MODEL: &str = "scripted";
+pub(crate) const CREATED: i64 = 1_700_000_000;
+
+/// What happens to every prompt.
+#[derive(Clone, Debug)]
+pub(crate) enum Script {
+    /// Every choice says "Hello" and " world", one chunk each, and stops at the string "!".
+    Hello,
+    /// An error instead of a stream.
+    Refuse(RpcError),
+    /// An error after the first chunk.
+    Break(RpcError),
+    /// The stream ends after the first chunk.
+    EndEarly,
+    /// Chunks of 1 KiB for as long as somebody takes them; a unary call is never answered.
+    Endless,
+    /// One chunk, then nothing until released, then the end of `Hello`.
+    Wait(Arc<tokio::sync::Semaphore>),
+}
+
+/// A request as it came over gRPC.
+#[derive(Debug)]
+pub(crate) enum Received {
+    Generate(GenerateRequest),
+    Chat(ChatRequest),
+}
+
+/// A scripted coordinator on a port of its own.
+pub(crate) struct Coordinator {
+    address: SocketAddr,
+    pub(crate) received: mpsc::UnboundedReceiver<Received>,
+    /// One message for every call whose future or stream was dropped before its end.
+    pub(crate) dropped: mpsc::UnboundedReceiver<()>,
+    pub(crate) status: Arc<Mutex<GetStatusResponse>>,
+    task: JoinHandle<()>,
+}
+
+impl Coordinator {
+    pub(crate) async fn start(script: Script) -> Self {
+        Self::start_at("127.0.0.1:0", script).await
+    }
+
+    pub(crate) async fn start_at(address: &str, script: Script) -> Self {
+        let listener = TcpListener::bind(address).await.expect("bind");
+        let address = listener.local_addr().expect("bound");
+        let (received_tx, received) = mpsc::unbounded_channel();
+        let (dropped_tx, dropped) = mpsc::unbounded_channel();
+        let mut ready = GetStatusResponse::default();
+        ready.set_state(GroupState::Ready);
+        let status = Arc::new(Mutex::new(ready));
+        let service = Scripted {
+            script,
+            received: received_tx,
+            dropped: dropped_tx,
+            status: Arc::clone(&status),
+        };
+        let server = Server::builder()
+            .add_service(inference_server::InferenceServer::new(service.clone()))
+            .add_service(admin_server::AdminServer::new(service));
+        let task = tokio::spawn(async move {
+            server
+                .serve_with_incoming(TcpListenerStream::new(listener))
+                .await
+                .expect("serve");
+        });
+        Self {
+            address,
+            received,
+            dropped,
+            status,
+            task,
+        }
+    }
+
+    pub(crate) fn address(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    /// The next request, which must be a chat.
+    pub(crate) async fn chat(&mut self) -> ChatRequest {
+        match self.received.recv().await {
+            Some(Received::Chat(request)) => request,
+            other => panic!("expected a chat, not {other:?}"),
+        }
+    }
+
+    /// The next request, which must be a completion.
+    pub(crate) async fn generate(&mut self) -> GenerateRequest {
+        match self.received.recv().await {
+            Some(Received::Generate(request)) => request,
+            other => panic!("expected a completion, not {other:?}"),
+        }
+    }
+}
+
+impl Drop for Coordinator {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+#[derive(Clone)]
+struct Scripted {
+    script: Script,
+    received: mpsc::UnboundedSender<Received>,
+    dropped: mpsc::UnboundedSender<()>,
+    status: Arc<Mutex<GetStatusResponse>>,
+}
+
+/// Tells when it is dropped.
+struct Alarm(mpsc::UnboundedSender<()>);
+
+impl Drop for Alarm {
+    fn drop(&mut self) {
+        // Nobody listens once the test has ended.
+        let _ = self.0.send(());
+    }
+}
+
+type Chunks = BoxStream<'static, Result<GenerateChunk, Status>>;
+
+impl Scripted {
+    fn stream(&self, sampling: &SamplingParams, output: &OutputOptions) -> Result<Chunks, Status> {
+        let mut chunks = hello(sampling.n.unwrap_or(1), output).into_iter().map(Ok);
+        let first = chunks.next().expect("never empty");
+        match &self.script {
+            Script::Hello => Ok(stream::iter([first].into_iter().chain(chunks)).boxed()),
+            Script::Refuse(error) => Err(error.clone().into()),
+            Script::Break(error) => Ok(stream::iter([first, Err(error.clone().into())]).boxed()),
+            Script::EndEarly => Ok(stream::iter([first]).boxed()),
+            Script::Endless => {
+                let alarm = Alarm(self.dropped.clone());
+                let chunk = chunk(Choice {
+                    text: "x".repeat(1024),
+                    ..Choice::default()
+                });
+                Ok(stream::repeat(chunk)
+                    .map(move |chunk| {
+                        let _alarm = &alarm;
+                        Ok(chunk)
+                    })
+                    .boxed())
+            }
+            Script::Wait(released) => {
+                let released = Arc::clone(released);
+                let rest: Vec<_> = chunks.collect();
+                let wait = async move {
+                    released.acquire().await.expect("never closed").forget();
+                    stream::iter(rest)
+                };
+                Ok(stream::iter([first]).chain(stream::once(wait).flatten()).boxed())
+            }
+        }
+    }
+
+    async fn unary(
+        &self,
+        sampling: &SamplingParams,
+        output: &OutputOptions,
+    ) -> Result<GenerateResponse, Status> {
+        if let Script::Endless = self.script {
+            let _alarm = Alarm(self.dropped.clone());
+            std::future::pending::<()>().await;
+        }
+        let mut whole = GenerateResponse {
+            model: MODEL.to_owned(),
+            created: CREATED,
+            ..GenerateResponse::default()
+        };
+        let with_usage = OutputOptions {
+            include_usage: true,
+            ..*output
+        };
+        let mut chunks = self.stream(sampling, &with_usage)?;
+        while let Some(chunk) = chunks.next().await.transpose()? {
+            let Some(piece) = chunk.choice else {
+                whole.usage = chunk.usage;
+                continue;
+            };
+            match whole
+                .choices
+                .iter_mut()
+                .find(|choice| choice.index == piece.index)
+            {
+                Some(choice) => {
+                    choice.text.push_str(&piece.text);
+                    choice.logprobs.extend(piece.logprobs);
+                    choice.finish_reason = piece.finish_reason;
+                    choice.stop_reason = piece.stop_reason;
+                }
+                // In the wrong order, which must not matter.
+                None => whole.choices.insert(0, piece),
+            }
+        }
+        Ok(whole)
+    }
+}
+
+fn chunk(choice: Choice) -> GenerateChunk {
+    GenerateChunk {
+        request_id: String::new(),
+        model: MODEL.to_owned(),
+        created: CREATED,
+        choice: Some(choice),
+        usage: None,
+    }
+}
+
+/// "Hello" and " world" of every choice, and the usage if it is asked for.
+fn hello(n: u32, output: &OutputOptions) -> Vec<GenerateChunk> {
+    let mut chunks = Vec::new();
+    for (number, word) in (1..).zip(["Hello", " world"]) {
+        for index in 0..n {
+            let mut choice = Choice {
+                index,
+                text: word.to_owned(),
+                logprobs: output.logprobs.map(|_| logprobs(word)).into_iter().collect(),
+                ..Choice::default()
+            };
+            if number == 2 {
+                choice.set_finish_reason(FinishReason::Stop);
+                choice.stop_reason = Some(StopReason::StopString("!".to_owned()));
+            }
+            chunks.push(GenerateChunk {
+                usage: output.continuous_usage.then(|| usage(number)),
+                ..chunk(choice)
+            });
+        }
+    }
+    if output.include_usage {
+        chunks.push(GenerateChunk {
+            choice: None,
+            usage: Some(usage(2 * n)),
+            ..chunk(Choice::default())
+        });
+    }
+    chunks
+}
+
+fn usage(completion_tokens: u32) -> Usage {
+    Usage {
+        prompt_tokens: 5,
+        completion_tokens,
+        cached_tokens: 3,
+    }
+}
+
+fn logprobs(word: &str) -> TokenLogprobs {
+    let token = TokenLogprob {
+        token_id: 1,
+        token: word.to_owned(),
+        logprob: -0.25,
+        bytes: word.as_bytes().to_vec(),
+    };
+    TokenLogprobs {
+        text_offset: if word.starts_with(' ') { 5 } else { 0 },
+        top: vec![token.clone()],
+        chosen: Some(token),
+    }
+}
+
+#[tonic::async_trait]
+impl inference_server::Inference for Scripted {
+    type GenerateStreamStream = Chunks;
+    type ChatStreamStream = Chunks;
+
+    async fn generate(
+        &self,
+        request: Request<GenerateRequest>,
+    ) -> Result<Response<GenerateResponse>, Status> {
+        let request = request.into_inner();
+        let (sampling, output) = (
+            request.sampling.clone().unwrap_or_default(),
+            request.output.unwrap_or_default(),
+        );
+        let _ = self.received.send(Received::Generate(request));
+        self.unary(&sampling, &output).await.map(Response::new)
+    }
+
+    async fn generate_stream(&self, request: Request<GenerateRequest>) -> Result<Response<Chunks>, Status> {
+        let request = request.into_inner();
+        let (sampling, output) = (
+            request.sampling.clone().unwrap_or_default(),
+            request.output.unwrap_or_default(),
+        );
+        let _ = self.received.send(Received::Generate(request));
+        self.stream(&sampling, &output).map(Response::new)
+    }
+
+    async fn chat(&self, request: Request<ChatRequest>) -> Result<Response<GenerateResponse>, Status> {
+        let request = request.into_inner();
+        let (sampling, output) = (
+            request.sampling.clone().unwrap_or_default(),
+            request.output.unwrap_or_default(),
+        );
+        let _ = self.received.send(Received::Chat(request));
+        self.unary(&sampling, &output).await.map(Response::new)
+    }
+
+    async fn chat_stream(&self, request: Request<ChatRequest>) -> Result<Response<Chunks>, Status> {
+        let request = request.into_inner();
+        let (sampling, output) = (
+            request.sampling.clone().unwrap_or_default(),
+            request.output.unwrap_or_default(),
+        );
+        let _ = self.received.send(Received::Chat(request));
+        self.stream(&sampling, &output).map(Response::new)
+    }
+
+    async fn list_models(
+        &self,
+        _: Request<ListModelsRequest>,
+    ) -> Result<Response<ListModelsResponse>, Status> {
+        let card = ModelCard {
+            id: MODEL.to_owned(),
+            created: CREATED,
+            max_model_len: 2048,
+            root: "weights.gguf".to_owned(),
+        };
+        Ok(Response::new(ListModelsResponse { models: vec![card] }))
+    }
+}
+
+#[tonic::async_trait]
+impl admin_server::Admin for Scripted {
+    async fn get_status(&self, _: Request<GetStatusRequest>) -> Result<Response<GetStatusResponse>, Status> {
+        Ok(Response::new(self.status.lock().expect("not poisoned").clone()))
+    }
+
+    async fn get_metrics(
+        &self,
+        _: Request<GetMetricsRequest>,
+    ) -> Result<Response<GetMetricsResponse>, Status> {
+        let text = "# HELP steps Steps.\n# TYPE steps counter\nsteps_total 17\n# EOF\n";
+        Ok(Response::new(GetMetricsResponse {
+            content_type: "application/openmetrics-text; version=1.0.0; charset=utf-8".to_owned(),
+            body: text.into(),
+        }))
+    }
+
+    async fn abort_request(
+        &self,
+        _: Request<AbortRequestRequest>,
+    ) -> Result<Response<AbortRequestResponse>, Status> {
+        Err(Status::unimplemented("the gateway does not call it"))
+    }
+}
