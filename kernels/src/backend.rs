@@ -49,6 +49,7 @@ pub trait Backend: Sized {
         rows: usize,
     ) -> Result<()>;
     /// `residual += delta; out = rms_norm(residual)`.
+    #[expect(clippy::too_many_arguments, reason = "three buffers that nothing else groups")]
     fn fused_add_rms_norm(
         &self,
         out: &mut Self::Buffer,
@@ -82,6 +83,7 @@ pub trait Backend: Sized {
         batch: &Self::Batch,
     ) -> Result<()>;
     /// Causal attention of every row's q heads over its sequence's blocks; any mix of chunks and single rows.
+    #[expect(clippy::too_many_arguments, reason = "three device objects that nothing else groups")]
     fn paged_attention(
         &self,
         out: Columns<'_, Self>,

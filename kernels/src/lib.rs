@@ -7,6 +7,7 @@
 pub mod backend;
 pub mod batch;
 pub mod candidates;
+pub mod comm;
 pub mod cpu;
 pub mod error;
 pub mod philox;

@@ -26,7 +26,6 @@ use crate::{
 pub struct CpuBackend {
     pool: Pool,
     isa: Isa,
-    linear_isa: linear::Isa,
     linear_scratch: RefCell<linear::Scratch>,
     arena: Arena,
 }
@@ -55,7 +54,6 @@ impl CpuBackend {
         Ok(Self {
             pool: Pool::new(threads)?,
             isa,
-            linear_isa,
             linear_scratch: RefCell::new(linear::Scratch::new(linear_isa)),
             arena: Arena::new(),
         })

@@ -187,12 +187,10 @@ fn lower(value: f32) -> f32 {
 /// The words of 32 tokens in rising id. `first` is a multiple of 32.
 #[inline(always)]
 fn random_words(noise: Noise, first: u32) -> [[u32; LANES]; 4] {
-    let mut counters = [[0; LANES]; 4];
-    for lane in 0..LANES {
-        counters[0][lane] = first / NOISE_GROUP as u32 * LANES as u32 + lane as u32;
-        counters[2][lane] = noise.position as u32;
-        counters[3][lane] = (noise.position >> 32) as u32;
-    }
+    let group = first / NOISE_GROUP as u32 * LANES as u32;
+    let lanes = std::array::from_fn(|lane| group + lane as u32);
+    let position = [noise.position as u32, (noise.position >> 32) as u32];
+    let counters = [lanes, [0; LANES], [position[0]; LANES], [position[1]; LANES]];
     philox4x32_lanes(counters, [noise.seed as u32, (noise.seed >> 32) as u32])
 }
 
