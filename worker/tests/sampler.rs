@@ -1,13 +1,14 @@
 //! The sampler against a plain f64 reference that sees whole rows of logits.
 
-use std::collections::BTreeMap;
+mod support;
+
+use std::{collections::BTreeMap, ops::Range};
 
 use phalanx_kernels::{Noise, cpu::CpuBackend, gumbel};
-use phalanx_proto::step::Penalties;
+use phalanx_proto::step::{Penalties, RowSampling, SampledToken, SequenceId};
+use phalanx_worker::sampler::{SamplingRow, Vocabulary, sample};
 use proptest::prelude::*;
-
-use super::*;
-use crate::testing::{Ranks, logits_buffer};
+use support::{Ranks, logits_buffer};
 
 const VOCAB: usize = 1300;
 
@@ -88,7 +89,7 @@ fn sampled(temperature: f32) -> RowSampling {
 fn draw(world_size: usize, logits: &[f32], samplings: &[RowSampling], positions: &[u64]) -> Vec<SampledToken> {
     let ranks = Ranks::new(world_size);
     let vocab = split(logits.len(), world_size);
-    let mut results = ranks.run(|rank, comm| {
+    let mut results = ranks.run(|rank, mut comm| {
         let backend = CpuBackend::new(1).unwrap();
         let own: Vec<Vec<f32>> = vec![logits[vocab[rank].clone()].to_vec(); samplings.len()];
         let buffer = logits_buffer(&backend, &own);
@@ -102,7 +103,7 @@ fn draw(world_size: usize, logits: &[f32], samplings: &[RowSampling], positions:
             })
             .collect();
         let vocabulary = Vocabulary { ranks: &vocab, rank };
-        sample(&backend, comm, &buffer, vocabulary, &rows).unwrap()
+        sample(&backend, &mut comm, &buffer, vocabulary, &rows).unwrap()
     });
     let first = results.swap_remove(0);
     assert!(results.iter().all(|other| *other == first), "ranks disagree");
@@ -134,7 +135,7 @@ fn filters_and_draws_are_the_references() {
         RowSampling::GREEDY,
     ];
     for position in 0..20 {
-        let got = draw(1, &logits, &cases, &[position; 11]);
+        let got = draw(1, &logits, &cases, &vec![position; cases.len()]);
         for (case, token) in cases.iter().zip(&got) {
             let kept = reference(&logits, case);
             let want = reference_draw(&kept, Noise { seed: case.seed, position });
