@@ -16,6 +16,10 @@ pub struct LogitEdit {
 }
 
 /// Counter-based Gumbel noise: a token's noise depends on seed, position and token id alone.
+///
+/// Token `id` gets `-ln(-ln((w + 1/2) / 2^32))`, rounded to f32, of word `w = id / 8 % 4` of
+/// [`philox4x32`](crate::philox::philox4x32) with the seed as key and the counter
+/// `[id / 32 * 8 + id % 8, 0, position, position >> 32]`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Noise {
     pub seed: u64,
@@ -35,7 +39,7 @@ pub struct CandidateRequest<'a> {
     pub inverse_temperature: f32,
     /// With noise, `Candidates::perturbed` is the argmax of scaled logit + Gumbel noise: a draw from the softmax.
     pub noise: Option<Noise>,
-    /// How many of the best scaled logits to report.
+    /// How many of the best scaled logits to report; banned tokens (negative infinity) are never among them.
     pub top: usize,
     /// How many of the best raw logits to report.
     pub raw_top: usize,
@@ -60,7 +64,7 @@ pub struct ChunkStatistics {
     pub sum: f32,
 }
 
-/// Of one row and one rank's part of the vocabulary. Order: larger value first, then smaller id.
+/// Of one row and one part of the vocabulary. Order: larger value first, then smaller id.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Candidates {
     pub best: Vec<Candidate>,
@@ -71,4 +75,34 @@ pub struct Candidates {
     pub raw_statistics: Vec<ChunkStatistics>,
     /// False if any raw logit was NaN or infinite.
     pub finite: bool,
+}
+
+impl Candidates {
+    /// Joins the candidates of the next part of the vocabulary, for the same request.
+    pub fn append(&mut self, next: Self, request: &CandidateRequest<'_>) {
+        merge(&mut self.best, next.best, request.top, |c| c.scaled);
+        merge(&mut self.raw_best, next.raw_best, request.raw_top, |c| c.raw);
+        self.perturbed = match (self.perturbed, next.perturbed) {
+            (Some(a), Some(b)) if rank(b.0, b.1.id).cmp(&rank(a.0, a.1.id)).is_lt() => Some(b),
+            (a, b) => a.or(b),
+        };
+        self.scaled_statistics.extend(next.scaled_statistics);
+        self.raw_statistics.extend(next.raw_statistics);
+        self.finite &= next.finite;
+    }
+}
+
+/// Merges two ordered lists and keeps the first `top`.
+fn merge(list: &mut Vec<Candidate>, next: Vec<Candidate>, top: usize, value: impl Fn(&Candidate) -> f32) {
+    list.extend(next);
+    list.sort_by_key(|c| rank(value(c), c.id));
+    list.truncate(top);
+}
+
+/// Sorts by falling value, then by rising id; the two zeros are one value, and NaN comes first or last.
+pub(crate) fn rank(value: f32, id: u32) -> (i32, u32) {
+    let bits = (value + 0.0).to_bits() as i32;
+    // As `f32::total_cmp`: the integers of negative floats run the wrong way.
+    let rising = bits ^ (((bits >> 31) as u32) >> 1) as i32;
+    (!rising, id)
 }

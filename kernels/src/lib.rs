@@ -9,6 +9,7 @@ pub mod batch;
 pub mod candidates;
 pub mod cpu;
 pub mod error;
+pub mod philox;
 
 pub use backend::{
     Backend, Columns, Communicator, GatherLayout, Heads, KvSpec, Linear, Norm, Rope, WeightSource,

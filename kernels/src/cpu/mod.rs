@@ -1,6 +1,24 @@
 //! The CPU backend.
 
+mod attention;
+mod backend;
+mod batch;
+mod buffer;
+mod candidates;
+mod embedding;
+mod exec;
+mod kv_cache;
 pub mod linear;
+mod math;
 pub mod memory;
+mod norm;
 pub mod pool;
 pub mod quant;
+mod rotary;
+mod simd;
+mod silu;
+
+pub use backend::{CpuBackend, CpuVector};
+pub use batch::CpuBatch;
+pub use buffer::CpuBuffer;
+pub use kv_cache::CpuKvCache;

@@ -1,0 +1,265 @@
+//! K and V of one layer in blocks, and the op that writes them.
+//!
+//! Attention multiplies eight positions at a time with one value of a query, so a block keeps the K of eight positions
+//! interleaved: `[kv head][block_size / 8][head_dim][8 positions]`. V is weighted by position and summed by dimension:
+//! `[kv head][block_size][head_dim, padded to 8]`. All K blocks come first, then all V blocks.
+
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+use phalanx_model::KvDtype;
+
+use super::batch::CpuBatch;
+use super::buffer::CpuBuffer;
+use super::exec::{Exec, check};
+use super::memory::Region;
+use super::simd::{LANES, Simd};
+use crate::{Heads, KernelError, KvSpec, Result};
+
+/// K and V of one layer.
+pub struct CpuKvCache {
+    spec: KvSpec,
+    memory: Region,
+}
+
+/// An element type of the cache.
+///
+/// # Safety
+/// Every bit pattern is a value, and the alignment is at most [`super::memory::ALIGN`].
+pub(crate) unsafe trait KvElement: Copy + Send + Sync {
+    fn load<S: Simd>(simd: S, from: &[Self; LANES]) -> S::F32;
+    /// Rounds to nearest, ties to even. Slices of equal length.
+    fn convert(from: &[f32], to: &mut [Self]);
+    const ZERO: Self;
+}
+
+// SAFETY: plain floats.
+unsafe impl KvElement for f32 {
+    #[inline(always)]
+    fn load<S: Simd>(simd: S, from: &[f32; LANES]) -> S::F32 {
+        simd.load(from)
+    }
+    fn convert(from: &[f32], to: &mut [f32]) {
+        to.copy_from_slice(from);
+    }
+    const ZERO: f32 = 0.0;
+}
+
+// SAFETY: a transparent u16.
+unsafe impl KvElement for f16 {
+    #[inline(always)]
+    fn load<S: Simd>(simd: S, from: &[f16; LANES]) -> S::F32 {
+        simd.load_f16(from)
+    }
+    fn convert(from: &[f32], to: &mut [f16]) {
+        to.convert_from_f32_slice(from);
+    }
+    const ZERO: f16 = f16::ZERO;
+}
+
+// SAFETY: a transparent u16.
+unsafe impl KvElement for bf16 {
+    #[inline(always)]
+    fn load<S: Simd>(simd: S, from: &[bf16; LANES]) -> S::F32 {
+        simd.load_bf16(from)
+    }
+    fn convert(from: &[f32], to: &mut [bf16]) {
+        to.convert_from_f32_slice(from);
+    }
+    const ZERO: bf16 = bf16::ZERO;
+}
+
+/// Where a cache's elements are.
+#[derive(Clone, Copy)]
+pub(crate) struct KvLayout {
+    spec: KvSpec,
+}
+
+impl KvLayout {
+    /// Vectors of a row of V.
+    pub(crate) fn v_vectors(&self) -> usize {
+        self.spec.head_dim.div_ceil(LANES)
+    }
+    fn k_head(&self) -> usize {
+        self.spec.block_size * self.spec.head_dim
+    }
+    fn v_head(&self) -> usize {
+        self.spec.block_size * self.v_vectors() * LANES
+    }
+    /// Elements of all of K.
+    fn k_len(&self) -> usize {
+        self.spec.num_blocks * self.spec.num_kv_heads * self.k_head()
+    }
+    /// First element of the K of eight positions: `[head_dim][8]`.
+    fn k_group(&self, block: usize, head: usize, group: usize) -> usize {
+        (block * self.spec.num_kv_heads + head) * self.k_head() + group * LANES * self.spec.head_dim
+    }
+    /// First element of the V of eight positions: `[8][head_dim, padded]`.
+    fn v_group(&self, block: usize, head: usize, group: usize) -> usize {
+        self.k_len()
+            + (block * self.spec.num_kv_heads + head) * self.v_head()
+            + group * LANES * self.v_vectors() * LANES
+    }
+    /// Elements of K and V together, if they can be counted.
+    fn len(&self) -> Option<usize> {
+        let row = self.spec.head_dim.checked_add(self.spec.head_dim.checked_next_multiple_of(LANES)?)?;
+        let factors = [self.spec.num_blocks, self.spec.num_kv_heads, self.spec.block_size];
+        factors.into_iter().try_fold(row, usize::checked_mul)
+    }
+}
+
+/// K and V of eight consecutive positions and one head.
+#[derive(Clone, Copy)]
+pub(crate) struct KvGroup<'a, E> {
+    /// `head_dim` vectors of eight positions.
+    pub(crate) k: &'a [[E; LANES]],
+    /// Eight rows of `v_vectors` vectors.
+    pub(crate) v: &'a [[E; LANES]],
+}
+
+impl CpuKvCache {
+    /// Zeroed; memory that is never written costs nothing.
+    ///
+    /// # Errors
+    /// [`KernelError::Shape`] if `block_size` is not a multiple of 8, [`KernelError::OutOfMemory`].
+    pub(crate) fn new(spec: KvSpec) -> Result<Self> {
+        check("kv_cache", spec.block_size > 0 && spec.block_size.is_multiple_of(LANES), || {
+            format!("block_size {} is not a multiple of {LANES}", spec.block_size)
+        })?;
+        let layout = KvLayout { spec };
+        let bytes = layout.len().and_then(|n| n.checked_mul(spec.dtype.bytes())).ok_or(
+            KernelError::OutOfMemory { what: "KV cache", requested: usize::MAX, free: 0 },
+        )?;
+        Ok(Self { spec, memory: Region::zeroed(bytes, "KV cache")? })
+    }
+
+    pub fn spec(&self) -> KvSpec {
+        self.spec
+    }
+
+    /// Bytes of K and V.
+    pub fn bytes(&self) -> usize {
+        self.memory.as_slice().len()
+    }
+
+    pub(crate) fn layout(&self) -> KvLayout {
+        KvLayout { spec: self.spec }
+    }
+
+    pub(crate) fn elements<E: KvElement>(&self) -> Elements<'_, E> {
+        let bytes = self.memory.as_slice();
+        assert_eq!(size_of::<E>(), self.spec.dtype.bytes());
+        // SAFETY: within the region, whose alignment suffices, and every bit pattern is a value (`KvElement`).
+        let values = unsafe { std::slice::from_raw_parts(bytes.as_ptr().cast(), bytes.len() / size_of::<E>()) };
+        Elements { values, layout: self.layout() }
+    }
+
+    /// An error unless `heads` are the cache's.
+    pub(crate) fn check_heads(&self, op: &'static str, heads: &Heads) -> Result<()> {
+        let same = heads.num_kv == self.spec.num_kv_heads && heads.head_dim == self.spec.head_dim;
+        check(op, same, || {
+            format!(
+                "{} heads of {} and a cache for {} of {}",
+                heads.num_kv, heads.head_dim, self.spec.num_kv_heads, self.spec.head_dim
+            )
+        })
+    }
+}
+
+/// A cache seen as its element type.
+#[derive(Clone, Copy)]
+pub(crate) struct Elements<'a, E> {
+    values: &'a [E],
+    pub(crate) layout: KvLayout,
+}
+
+impl<'a, E: KvElement> Elements<'a, E> {
+    /// Positions `8 * group..` of a block.
+    #[inline(always)]
+    pub(crate) fn group(&self, block: usize, head: usize, group: usize) -> KvGroup<'a, E> {
+        let (head_dim, v_vectors) = (self.layout.spec.head_dim, self.layout.v_vectors());
+        let k = &self.values[self.layout.k_group(block, head, group)..][..head_dim * LANES];
+        let v = &self.values[self.layout.v_group(block, head, group)..][..LANES * v_vectors * LANES];
+        KvGroup { k: k.as_chunks().0, v: v.as_chunks().0 }
+    }
+}
+
+/// Writes the k and v heads of `qkv` to the batch's slots.
+pub(crate) fn reshape_and_cache(
+    exec: Exec<'_>,
+    kv: &mut CpuKvCache,
+    qkv: &CpuBuffer,
+    heads: &Heads,
+    batch: &CpuBatch,
+) -> Result<()> {
+    const OP: &str = "reshape_and_cache";
+    let slots = &batch.input().slot_mapping;
+    kv.check_heads(OP, heads)?;
+    qkv.check(OP, slots.len(), heads.qkv_width())?;
+    batch.check_slots(OP, kv.spec.num_blocks * kv.spec.block_size)?;
+    let layout = kv.layout();
+    let store = Store { qkv, heads, slots, layout };
+    let memory = kv.memory.as_mut_slice().as_mut_ptr();
+    match kv.spec.dtype {
+        KvDtype::F32 => store.run::<f32>(exec, memory),
+        KvDtype::F16 => store.run::<f16>(exec, memory),
+        KvDtype::BF16 => store.run::<bf16>(exec, memory),
+    }
+    Ok(())
+}
+
+struct Store<'a> {
+    qkv: &'a CpuBuffer,
+    heads: &'a Heads,
+    slots: &'a [u32],
+    layout: KvLayout,
+}
+
+struct SendPtr<E>(*mut E);
+// SAFETY: the tasks of `Store::run` write disjoint elements through it.
+unsafe impl<E: Send> Sync for SendPtr<E> {}
+
+impl<E> SendPtr<E> {
+    fn at(&self, index: usize) -> *mut E {
+        self.0.wrapping_add(index)
+    }
+}
+
+impl Store<'_> {
+    /// One task per head of K and per head of V: their elements are disjoint whatever the slots are.
+    fn run<E: KvElement>(&self, exec: Exec<'_>, memory: *mut u8) {
+        let memory = SendPtr(memory.cast::<E>());
+        let Heads { num_q, num_kv, head_dim, .. } = *self.heads;
+        exec.pool.run(2 * num_kv, |task| {
+            let mut converted = vec![E::ZERO; head_dim];
+            for (row, &slot) in self.slots.iter().enumerate() {
+                E::convert(&self.qkv.row(row)[(num_q + task) * head_dim..][..head_dim], &mut converted);
+                if task < num_kv {
+                    self.store_k(&memory, task, slot as usize, &converted);
+                } else {
+                    self.store_v(&memory, task - num_kv, slot as usize, &converted);
+                }
+            }
+        });
+    }
+
+    fn store_k<E: KvElement>(&self, memory: &SendPtr<E>, head: usize, slot: usize, values: &[E]) {
+        let block_size = self.layout.spec.block_size;
+        let (block, offset) = (slot / block_size, slot % block_size);
+        let first = self.layout.k_group(block, head, offset / LANES) + offset % LANES;
+        for (d, &value) in values.iter().enumerate() {
+            // SAFETY: the slot is within the cache (`check_slots`), so this is an element of `head`'s K, which only
+            // this task writes.
+            unsafe { memory.at(first + d * LANES).write(value) };
+        }
+    }
+
+    fn store_v<E: KvElement>(&self, memory: &SendPtr<E>, head: usize, slot: usize, values: &[E]) {
+        let block_size = self.layout.spec.block_size;
+        let (block, offset) = (slot / block_size, slot % block_size);
+        let first = self.layout.v_group(block, head, offset / LANES)
+            + offset % LANES * self.layout.v_vectors() * LANES;
+        // SAFETY: the slot is within the cache (`check_slots`), so this is a row of `head`'s V, which only this task
+        // writes; `values` lies elsewhere.
+        unsafe { memory.at(first).copy_from_nonoverlapping(values.as_ptr(), values.len()) };
+    }
+}

@@ -1,0 +1,305 @@
+//! Eight f32 lanes. A kernel is written once, over [`Simd`], and runs on AVX2 + FMA + F16C where the machine has them
+//! and portably where not.
+//!
+//! A `Simd` value is the proof that its instructions exist: [`Avx2`] can only be had from [`Isa::detect`]. That is
+//! what makes its methods safe. The two instruction sets do not give the same bits (the portable [`Simd::fma`] rounds
+//! twice); each of them gives the same bits for a row however the batch is cut.
+
+use half::{bf16, f16};
+
+/// Lanes of a vector.
+pub(crate) const LANES: usize = 8;
+
+/// Work to be done with vectors.
+pub(crate) trait Kernel {
+    type Output;
+    /// Implementations are `#[inline(always)]`, as is everything they call: only so are the instructions inlined.
+    fn run<S: Simd>(self, simd: S) -> Self::Output;
+}
+
+pub(crate) trait Simd: Copy {
+    type F32: Copy;
+
+    /// Runs `kernel` compiled for this instruction set.
+    fn vectorize<K: Kernel>(self, kernel: K) -> K::Output;
+
+    fn splat(self, x: f32) -> Self::F32;
+    fn load(self, from: &[f32; LANES]) -> Self::F32;
+    fn load_f16(self, from: &[f16; LANES]) -> Self::F32;
+    fn load_bf16(self, from: &[bf16; LANES]) -> Self::F32;
+    fn store(self, to: &mut [f32; LANES], x: Self::F32);
+
+    fn add(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    fn sub(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    fn mul(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    fn div(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    /// `a * b + c`.
+    fn fma(self, a: Self::F32, b: Self::F32, c: Self::F32) -> Self::F32;
+    /// `b` where either is NaN.
+    fn max(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    /// `b` where either is NaN.
+    fn min(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    /// To the nearest integer, ties to even; for |x| < 2²².
+    fn round(self, x: Self::F32) -> Self::F32;
+    /// `x · 2ⁿ` for an integral `n`, where that is a normal number.
+    fn ldexp(self, x: Self::F32, n: Self::F32) -> Self::F32;
+    /// 0 where `x < limit`, else `y`.
+    fn zero_below(self, y: Self::F32, x: Self::F32, limit: Self::F32) -> Self::F32;
+
+    /// Up to eight values, followed by zeros.
+    #[inline(always)]
+    fn load_partial(self, from: &[f32]) -> Self::F32 {
+        let mut lanes = [0.0; LANES];
+        lanes[..from.len()].copy_from_slice(from);
+        self.load(&lanes)
+    }
+
+    #[inline(always)]
+    fn to_array(self, x: Self::F32) -> [f32; LANES] {
+        let mut lanes = [0.0; LANES];
+        self.store(&mut lanes, x);
+        lanes
+    }
+
+    /// The sum of the lanes, in one order.
+    #[inline(always)]
+    fn sum(self, x: Self::F32) -> f32 {
+        let l = self.to_array(x);
+        ((l[0] + l[4]) + (l[2] + l[6])) + ((l[1] + l[5]) + (l[3] + l[7]))
+    }
+
+    #[inline(always)]
+    fn max_lane(self, x: Self::F32) -> f32 {
+        self.to_array(x).into_iter().fold(f32::NEG_INFINITY, f32::max)
+    }
+}
+
+/// The instruction set in use.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Isa {
+    Portable,
+    #[cfg(target_arch = "x86_64")]
+    Avx2(Avx2),
+}
+
+impl Isa {
+    /// The best one of this machine.
+    pub(crate) fn detect() -> Self {
+        #[cfg(target_arch = "x86_64")]
+        if is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c")
+        {
+            return Self::Avx2(Avx2(()));
+        }
+        Self::Portable
+    }
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Portable => "portable",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2(_) => "avx2",
+        }
+    }
+
+    pub(crate) fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        match self {
+            Self::Portable => Portable.vectorize(kernel),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2(simd) => simd.vectorize(kernel),
+        }
+    }
+}
+
+/// Arrays, which compilers turn into whatever vectors the target has.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Portable;
+
+#[inline(always)]
+fn map(f: impl Fn(usize) -> f32) -> [f32; LANES] {
+    std::array::from_fn(f)
+}
+
+impl Simd for Portable {
+    type F32 = [f32; LANES];
+
+    #[inline(always)]
+    fn vectorize<K: Kernel>(self, kernel: K) -> K::Output {
+        kernel.run(self)
+    }
+    #[inline(always)]
+    fn splat(self, x: f32) -> Self::F32 {
+        [x; LANES]
+    }
+    #[inline(always)]
+    fn load(self, from: &[f32; LANES]) -> Self::F32 {
+        *from
+    }
+    #[inline(always)]
+    fn load_f16(self, from: &[f16; LANES]) -> Self::F32 {
+        map(|i| from[i].to_f32())
+    }
+    #[inline(always)]
+    fn load_bf16(self, from: &[bf16; LANES]) -> Self::F32 {
+        map(|i| from[i].to_f32())
+    }
+    #[inline(always)]
+    fn store(self, to: &mut [f32; LANES], x: Self::F32) {
+        *to = x;
+    }
+    #[inline(always)]
+    fn add(self, a: Self::F32, b: Self::F32) -> Self::F32 {
+        map(|i| a[i] + b[i])
+    }
+    #[inline(always)]
+    fn sub(self, a: Self::F32, b: Self::F32) -> Self::F32 {
+        map(|i| a[i] - b[i])
+    }
+    #[inline(always)]
+    fn mul(self, a: Self::F32, b: Self::F32) -> Self::F32 {
+        map(|i| a[i] * b[i])
+    }
+    #[inline(always)]
+    fn div(self, a: Self::F32, b: Self::F32) -> Self::F32 {
+        map(|i| a[i] / b[i])
+    }
+    #[inline(always)]
+    fn fma(self, a: Self::F32, b: Self::F32, c: Self::F32) -> Self::F32 {
+        // Not `mul_add`, which is a slow library call on a machine without the instruction.
+        map(|i| a[i] * b[i] + c[i])
+    }
+    #[inline(always)]
+    fn max(self, a: Self::F32, b: Self::F32) -> Self::F32 {
+        map(|i| if a[i] > b[i] { a[i] } else { b[i] })
+    }
+    #[inline(always)]
+    fn min(self, a: Self::F32, b: Self::F32) -> Self::F32 {
+        map(|i| if a[i] < b[i] { a[i] } else { b[i] })
+    }
+    #[inline(always)]
+    fn round(self, x: Self::F32) -> Self::F32 {
+        // Adding 1.5 · 2²³ leaves no bits for a fraction.
+        const SHIFT: f32 = 12_582_912.0;
+        map(|i| (x[i] + SHIFT) - SHIFT)
+    }
+    #[inline(always)]
+    fn ldexp(self, x: Self::F32, n: Self::F32) -> Self::F32 {
+        map(|i| f32::from_bits(x[i].to_bits().wrapping_add((n[i] as i32 as u32) << 23)))
+    }
+    #[inline(always)]
+    fn zero_below(self, y: Self::F32, x: Self::F32, limit: Self::F32) -> Self::F32 {
+        map(|i| if x[i] < limit[i] { 0.0 } else { y[i] })
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) use avx2::Avx2;
+
+#[cfg(target_arch = "x86_64")]
+mod avx2 {
+    use std::arch::x86_64::*;
+
+    use half::{bf16, f16};
+
+    use super::{Kernel, LANES, Simd};
+
+    /// Proof of AVX2, FMA and F16C.
+    #[derive(Clone, Copy, Debug)]
+    pub(crate) struct Avx2(pub(super) ());
+
+    impl Simd for Avx2 {
+        type F32 = __m256;
+
+        #[inline(always)]
+        fn vectorize<K: Kernel>(self, kernel: K) -> K::Output {
+            #[target_feature(enable = "avx2,fma,f16c")]
+            fn compiled<K: Kernel>(simd: Avx2, kernel: K) -> K::Output {
+                kernel.run(simd)
+            }
+            // SAFETY: `self` exists, so the machine has the features.
+            unsafe { compiled(self, kernel) }
+        }
+        #[inline(always)]
+        fn splat(self, x: f32) -> __m256 {
+            // SAFETY: `self` exists, so the machine has AVX.
+            unsafe { _mm256_set1_ps(x) }
+        }
+        #[inline(always)]
+        fn load(self, from: &[f32; LANES]) -> __m256 {
+            // SAFETY: `self` exists, so the machine has AVX; eight floats are readable, at any alignment.
+            unsafe { _mm256_loadu_ps(from.as_ptr()) }
+        }
+        #[inline(always)]
+        fn load_f16(self, from: &[f16; LANES]) -> __m256 {
+            // SAFETY: `self` exists, so the machine has F16C; 16 bytes are readable, at any alignment.
+            unsafe { _mm256_cvtph_ps(_mm_loadu_si128(from.as_ptr().cast())) }
+        }
+        #[inline(always)]
+        fn load_bf16(self, from: &[bf16; LANES]) -> __m256 {
+            // SAFETY: `self` exists, so the machine has AVX2; 16 bytes are readable, at any alignment.
+            unsafe {
+                let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.as_ptr().cast()));
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
+            }
+        }
+        #[inline(always)]
+        fn store(self, to: &mut [f32; LANES], x: __m256) {
+            // SAFETY: `self` exists, so the machine has AVX; eight floats are writable, at any alignment.
+            unsafe { _mm256_storeu_ps(to.as_mut_ptr(), x) }
+        }
+        #[inline(always)]
+        fn add(self, a: __m256, b: __m256) -> __m256 {
+            // SAFETY: `self` exists, so the machine has AVX.
+            unsafe { _mm256_add_ps(a, b) }
+        }
+        #[inline(always)]
+        fn sub(self, a: __m256, b: __m256) -> __m256 {
+            // SAFETY: `self` exists, so the machine has AVX.
+            unsafe { _mm256_sub_ps(a, b) }
+        }
+        #[inline(always)]
+        fn mul(self, a: __m256, b: __m256) -> __m256 {
+            // SAFETY: `self` exists, so the machine has AVX.
+            unsafe { _mm256_mul_ps(a, b) }
+        }
+        #[inline(always)]
+        fn div(self, a: __m256, b: __m256) -> __m256 {
+            // SAFETY: `self` exists, so the machine has AVX.
+            unsafe { _mm256_div_ps(a, b) }
+        }
+        #[inline(always)]
+        fn fma(self, a: __m256, b: __m256, c: __m256) -> __m256 {
+            // SAFETY: `self` exists, so the machine has FMA.
+            unsafe { _mm256_fmadd_ps(a, b, c) }
+        }
+        #[inline(always)]
+        fn max(self, a: __m256, b: __m256) -> __m256 {
+            // SAFETY: `self` exists, so the machine has AVX.
+            unsafe { _mm256_max_ps(a, b) }
+        }
+        #[inline(always)]
+        fn min(self, a: __m256, b: __m256) -> __m256 {
+            // SAFETY: `self` exists, so the machine has AVX.
+            unsafe { _mm256_min_ps(a, b) }
+        }
+        #[inline(always)]
+        fn round(self, x: __m256) -> __m256 {
+            // SAFETY: `self` exists, so the machine has AVX.
+            unsafe { _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x) }
+        }
+        #[inline(always)]
+        fn ldexp(self, x: __m256, n: __m256) -> __m256 {
+            // SAFETY: `self` exists, so the machine has AVX2.
+            unsafe {
+                let exponent = _mm256_slli_epi32::<23>(_mm256_cvtps_epi32(n));
+                _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), exponent))
+            }
+        }
+        #[inline(always)]
+        fn zero_below(self, y: __m256, x: __m256, limit: __m256) -> __m256 {
+            // SAFETY: `self` exists, so the machine has AVX.
+            unsafe { _mm256_andnot_ps(_mm256_cmp_ps::<_CMP_LT_OQ>(x, limit), y) }
+        }
+    }
+}
