@@ -9,6 +9,7 @@ pub mod batch;
 pub mod candidates;
 pub mod cpu;
 pub mod error;
+mod noise;
 pub mod philox;
 
 pub use backend::{

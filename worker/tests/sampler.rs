@@ -4,7 +4,8 @@ mod support;
 
 use std::{collections::BTreeMap, ops::Range};
 
-use phalanx_kernels::{Noise, cpu::CpuBackend, gumbel};
+use phalanx_kernels::{Noise, cpu::CpuBackend};
+use phalanx_model::TensorParallelStyle;
 use phalanx_proto::step::{Penalties, RowSampling, SampledToken, SequenceId};
 use phalanx_worker::sampler::{SamplingRow, Vocabulary, sample};
 use proptest::prelude::*;
@@ -53,7 +54,7 @@ fn reference(logits: &[f32], sampling: &RowSampling) -> Vec<(u32, f64, f32)> {
 
 /// The draw: largest scaled logit + noise among `kept`.
 fn reference_draw(kept: &[(u32, f64, f32)], noise: Noise) -> u32 {
-    let perturbed = |entry: &(u32, f64, f32)| entry.2 + gumbel(noise, entry.0);
+    let perturbed = |entry: &(u32, f64, f32)| entry.2 + noise.gumbel(entry.0);
     kept.iter()
         .max_by(|a, b| perturbed(a).total_cmp(&perturbed(b)).then(b.0.cmp(&a.0)))
         .map(|entry| entry.0)
@@ -87,7 +88,7 @@ fn sampled(temperature: f32) -> RowSampling {
 
 /// What `ranks` ranks draw from `rows`, row `i` at position `positions[i]`.
 fn draw(world_size: usize, logits: &[f32], samplings: &[RowSampling], positions: &[u64]) -> Vec<SampledToken> {
-    let ranks = Ranks::new(world_size);
+    let ranks = Ranks::new(world_size, TensorParallelStyle::Gather);
     let vocab = split(logits.len(), world_size);
     let mut results = ranks.run(|rank, mut comm| {
         let backend = CpuBackend::new(1).unwrap();

@@ -2,15 +2,18 @@
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
 use std::{
+    cell::RefCell,
     ops::Range,
     path::{Path, PathBuf},
+    rc::Rc,
     sync::Arc,
     time::Duration,
 };
 
 use phalanx_kernels::{
     Backend, BatchInput, WeightSource,
-    cpu::{CpuBackend, ShmCommunicator},
+    comm::ShmCommunicator,
+    cpu::CpuBackend,
 };
 use phalanx_model::{
     Checkpoint, ModelConfig, RopeLayout, RopeScaling, ShardPlan, TensorFormat, TensorParallelOptions,
@@ -136,17 +139,19 @@ pub fn load(assign: &v1::Assign) -> LoadedModel<CpuBackend> {
 pub struct Ranks {
     pub segment: Arc<Segment>,
     world_size: usize,
+    style: TensorParallelStyle,
     _dir: tempfile::TempDir,
 }
 
 impl Ranks {
-    pub fn new(world_size: usize) -> Self {
+    pub fn new(world_size: usize, style: TensorParallelStyle) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let shape = group_shape(world_size, 1);
         let segment = Segment::create(dir.path(), "test", shape).unwrap();
         Self {
             segment: Arc::new(segment),
             world_size,
+            style,
             _dir: dir,
         }
     }
@@ -161,7 +166,8 @@ impl Ranks {
                     scope.spawn(move || {
                         let limit = Duration::from_secs(60);
                         let port = RankPort::join(segment, rank as u32, Wait::default(), limit).unwrap();
-                        body(rank, ShmCommunicator::new(port))
+                        let port = Rc::new(RefCell::new(port));
+                        body(rank, ShmCommunicator::new(port, self.style))
                     })
                 })
                 .collect();
@@ -198,7 +204,7 @@ pub fn on_demo_model<T: Send>(
     body: impl Fn(&mut ModelRunner<CpuBackend, ShmCommunicator>) -> T + Sync,
 ) -> Vec<T> {
     let path = demo_model();
-    Ranks::new(options.world_size).run(|rank, comm| {
+    Ranks::new(options.world_size, options.style).run(|rank, comm| {
         let model = load(&assign(&path, rank, options));
         let mut runner = ModelRunner::new(model, comm).map_err(|(_, error)| error).unwrap();
         body(&mut runner)
