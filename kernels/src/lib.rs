@@ -10,6 +10,7 @@ pub mod candidates;
 pub mod comm;
 pub mod cpu;
 pub mod error;
+mod noise;
 pub mod philox;
 
 pub use backend::{

@@ -1,22 +1,24 @@
 //! The rank's own thread: loads the shard, then serves one group after another.
 
 use std::{
+    cell::RefCell,
+    rc::Rc,
     sync::{Arc, mpsc as thread_mpsc},
     thread,
     time::{Duration, Instant},
 };
 
-use phalanx_kernels::cpu::{CpuBackend, ShmCommunicator};
+use phalanx_kernels::{comm::ShmCommunicator, cpu::CpuBackend};
 use phalanx_proto::{
     step::{StepLimits, StepPlan, decode_plan, encode_output},
-    v1::{self, Phase, worker_event::Event},
+    v1::{self, worker_event::Event},
 };
 use phalanx_shm::{AbortReason, Party, RankPort, Segment, Wait};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::{
     assignment::Assignment,
-    error::{JoinError, RunError, WorkerError},
+    error::{RunError, WorkerError},
     loader::{self, LoadProgress},
     process,
     runner::{LoadedModel, ModelRunner},
@@ -112,20 +114,19 @@ impl RankContext {
     ) -> Result<LoadedModel<CpuBackend>, WorkerError> {
         let epoch = segment.shape().epoch;
         let (model, error) = match self.join(model, &segment) {
-            Ok(mut runner) => {
+            Ok(mut steps) => {
                 self.report(Report::Event(Event::GroupJoined(v1::GroupJoined { epoch })));
-                let error = StepLoop::new(&runner, epoch).run(&mut runner);
-                (runner.into_model(), error)
+                let error = steps.run();
+                (steps.runner.into_model(), error)
             }
-            Err((model, error)) => (model, error),
+            Err(failed) => failed,
         };
-        match &error {
-            RunError::Peer { rank, .. } => segment.abort(AbortReason::OutOfStep(Party::Rank(*rank as u32))),
-            error if !error.is_group_end() => {
-                segment.abort(AbortReason::Lost(Party::Rank(self.rank)));
-            }
-            _ => {}
-        }
+        // Whoever waits for this rank must not wait longer. If the group has been aborted, the first reason stays.
+        let to_blame = match &error {
+            RunError::Peer { rank, .. } => AbortReason::OutOfStep(Party::Rank(*rank as u32)),
+            _ => AbortReason::Lost(Party::Rank(self.rank)),
+        };
+        segment.abort(to_blame);
         if error.is_group_end() {
             tracing::info!(rank = self.rank, epoch, reason = %error, "the group ended");
             Ok(model)
@@ -138,12 +139,20 @@ impl RankContext {
         &self,
         model: LoadedModel<CpuBackend>,
         segment: &Arc<Segment>,
-    ) -> Result<ModelRunner<CpuBackend, ShmCommunicator>, (LoadedModel<CpuBackend>, RunError)> {
+    ) -> Result<StepLoop, (LoadedModel<CpuBackend>, RunError)> {
         let limit = model.assignment.step_timeout;
-        match RankPort::join(Arc::clone(segment), self.rank, Wait::default(), limit) {
-            Ok(port) => ModelRunner::new(model, ShmCommunicator::new(port)),
-            Err(error) => Err((model, error.into())),
-        }
+        let port = match RankPort::join(Arc::clone(segment), self.rank, Wait::calibrated(), limit) {
+            Ok(port) => Rc::new(RefCell::new(port)),
+            Err(error) => return Err((model, error.into())),
+        };
+        let comm = ShmCommunicator::new(Rc::clone(&port), model.assignment.plan.style);
+        Ok(StepLoop {
+            limits: model.assignment.limits,
+            epoch: segment.shape().epoch,
+            last_step: None,
+            port,
+            runner: ModelRunner::new(model, comm)?,
+        })
     }
 
     fn report(&self, report: Report) {
@@ -158,33 +167,29 @@ struct StepLoop {
     epoch: u32,
     /// None before the first step.
     last_step: Option<u64>,
+    /// The communicator's port, between steps.
+    port: Rc<RefCell<RankPort>>,
+    runner: ModelRunner<CpuBackend, ShmCommunicator>,
 }
 
 impl StepLoop {
-    fn new(runner: &ModelRunner<CpuBackend, ShmCommunicator>, epoch: u32) -> Self {
-        Self {
-            limits: runner.assignment().limits,
-            epoch,
-            last_step: None,
-        }
-    }
-
     /// Returns what ended the group.
-    fn run(&mut self, runner: &mut ModelRunner<CpuBackend, ShmCommunicator>) -> RunError {
+    fn run(&mut self) -> RunError {
         loop {
-            if let Err(error) = self.step(runner) {
+            if let Err(error) = self.step() {
                 return error;
             }
         }
     }
 
-    fn step(&mut self, runner: &mut ModelRunner<CpuBackend, ShmCommunicator>) -> Result<(), RunError> {
-        let port = runner.comm_mut().port_mut();
-        let (plan, arrived) = port.next_plan(|bytes| (decode_plan(bytes, &self.limits), Instant::now()))?;
+    fn step(&mut self) -> Result<(), RunError> {
+        let limits = self.limits;
+        let read = |bytes: &[u8]| (decode_plan(bytes, &limits), Instant::now());
+        let (plan, arrived) = self.port.borrow_mut().next_plan(read)?;
         let plan = plan.map_err(RunError::DecodePlan)?;
         self.check(&plan)?;
-        let mut output = runner.execute(&plan)?;
-        let port = runner.comm_mut().port_mut();
+        let mut output = self.runner.execute(&plan)?;
+        let mut port = self.port.borrow_mut();
         if port.rank() == 0 {
             output.forward_us = u32::try_from(arrived.elapsed().as_micros()).unwrap_or(u32::MAX);
             port.publish_output(|slot| encode_output(&output, slot).map_err(RunError::EncodeOutput))?;

@@ -65,10 +65,6 @@ impl<B: Backend, C: Communicator<B>> ModelRunner<B, C> {
         &self.loaded.assignment
     }
 
-    pub fn comm_mut(&mut self) -> &mut C {
-        &mut self.comm
-    }
-
     /// Runs `plan` and samples the rows that ask for it. Every rank returns the same tokens; `forward_us` is left 0.
     pub fn execute(&mut self, plan: &StepPlan) -> Result<StepOutput, RunError> {
         let sampled = self.forward(plan)?;

@@ -1,13 +1,15 @@
 //! The sampler against a plain f64 reference that sees whole rows of logits.
 
-use std::collections::BTreeMap;
+mod support;
 
-use phalanx_kernels::{Noise, cpu::CpuBackend, gumbel};
-use phalanx_proto::step::Penalties;
+use std::{collections::BTreeMap, ops::Range};
+
+use phalanx_kernels::{Noise, cpu::CpuBackend};
+use phalanx_model::TensorParallelStyle;
+use phalanx_proto::step::{Penalties, RowSampling, SampledToken, SequenceId};
+use phalanx_worker::sampler::{SamplingRow, Vocabulary, sample};
 use proptest::prelude::*;
-
-use super::*;
-use crate::testing::{Ranks, logits_buffer};
+use support::{Ranks, logits_buffer};
 
 const VOCAB: usize = 1300;
 
@@ -52,7 +54,7 @@ fn reference(logits: &[f32], sampling: &RowSampling) -> Vec<(u32, f64, f32)> {
 
 /// The draw: largest scaled logit + noise among `kept`.
 fn reference_draw(kept: &[(u32, f64, f32)], noise: Noise) -> u32 {
-    let perturbed = |entry: &(u32, f64, f32)| entry.2 + gumbel(noise, entry.0);
+    let perturbed = |entry: &(u32, f64, f32)| entry.2 + noise.gumbel(entry.0);
     kept.iter()
         .max_by(|a, b| perturbed(a).total_cmp(&perturbed(b)).then(b.0.cmp(&a.0)))
         .map(|entry| entry.0)
@@ -86,9 +88,9 @@ fn sampled(temperature: f32) -> RowSampling {
 
 /// What `ranks` ranks draw from `rows`, row `i` at position `positions[i]`.
 fn draw(world_size: usize, logits: &[f32], samplings: &[RowSampling], positions: &[u64]) -> Vec<SampledToken> {
-    let ranks = Ranks::new(world_size);
+    let ranks = Ranks::new(world_size, TensorParallelStyle::Gather);
     let vocab = split(logits.len(), world_size);
-    let mut results = ranks.run(|rank, comm| {
+    let mut results = ranks.run(|rank, mut comm| {
         let backend = CpuBackend::new(1).unwrap();
         let own: Vec<Vec<f32>> = vec![logits[vocab[rank].clone()].to_vec(); samplings.len()];
         let buffer = logits_buffer(&backend, &own);
@@ -102,7 +104,7 @@ fn draw(world_size: usize, logits: &[f32], samplings: &[RowSampling], positions:
             })
             .collect();
         let vocabulary = Vocabulary { ranks: &vocab, rank };
-        sample(&backend, comm, &buffer, vocabulary, &rows).unwrap()
+        sample(&backend, &mut comm, &buffer, vocabulary, &rows).unwrap()
     });
     let first = results.swap_remove(0);
     assert!(results.iter().all(|other| *other == first), "ranks disagree");
@@ -134,7 +136,7 @@ fn filters_and_draws_are_the_references() {
         RowSampling::GREEDY,
     ];
     for position in 0..20 {
-        let got = draw(1, &logits, &cases, &[position; 11]);
+        let got = draw(1, &logits, &cases, &vec![position; cases.len()]);
         for (case, token) in cases.iter().zip(&got) {
             let kept = reference(&logits, case);
             let want = reference_draw(&kept, Noise { seed: case.seed, position });

@@ -195,7 +195,7 @@ fn random_words(noise: Noise, first: u32) -> [[u32; LANES]; 4] {
 }
 
 /// Standard Gumbel noise of a uniform word.
-fn gumbel(word: u32) -> f32 {
+pub(crate) fn gumbel(word: u32) -> f32 {
     let uniform = (f64::from(word) + 0.5) * 2f64.powi(-32);
     -ln(-ln(uniform)) as f32
 }

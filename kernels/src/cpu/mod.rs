@@ -24,3 +24,5 @@ pub use backend::{CpuBackend, CpuVector};
 pub use batch::CpuBatch;
 pub use buffer::CpuBuffer;
 pub use kv_cache::CpuKvCache;
+
+pub(crate) use candidates::gumbel;

@@ -1,22 +1,9 @@
 //! The decision: which token, given every rank's candidates.
 
-use phalanx_kernels::{Candidate, ChunkStatistics, gumbel};
+use phalanx_kernels::{Candidate, Candidates, ChunkStatistics};
 use phalanx_proto::step::{SampledToken, SequenceId};
 
 use super::row::{Filter, Row, Strategy};
-
-/// The candidates of all ranks for one row. Order of both lists: larger value first, then smaller id.
-#[derive(Clone, Debug, PartialEq)]
-pub(super) struct Merged {
-    pub(super) best: Vec<Candidate>,
-    pub(super) raw_best: Vec<Candidate>,
-    pub(super) perturbed: Option<(f32, Candidate)>,
-    /// Of the scaled logits, and of the raw ones, when statistics were asked for.
-    pub(super) scaled_log_sum_exp: Option<f64>,
-    pub(super) raw_log_sum_exp: Option<f64>,
-    /// False if any rank met a NaN or an infinity.
-    pub(super) finite: bool,
-}
 
 /// What came of one row.
 #[derive(Clone, Debug, PartialEq)]
@@ -56,8 +43,8 @@ impl Choice {
 }
 
 impl Row {
-    /// None: more candidates are needed. With as many as the vocabulary has there is always a choice.
-    pub(super) fn decide(&self, merged: &Merged) -> Option<Choice> {
+    /// The choice from all ranks' candidates. None: more of them are needed. With as many as the vocabulary has there is always a choice.
+    pub(super) fn decide(&self, merged: &Candidates) -> Option<Choice> {
         if !merged.finite {
             return Some(Choice::NotFinite);
         }
@@ -82,10 +69,10 @@ impl Row {
     }
 
     /// How many of the best candidates the filters keep: at least one. None if that cannot be told from these.
-    fn kept(&self, filter: &Filter, merged: &Merged) -> Option<usize> {
+    fn kept(&self, filter: &Filter, merged: &Candidates) -> Option<usize> {
         let best = &merged.best;
-        // Nothing beyond these can pass: they are the top k, or the whole vocabulary.
-        let complete = filter.top_k.is_some() || best.len() == self.vocab_size;
+        // Nothing beyond these can pass: they are the top k, or all that are not banned.
+        let complete = filter.top_k.is_some() || best.len() < self.top || self.top == self.vocab_size;
         let max = best[0].scaled;
         let mut kept = best.len();
         if let Some(ln_min_p) = filter.ln_min_p {
@@ -98,9 +85,10 @@ impl Row {
             return Some(kept);
         };
         let weight = |candidate: &Candidate| f64::from(candidate.scaled - max).exp();
-        let total = match merged.scaled_log_sum_exp {
-            Some(log_sum_exp) => (log_sum_exp - f64::from(max)).exp(),
-            None => best[..kept].iter().map(weight).sum(),
+        let total = if merged.scaled_statistics.is_empty() {
+            best[..kept].iter().map(weight).sum()
+        } else {
+            (log_sum_exp(&merged.scaled_statistics) - f64::from(max)).exp()
         };
         let mut mass = 0.0;
         for (i, candidate) in best[..kept].iter().enumerate() {
@@ -114,42 +102,41 @@ impl Row {
 
     /// The largest scaled logit + Gumbel noise; of equals the smallest id.
     fn draw(&self, kept: &[Candidate]) -> Option<Candidate> {
-        let perturbed = |candidate: &Candidate| candidate.scaled + gumbel(self.noise, candidate.id);
-        kept.iter()
-            .map(|candidate| (perturbed(candidate), candidate))
-            .max_by(|(a, x), (b, y)| a.total_cmp(b).then(y.id.cmp(&x.id)))
-            .map(|(_, candidate)| *candidate)
+        let perturbed = |candidate: &Candidate| candidate.scaled + self.noise.gumbel(candidate.id);
+        let all = kept.iter().map(|candidate| (perturbed(candidate), *candidate));
+        let better = |(a, x): (f32, Candidate), (b, y): (f32, Candidate)| {
+            if b > a || (b == a && y.id < x.id) { (b, y) } else { (a, x) }
+        };
+        all.reduce(better).map(|(_, candidate)| candidate)
     }
 
-    fn report(&self, chosen: Candidate, merged: &Merged) -> Choice {
-        let (logprob, top_logprobs) = match (self.logprobs, merged.raw_log_sum_exp) {
-            (Some(_), Some(log_sum_exp)) => {
-                let logprob = |candidate: &Candidate| (f64::from(candidate.raw) - log_sum_exp) as f32;
-                let best = merged.raw_best.iter();
-                (
-                    Some(logprob(&chosen)),
-                    best.map(|candidate| (candidate.id, logprob(candidate))).collect(),
-                )
-            }
-            _ => (None, Vec::new()),
-        };
+    fn report(&self, chosen: Candidate, merged: &Candidates) -> Choice {
+        if self.logprobs.is_none() {
+            return Choice::Token {
+                id: chosen.id,
+                logprob: None,
+                top_logprobs: Vec::new(),
+            };
+        }
+        let total = log_sum_exp(&merged.raw_statistics);
+        let logprob = |candidate: &Candidate| (f64::from(candidate.raw) - total) as f32;
+        let best = merged.raw_best.iter();
         Choice::Token {
             id: chosen.id,
-            logprob,
-            top_logprobs,
+            logprob: Some(logprob(&chosen)),
+            top_logprobs: best.map(|candidate| (candidate.id, logprob(candidate))).collect(),
         }
     }
 }
 
 /// `ln(sum(exp(x)))` from the statistics of every chunk of the vocabulary. Chunks are added by rising id, so the result
 /// does not depend on which rank holds which.
-pub(super) fn log_sum_exp<'a>(chunks: impl Iterator<Item = &'a ChunkStatistics> + Clone) -> f64 {
-    let max = chunks.clone().map(|chunk| chunk.max).fold(f32::NEG_INFINITY, f32::max);
-    if max == f32::NEG_INFINITY {
-        return f64::NEG_INFINITY;
-    }
-    let terms = chunks
+fn log_sum_exp(chunks: &[ChunkStatistics]) -> f64 {
+    let max = chunks.iter().map(|chunk| chunk.max).fold(f32::NEG_INFINITY, f32::max);
+    // A chunk whose tokens are all banned has no mass, and no finite maximum to scale it by.
+    let masses = chunks
+        .iter()
         .filter(|chunk| chunk.max > f32::NEG_INFINITY)
         .map(|chunk| f64::from(chunk.sum) * f64::from(chunk.max - max).exp());
-    f64::from(max) + terms.sum::<f64>().ln()
+    f64::from(max) + masses.sum::<f64>().ln()
 }

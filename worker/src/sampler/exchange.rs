@@ -1,13 +1,9 @@
 //! Every rank tells every other one its candidates, and all merge them alike.
 
-use std::cmp::Ordering;
-
-use phalanx_kernels::{Backend, Candidate, Candidates, Communicator};
+use phalanx_kernels::{Backend, CandidateRequest, Candidates, Communicator};
 
 use super::{
     Vocabulary,
-    decision::{Merged, log_sum_exp},
-    row::Ask,
     wire::{self, WireError},
 };
 use crate::error::RunError;
@@ -18,22 +14,33 @@ const MESSAGE_BYTES: usize = 16 << 10;
 const FRAGMENT_HEADER: usize = 4;
 const FRAGMENT_BYTES: usize = MESSAGE_BYTES - FRAGMENT_HEADER;
 
-/// What all ranks together answer to `asks`; `local` is this rank's part. Without asks it is only a meeting of all
-/// ranks.
+/// What all ranks together answer to `requests`, row by row; `local` is this rank's part. Without requests it is only a
+/// meeting of all ranks.
 pub(super) fn merge_all<B: Backend, C: Communicator<B>>(
     comm: &mut C,
     vocab: Vocabulary<'_>,
-    asks: &[Ask],
+    requests: &[CandidateRequest<'_>],
     local: &[Candidates],
-) -> Result<Vec<Merged>, RunError> {
-    let bounds: Vec<usize> = vocab.ranks.iter().map(|range| wire::message_bound(asks, range)).collect();
+) -> Result<Vec<Candidates>, RunError> {
+    let bounds: Vec<usize> = vocab
+        .ranks
+        .iter()
+        .map(|range| wire::message_bound(requests, range))
+        .collect();
     let messages = exchange_long(comm, &wire::encode(local), &bounds)?;
-    let mut ranks = Vec::with_capacity(messages.len());
+    let whole = Candidates {
+        finite: true,
+        ..Candidates::default()
+    };
+    let mut merged = vec![whole; requests.len()];
+    // In rank order, which is that of the vocabulary.
     for (rank, (message, range)) in messages.iter().zip(vocab.ranks).enumerate() {
-        let rows = wire::decode(message, asks, range);
-        ranks.push(rows.map_err(|error| RunError::Peer { rank, error })?);
+        let rows = wire::decode(message, requests, range).map_err(|error| RunError::Peer { rank, error })?;
+        for ((merged, row), request) in merged.iter_mut().zip(rows).zip(requests) {
+            merged.append(row, request);
+        }
     }
-    Ok(asks.iter().enumerate().map(|(i, ask)| merge(ask, &ranks, i)).collect())
+    Ok(merged)
 }
 
 /// Exchanges messages longer than one slot: fragments, until no rank has anything left. `bounds[r]` is the most that
@@ -82,34 +89,4 @@ fn exchange_long<B: Backend, C: Communicator<B>>(
             return Ok(whole);
         }
     }
-}
-
-/// One row of every rank as one.
-fn merge(ask: &Ask, ranks: &[Vec<Candidates>], row: usize) -> Merged {
-    let parts = || ranks.iter().map(|rows| &rows[row]);
-    let best = |list: fn(&Candidates) -> &Vec<Candidate>, value: fn(&Candidate) -> f32, limit| {
-        let mut all: Vec<Candidate> = parts().flat_map(|part| list(part).iter().copied()).collect();
-        all.sort_by(|x, y| by_value(value(x), x.id, value(y), y.id));
-        all.truncate(limit);
-        all
-    };
-    Merged {
-        best: best(|part| &part.best, |candidate| candidate.scaled, ask.top),
-        raw_best: best(|part| &part.raw_best, |candidate| candidate.raw, ask.raw_top),
-        perturbed: parts()
-            .filter_map(|part| part.perturbed)
-            .min_by(|(a, x), (b, y)| by_value(*a, x.id, *b, y.id)),
-        scaled_log_sum_exp: ask
-            .scaled_statistics
-            .then(|| log_sum_exp(parts().flat_map(|part| &part.scaled_statistics))),
-        raw_log_sum_exp: ask
-            .raw_statistics
-            .then(|| log_sum_exp(parts().flat_map(|part| &part.raw_statistics))),
-        finite: parts().all(|part| part.finite),
-    }
-}
-
-/// Larger value first, then smaller id. Total, whatever a peer sent.
-fn by_value(a: f32, a_id: u32, b: f32, b_id: u32) -> Ordering {
-    b.total_cmp(&a).then(a_id.cmp(&b_id))
 }

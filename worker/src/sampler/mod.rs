@@ -19,7 +19,7 @@ use phalanx_kernels::{Backend, CandidateRequest, Communicator};
 use phalanx_proto::step::{RowSampling, SampledToken, SequenceId};
 
 use crate::error::RunError;
-use row::{Ask, Row};
+use row::Row;
 
 /// One row of the logits, and how to draw from it.
 #[derive(Clone, Copy, Debug)]
@@ -64,9 +64,8 @@ pub fn sample<B: Backend, C: Communicator<B>>(
             .map(|&i| states[i].request(i, vocab.own()))
             .collect();
         let local = backend.candidates(logits, &requests)?;
-        let asks: Vec<Ask> = open.iter().map(|&i| states[i].ask()).collect();
         // Without rows, too: this is what keeps a fast rank's next step off the buffers of a slow one's last.
-        let merged = exchange::merge_all(comm, vocab, &asks, &local)?;
+        let merged = exchange::merge_all(comm, vocab, &requests, &local)?;
         let mut undecided = Vec::new();
         for (&i, candidates) in open.iter().zip(&merged) {
             match states[i].decide(candidates) {

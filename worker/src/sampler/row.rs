@@ -33,15 +33,6 @@ pub(super) enum Strategy {
     Filtered(Filter),
 }
 
-/// What one row wants to know of the whole vocabulary in one round; the fields are those of [`CandidateRequest`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Ask {
-    pub(super) top: usize,
-    pub(super) raw_top: usize,
-    pub(super) scaled_statistics: bool,
-    pub(super) raw_statistics: bool,
-}
-
 pub(super) struct Row {
     pub(super) strategy: Strategy,
     pub(super) noise: Noise,
@@ -49,7 +40,7 @@ pub(super) struct Row {
     pub(super) logprobs: Option<usize>,
     pub(super) vocab_size: usize,
     /// Best scaled logits asked for in this round.
-    top: usize,
+    pub(super) top: usize,
     inverse_temperature: f32,
     edits: Vec<LogitEdit>,
 }
@@ -81,8 +72,17 @@ impl Row {
         }
     }
 
-    pub(super) fn ask(&self) -> Ask {
-        Ask {
+    /// What to ask the kernels of the rank whose columns are `vocab`. The numbers of candidates are those wanted of all
+    /// ranks together, as any one may hold them all.
+    pub(super) fn request(&self, row: usize, vocab: Range<usize>) -> CandidateRequest<'_> {
+        let first = self.edits.partition_point(|edit| (edit.id as usize) < vocab.start);
+        let last = self.edits.partition_point(|edit| (edit.id as usize) < vocab.end);
+        CandidateRequest {
+            row,
+            vocab,
+            edits: &self.edits[first..last],
+            inverse_temperature: self.inverse_temperature,
+            noise: (self.strategy == Strategy::Unfiltered).then_some(self.noise),
             top: self.top,
             raw_top: self.logprobs.unwrap_or(0),
             // With top-k or min-p, top-p looks at the mass of what these leave, and all of that is candidates.
@@ -95,24 +95,6 @@ impl Row {
                 })
             ),
             raw_statistics: self.logprobs.is_some(),
-        }
-    }
-
-    /// The same as [`Self::ask`] for the kernels of the rank whose columns are `vocab`.
-    pub(super) fn request(&self, row: usize, vocab: Range<usize>) -> CandidateRequest<'_> {
-        let ask = self.ask();
-        let first = self.edits.partition_point(|edit| (edit.id as usize) < vocab.start);
-        let last = self.edits.partition_point(|edit| (edit.id as usize) < vocab.end);
-        CandidateRequest {
-            row,
-            edits: &self.edits[first..last],
-            inverse_temperature: self.inverse_temperature,
-            noise: (self.strategy == Strategy::Unfiltered).then_some(self.noise),
-            top: ask.top.min(vocab.len()),
-            raw_top: ask.raw_top.min(vocab.len()),
-            scaled_statistics: ask.scaled_statistics,
-            raw_statistics: ask.raw_statistics,
-            vocab,
         }
     }
 

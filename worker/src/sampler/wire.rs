@@ -2,11 +2,9 @@
 
 use std::ops::Range;
 
-use phalanx_kernels::{Candidate, Candidates, ChunkStatistics, VOCAB_CHUNK};
+use phalanx_kernels::{Candidate, CandidateRequest, Candidates, ChunkStatistics, VOCAB_CHUNK};
 
-use super::row::Ask;
-
-/// Why a peer's message is not an answer.
+/// Why a peer's message is not an answer to the requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum WireError {
     #[error("ends within {0}")]
@@ -32,15 +30,15 @@ const CHUNK_BYTES: usize = 8;
 /// Flags, a perturbed candidate and four counts.
 const ROW_BYTES: usize = 1 + 4 + CANDIDATE_BYTES + 4 * 4;
 
-/// Most bytes that the answers to `asks` take on a rank that holds `vocab`.
-pub(super) fn message_bound(asks: &[Ask], vocab: &Range<usize>) -> usize {
-    let row = |ask: &Ask| {
-        let limits = RowLimits::new(ask, vocab);
+/// Most bytes that the answers to `requests` take on a rank that holds `vocab`.
+pub(super) fn message_bound(requests: &[CandidateRequest<'_>], vocab: &Range<usize>) -> usize {
+    let row = |request: &CandidateRequest<'_>| {
+        let limits = RowLimits::new(request, vocab);
         ROW_BYTES
             + CANDIDATE_BYTES * (limits.top + limits.raw_top)
             + CHUNK_BYTES * (limits.scaled_chunks + limits.raw_chunks)
     };
-    asks.iter().map(row).sum()
+    requests.iter().map(row).sum()
 }
 
 pub(super) fn encode(rows: &[Candidates]) -> Vec<u8> {
@@ -72,16 +70,16 @@ fn put_candidate(out: &mut Vec<u8>, candidate: &Candidate) {
     out.extend(candidate.scaled.to_le_bytes());
 }
 
-/// The answers of the rank that holds `vocab` to `asks`.
+/// The answers of the rank that holds `vocab` to `requests`.
 pub(super) fn decode(
     bytes: &[u8],
-    asks: &[Ask],
+    requests: &[CandidateRequest<'_>],
     vocab: &Range<usize>,
 ) -> Result<Vec<Candidates>> {
     let mut reader = Reader { bytes, vocab };
-    let rows = asks
+    let rows = requests
         .iter()
-        .map(|ask| reader.row(&RowLimits::new(ask, vocab)))
+        .map(|request| reader.row(&RowLimits::new(request, vocab)))
         .collect::<Result<_>>()?;
     match reader.bytes.len() {
         0 => Ok(rows),
@@ -89,7 +87,7 @@ pub(super) fn decode(
     }
 }
 
-/// What a rank may answer to one ask.
+/// What a rank may answer to one request.
 struct RowLimits {
     top: usize,
     raw_top: usize,
@@ -98,13 +96,13 @@ struct RowLimits {
 }
 
 impl RowLimits {
-    fn new(ask: &Ask, vocab: &Range<usize>) -> Self {
+    fn new(request: &CandidateRequest<'_>, vocab: &Range<usize>) -> Self {
         let chunks = |wanted: bool| if wanted { vocab.len().div_ceil(VOCAB_CHUNK) } else { 0 };
         Self {
-            top: ask.top.min(vocab.len()),
-            raw_top: ask.raw_top.min(vocab.len()),
-            scaled_chunks: chunks(ask.scaled_statistics),
-            raw_chunks: chunks(ask.raw_statistics),
+            top: request.top.min(vocab.len()),
+            raw_top: request.raw_top.min(vocab.len()),
+            scaled_chunks: chunks(request.scaled_statistics),
+            raw_chunks: chunks(request.raw_statistics),
         }
     }
 }
