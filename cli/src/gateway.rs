@@ -23,7 +23,7 @@ async fn serve(args: GatewayArgs) -> anyhow::Result<()> {
     let mut signals = Signals::install()?;
     let drain = Duration::from_secs(args.shutdown_timeout);
     let gateway = Gateway::bind(config(args.frontend, args.coordinator, drain)?).await?;
-    if let Some(address) = gateway.local_addr() {
+    for address in gateway.local_addrs() {
         tracing::info!(%address, "HTTP gateway listening");
     }
     gateway
@@ -36,7 +36,7 @@ async fn serve(args: GatewayArgs) -> anyhow::Result<()> {
                 std::process::exit(1);
             });
         })
-        .await?;
+        .await;
     Ok(())
 }
 

@@ -1,8 +1,13 @@
 //! `phalanx worker`: one rank.
 
+use std::time::Duration;
+
 use phalanx_worker::WorkerConfig;
 
 use crate::args::WorkerArgs;
+
+/// A coordinator in another container may start later than its workers.
+const CONNECT_LIMIT: Duration = Duration::from_secs(60);
 
 pub(crate) fn run(args: WorkerArgs) -> anyhow::Result<()> {
     let config = WorkerConfig {
@@ -11,7 +16,8 @@ pub(crate) fn run(args: WorkerArgs) -> anyhow::Result<()> {
         join_token: args.join_token,
         cpus: args.cpus,
         expected_parent: args.parent_pid,
-        ..WorkerConfig::default()
+        threads: None,
+        connect_limit: CONNECT_LIMIT,
     };
     // The step loop has a thread of its own; this runtime only carries the attach stream.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;

@@ -15,6 +15,7 @@ pub const MAX_LOGPROBS: u32 = 20;
 const MAX_RANKS: u64 = MAX_WORLD_SIZE as u64;
 const MAX_BLOCK_SIZE: u64 = 1 << 12;
 const MAX_TOKENS: u64 = 1 << 20;
+const MAX_EDITS: u64 = 1 << 24;
 const MAX_THREADS: u64 = 256;
 const MAX_TIMEOUT_MS: u64 = 3_600_000;
 
@@ -101,8 +102,7 @@ impl TryFrom<&v1::Assign> for Assignment {
 }
 
 /// The limits of plans and outputs that follow from an assignment. Coordinator and ranks must derive the same ones:
-/// rows, tokens, blocks and vocabulary are the assignment's own; a row's edits are bounded by the tokens its blocks can
-/// hold; log-probabilities by [`MAX_LOGPROBS`].
+/// they are the assignment's own, checked.
 pub fn step_limits(assign: &v1::Assign) -> Result<StepLimits> {
     let vocab_size = assign.model.as_ref().map_or(0, |model| model.vocab_size);
     within("block_size", assign.block_size, 1, MAX_BLOCK_SIZE)?;
@@ -112,14 +112,16 @@ pub fn step_limits(assign: &v1::Assign) -> Result<StepLimits> {
     within("max_blocks_per_row", assign.max_blocks_per_row, 1, most_blocks)?;
     within("max_tokens", assign.max_tokens, 1, MAX_TOKENS)?;
     within("max_rows", assign.max_rows, 1, MAX_TOKENS)?;
+    within("max_edits_per_row", assign.max_edits_per_row, 0, MAX_EDITS)?;
+    within("max_logprobs", assign.max_logprobs, 0, MAX_LOGPROBS.into())?;
     Ok(StepLimits {
         max_rows: assign.max_rows,
         max_tokens: assign.max_tokens,
         max_blocks_per_row: assign.max_blocks_per_row,
         num_blocks: assign.num_blocks,
         vocab_size,
-        max_edits_per_row: assign.max_blocks_per_row * assign.block_size,
-        max_logprobs: MAX_LOGPROBS,
+        max_edits_per_row: assign.max_edits_per_row,
+        max_logprobs: assign.max_logprobs,
     })
 }
 
@@ -168,6 +170,9 @@ fn rope_config(spec: &v1::ModelSpec) -> Result<RopeConfig> {
             beta_slow: yarn.beta_slow,
             attention_factor: yarn.attention_factor,
         },
+        Some(Wire::FrequencyFactors(frequency)) => {
+            RopeScaling::FrequencyFactors { factors: frequency.factors.clone() }
+        }
     };
     Ok(RopeConfig {
         theta: spec.rope_theta,

@@ -95,6 +95,8 @@ pub fn assign(path: &Path, rank: usize, options: &TensorParallelOptions) -> v1::
         kv_dtype: v1::KvDtype::F32.into(),
         threads: 1,
         step_timeout_ms: 30_000,
+        max_edits_per_row: 1024,
+        max_logprobs: 20,
     }
 }
 
