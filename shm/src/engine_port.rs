@@ -86,7 +86,7 @@ impl EnginePort {
         Ok(())
     }
 
-    /// Waits for the next output and reads it in place.
+    /// Waits for the next output and reads it in place. A limit of zero asks whether there is one.
     ///
     /// # Errors
     /// [`ShmError::TimedOut`] with the rank that is furthest behind; [`ShmError::Aborted`]; [`ShmError::Corrupt`],

@@ -59,21 +59,7 @@ impl Segment {
     /// [`ShmError::BadShape`] and [`ShmError::BadName`] for arguments beyond their limits; [`ShmError::NoSpace`] if the
     /// volume is too small; [`ShmError::Exists`] if there is such a file; [`ShmError::Io`]. Nothing is left behind.
     pub fn create(dir: &Path, group: &str, shape: GroupShape) -> Result<Self, ShmError> {
-        shape.validate().map_err(|problem| match problem {
-            HeaderProblem::Shape {
-                field,
-                value,
-                allowed,
-            } => ShmError::BadShape {
-                field,
-                value,
-                allowed,
-            },
-            problem => ShmError::BadHeader {
-                path: dir.to_owned(),
-                problem,
-            },
-        })?;
+        shape.validate()?;
         let path = dir.join(segment_name(group, shape.epoch)?);
         file::check_free(dir, shape.total_bytes())?;
         let file = create_locked(&path)?;
