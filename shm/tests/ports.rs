@@ -234,6 +234,26 @@ fn only_rank_0_publishes_and_the_engine_must_read() {
     assert_eq!(segment.abort_reason(), Some(AbortReason::TimedOut(Party::Engine)));
 }
 
+#[test]
+fn nothing_more_is_done_after_a_failed_barrier() {
+    let segment = group(SHAPE);
+    let mut zero = rank(&segment, 0, SHORT);
+    let error = zero.barrier().unwrap_err();
+    assert_eq!(error.to_string(), "rank 1 did not reach barrier #1 within 30ms");
+    let reason = AbortReason::TimedOut(Party::Rank(1));
+    for after in [
+        zero.barrier(),
+        zero.exchange(b"x").map(drop),
+        zero.all_reduce(&mut [1.0]),
+    ] {
+        assert!(
+            matches!(after, Err(ShmError::Aborted { reason: r }) if r == reason),
+            "{after:?}"
+        );
+    }
+    assert_eq!((zero.barrier_count(), segment.barrier_counts()), (1, vec![1, 0]));
+}
+
 /// Both ranks make one call each, on two threads.
 fn both<A: Send, B: Send>(
     segment: &Arc<Segment>,
