@@ -58,6 +58,9 @@
 // A model uses the protocol and not all that is around it.
 #![cfg_attr(loom, allow(dead_code))]
 
+#[cfg(not(target_os = "linux"))]
+compile_error!("phalanx-shm needs Linux: futexes that work across processes, and flock");
+
 mod deadline;
 mod futex;
 mod gate;
@@ -102,7 +105,7 @@ pub use {
     arena::Arena,
     collective::Element,
     engine_port::EnginePort,
-    error::{AbortReason, Awaited, Corruption, HeaderProblem, Party, ShmError},
+    error::{AbortReason, Awaited, Corruption, HeaderProblem, OutOfRange, Party, ShmError},
     janitor::sweep_orphans,
     mapped_file::MappedFile,
     rank_port::RankPort,

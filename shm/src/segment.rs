@@ -59,21 +59,7 @@ impl Segment {
     /// [`ShmError::BadShape`] and [`ShmError::BadName`] for arguments beyond their limits; [`ShmError::NoSpace`] if the
     /// volume is too small; [`ShmError::Exists`] if there is such a file; [`ShmError::Io`]. Nothing is left behind.
     pub fn create(dir: &Path, group: &str, shape: GroupShape) -> Result<Self, ShmError> {
-        shape.validate().map_err(|problem| match problem {
-            HeaderProblem::Shape {
-                field,
-                value,
-                allowed,
-            } => ShmError::BadShape {
-                field,
-                value,
-                allowed,
-            },
-            problem => ShmError::BadHeader {
-                path: dir.to_owned(),
-                problem,
-            },
-        })?;
+        shape.validate()?;
         let path = dir.join(segment_name(group, shape.epoch)?);
         file::check_free(dir, shape.total_bytes())?;
         let file = create_locked(&path)?;
@@ -83,7 +69,7 @@ impl Segment {
             Mapping::new(&file, shape.layout().total, Access::Shared).map_err(ShmError::io(&path))
         });
         match mapped {
-            Ok(mapping) => Ok(Self::new(mapping, file, path, (shape, true))),
+            Ok(mapping) => Ok(Self::new(mapping, file, path, shape, true)),
             Err(error) => {
                 // While the lock is held, so that the name is still that of our file. The first error is reported.
                 let _ = fs::remove_file(&path);
@@ -119,10 +105,10 @@ impl Segment {
         file::reserve(&file, found, path.parent().unwrap_or(path))?;
         let mapping =
             Mapping::new(&file, shape.layout().total, Access::Shared).map_err(ShmError::io(path))?;
-        Ok(Self::new(mapping, file, path.to_owned(), (shape, false)))
+        Ok(Self::new(mapping, file, path.to_owned(), shape, false))
     }
 
-    fn new(mapping: Mapping, file: File, path: PathBuf, (shape, creator): (GroupShape, bool)) -> Self {
+    fn new(mapping: Mapping, file: File, path: PathBuf, shape: GroupShape, creator: bool) -> Self {
         let layout = shape.layout();
         Self {
             mapping,

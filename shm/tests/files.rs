@@ -104,11 +104,7 @@ fn bad_arguments_create_nothing() {
     assert!(
         matches!(
             error,
-            ShmError::BadShape {
-                field: "plan_slots",
-                value: 3,
-                ..
-            }
+            ShmError::BadShape(problem) if problem.field == "plan_slots" && problem.value == 3
         ),
         "{error}"
     );

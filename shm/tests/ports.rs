@@ -1,6 +1,5 @@
 //! The ports of a group whose parties are threads: limits, errors and who is named.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
@@ -12,6 +11,8 @@ use phalanx_shm::{
 /// Short enough to run into, long enough to be hit by nobody who is on their way.
 const SHORT: Duration = Duration::from_millis(30);
 const LONG: Duration = Duration::from_secs(60);
+/// Every wait that is not over at once goes to sleep: the path with more to go wrong.
+const WAIT: Wait = Wait::PASSIVE;
 
 const SHAPE: GroupShape = GroupShape {
     world_size: 2,
@@ -31,11 +32,11 @@ fn group(shape: GroupShape) -> Arc<Segment> {
 }
 
 fn rank(segment: &Arc<Segment>, rank: u32, limit: Duration) -> RankPort {
-    RankPort::join(Arc::clone(segment), rank, Wait::ADAPTIVE, limit).unwrap()
+    RankPort::join(Arc::clone(segment), rank, WAIT, limit).unwrap()
 }
 
 fn engine(segment: &Arc<Segment>) -> EnginePort {
-    EnginePort::join(Arc::clone(segment), Wait::ADAPTIVE).unwrap()
+    EnginePort::join(Arc::clone(segment), WAIT).unwrap()
 }
 
 fn put(text: &[u8]) -> impl FnOnce(&mut [u8]) -> Result<usize, ShmError> {
@@ -49,7 +50,7 @@ fn put(text: &[u8]) -> impl FnOnce(&mut [u8]) -> Result<usize, ShmError> {
 fn a_party_joins_once() {
     let segment = group(SHAPE);
     let _ports = (rank(&segment, 1, SHORT), engine(&segment));
-    let again = |number| RankPort::join(Arc::clone(&segment), number, Wait::ADAPTIVE, SHORT).unwrap_err();
+    let again = |number| RankPort::join(Arc::clone(&segment), number, WAIT, SHORT).unwrap_err();
     assert!(matches!(
         again(1),
         ShmError::RankTaken {
@@ -64,7 +65,7 @@ fn a_party_joins_once() {
         }
     ));
     assert!(matches!(again(u32::MAX), ShmError::NoSuchRank { .. }));
-    let second = EnginePort::join(Arc::clone(&segment), Wait::ADAPTIVE).unwrap_err();
+    let second = EnginePort::join(Arc::clone(&segment), WAIT).unwrap_err();
     assert!(matches!(second, ShmError::RankTaken { party: Party::Engine }));
 }
 
@@ -104,7 +105,7 @@ fn an_abort_ends_the_wait_for_parties_to_join() {
             "{error}"
         );
     });
-    let late = RankPort::join(Arc::clone(&segment), 0, Wait::ADAPTIVE, SHORT).unwrap_err();
+    let late = RankPort::join(Arc::clone(&segment), 0, WAIT, SHORT).unwrap_err();
     assert!(matches!(late, ShmError::Aborted { .. }), "{late}");
 }
 
@@ -231,6 +232,26 @@ fn only_rank_0_publishes_and_the_engine_must_read() {
         "{error}"
     );
     assert_eq!(segment.abort_reason(), Some(AbortReason::TimedOut(Party::Engine)));
+}
+
+#[test]
+fn nothing_more_is_done_after_a_failed_barrier() {
+    let segment = group(SHAPE);
+    let mut zero = rank(&segment, 0, SHORT);
+    let error = zero.barrier().unwrap_err();
+    assert_eq!(error.to_string(), "rank 1 did not reach barrier #1 within 30ms");
+    let reason = AbortReason::TimedOut(Party::Rank(1));
+    for after in [
+        zero.barrier(),
+        zero.exchange(b"x").map(drop),
+        zero.all_reduce(&mut [1.0]),
+    ] {
+        assert!(
+            matches!(after, Err(ShmError::Aborted { reason: r }) if r == reason),
+            "{after:?}"
+        );
+    }
+    assert_eq!((zero.barrier_count(), segment.barrier_counts()), (1, vec![1, 0]));
 }
 
 /// Both ranks make one call each, on two threads.
@@ -393,5 +414,5 @@ fn only_the_creator_removes_the_name() {
     drop(opened);
     assert!(path.exists());
     drop(segment);
-    assert!(!Path::new(&path).exists());
+    assert!(!path.exists());
 }

@@ -339,7 +339,7 @@ fn with_a_victim(victim: u32, signal: libc::c_int, limit: Duration) -> (Arc<Segm
 
 #[test]
 fn survivors_name_the_dead_rank_after_their_limit() {
-    let limit = Duration::from_millis(400);
+    let limit = Duration::from_secs(1);
     // Rank 2 dies inside its barriers for the most part, rank 1 outside; a stopped process is as absent as a dead one.
     for (victim, signal) in [(2, libc::SIGKILL), (1, libc::SIGKILL), (1, libc::SIGSTOP)] {
         let (segment, mut ranks) = with_a_victim(victim, signal, limit);
