@@ -187,5 +187,7 @@ async fn clients_that_do_not_read_hold_up_nobody_else() {
     let mut reading = Connection::open(server.address).await;
     reading.send_post(CHAT, "", CHAT_BODY).await;
     // As much as the sockets of the stalled clients may take before they stall.
-    timeout(SOON, reading.skip(64 << 20)).await.expect("the stream goes on");
+    timeout(SOON, reading.skip(64 << 20))
+        .await
+        .expect("the stream goes on");
 }

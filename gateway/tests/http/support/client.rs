@@ -123,7 +123,9 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Connection<T> {
     /// Reads `count` bytes and forgets them.
     pub(crate) async fn skip(&mut self, count: u64) {
         let mut bytes = (&mut self.0).take(count);
-        let skipped = tokio::io::copy(&mut bytes, &mut tokio::io::sink()).await.expect("read");
+        let skipped = tokio::io::copy(&mut bytes, &mut tokio::io::sink())
+            .await
+            .expect("read");
         assert_eq!(skipped, count, "closed early");
     }
 

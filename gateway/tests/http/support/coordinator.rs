@@ -17,7 +17,10 @@ use phalanx_proto::{
     },
 };
 use tokio::{net::TcpListener, sync::mpsc, task::JoinHandle};
-use tonic::{Request, Response, Status, transport::{Server, server::TcpIncoming}};
+use tonic::{
+    Request, Response, Status,
+    transport::{Server, server::TcpIncoming},
+};
 
 pub(crate) const MODEL: &str = "scripted";
 pub(crate) const CREATED: i64 = 1_700_000_000;
@@ -81,10 +84,7 @@ impl Coordinator {
         // Without it a stream waits 40 ms for the client's delayed acknowledgement, again and again.
         let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
         let task = tokio::spawn(async move {
-            server
-                .serve_with_incoming(incoming)
-                .await
-                .expect("serve");
+            server.serve_with_incoming(incoming).await.expect("serve");
         });
         Self {
             address,
