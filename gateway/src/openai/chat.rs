@@ -117,11 +117,12 @@ pub(crate) async fn handle(
     Extension(request_id): Extension<RequestId>,
     request: Request,
 ) -> Result<Response, ApiError> {
-    let ticket = service.lifecycle.admit()?;
+    let mut ticket = service.lifecycle.admit()?;
     let body = body::read(request, &service.limits).await?;
     let id = format!("chatcmpl-{}", request_id.0);
     let call = prepare(&body, &id, service.prompt_tokens_details)?;
     drop(body);
+    ticket.start(1)?;
     if !call.streams {
         return whole(&service, id, call, ticket).await;
     }
