@@ -41,6 +41,9 @@ pub struct HttpLimits {
     pub body_bytes: usize,
     /// Connections open at once; further ones wait in the kernel's accept queue.
     pub connections: usize,
+    /// Prompts running at once; more are answered 429. The coordinator allows 1024 streams on one gRPC connection, and
+    /// what exceeds them would wait unseen inside the client library.
+    pub running_prompts: usize,
     /// Time for a request's head to arrive, and for an idle connection to send its next request. Longer than the 5 s
     /// for which common clients reuse an idle connection: closing first would race with their next request.
     pub header_timeout: Duration,
@@ -55,6 +58,7 @@ impl Default for HttpLimits {
         Self {
             body_bytes: 4 << 20,
             connections: 4096,
+            running_prompts: 1024,
             header_timeout: Duration::from_secs(30),
             body_timeout: Duration::from_secs(60),
             write_stall_timeout: Duration::from_secs(60),

@@ -56,7 +56,7 @@ impl Gateway {
     /// A [`GatewayError`] that names the address or the field.
     pub async fn bind(config: GatewayConfig) -> Result<Self, GatewayError> {
         check(&config.limits)?;
-        let lifecycle = Arc::new(Lifecycle::new());
+        let lifecycle = Arc::new(Lifecycle::new(config.limits.running_prompts));
         let service = Service {
             backend: Backend::new(&config.coordinator)?,
             lifecycle: Arc::clone(&lifecycle),
@@ -125,6 +125,7 @@ fn check(limits: &HttpLimits) -> Result<(), GatewayError> {
     let fields = [
         ("body_bytes", limits.body_bytes),
         ("connections", limits.connections),
+        ("running_prompts", limits.running_prompts),
     ];
     match fields.into_iter().find(|(_, value)| *value == 0) {
         Some((field, _)) => Err(GatewayError::ZeroLimit { field }),

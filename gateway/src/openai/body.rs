@@ -8,7 +8,7 @@ use http::{HeaderMap, header};
 use phalanx_proto::{ErrorKind, RpcError};
 use serde::{
     Deserialize, Deserializer,
-    de::{DeserializeOwned, MapAccess, Visitor, value::MapAccessDeserializer},
+    de::{DeserializeOwned, Error, MapAccess, SeqAccess, Visitor, value::MapAccessDeserializer},
 };
 use tokio::time::timeout;
 
@@ -128,6 +128,44 @@ impl<'de, T: Deserialize<'de>> Visitor<'de> for ObjectVisitor<T> {
     }
 }
 
+/// A list of at most `MAX` items, refused at the first one more: a body of `{},{},{}...` must not become a hundred
+/// times its size in memory before it is counted.
+#[derive(Debug)]
+pub(super) struct Bounded<T, const MAX: usize>(pub(super) Vec<T>);
+
+impl<T, const MAX: usize> Default for Bounded<T, MAX> {
+    fn default() -> Self {
+        Self(Vec::new())
+    }
+}
+
+impl<'de, T: Deserialize<'de>, const MAX: usize> Deserialize<'de> for Bounded<T, MAX> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_seq(BoundedVisitor(PhantomData))
+    }
+}
+
+struct BoundedVisitor<T, const MAX: usize>(PhantomData<T>);
+
+impl<'de, T: Deserialize<'de>, const MAX: usize> Visitor<'de> for BoundedVisitor<T, MAX> {
+    type Value = Bounded<T, MAX>;
+
+    fn expecting(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        out.write_str("a list")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Self::Value, A::Error> {
+        let mut list = Vec::new();
+        while let Some(item) = items.next_element()? {
+            if list.len() == MAX {
+                return Err(A::Error::custom(format_args!("more than {MAX} items")));
+            }
+            list.push(item);
+        }
+        Ok(Bounded(list))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -141,7 +179,7 @@ mod tests {
     #[derive(Debug, Deserialize)]
     struct Outer {
         n: Option<u32>,
-        inner: Option<Vec<Object<Inner>>>,
+        inner: Option<Bounded<Object<Inner>, 2>>,
     }
 
     #[test]
@@ -158,6 +196,7 @@ mod tests {
                 "invalid type: integer `1`",
             ),
             (r#"{"inner": [["x"]]}"#, Some("inner[0]"), "expected an object"),
+            (r#"{"inner": [{}, {}, {}]}"#, Some("inner"), "more than 2 items"),
             ("[]", None, "the body: invalid type: sequence, expected an object"),
             ("\"hello\"", None, "expected an object"),
             ("42", None, "expected an object"),
@@ -186,6 +225,6 @@ mod tests {
         let outer: Outer =
             parse(br#"{"n": 2, "inner": [{"text": "a", "x": 1}], "y": {"z": []}}"#).expect("valid");
         assert_eq!(outer.n, Some(2));
-        assert_eq!(outer.inner.expect("given")[0].0.text, "a");
+        assert_eq!(outer.inner.expect("given").0[0].0.text, "a");
     }
 }

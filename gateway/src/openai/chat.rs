@@ -10,13 +10,13 @@ use phalanx_proto::{
     v1::{self, ChatRequest, Choice},
 };
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
+use serde_json::value::RawValue;
 
 use super::{
-    body::{self, Object, parse},
+    body::{self, parse},
     error::ApiError,
     logprobs::ChatLogprobs,
-    messages::{self, Message},
+    messages::{self, Messages},
     params::Params,
     reply::{Head, Reply, Stop, Whole, finish_reason, stop_reason},
     sse::{self, Events, Streaming},
@@ -30,13 +30,14 @@ const ROLE: &str = "assistant";
 /// The fields that only this route has.
 #[derive(Debug, Deserialize)]
 struct ChatFields {
-    messages: Option<Vec<Object<Message>>>,
+    messages: Option<Messages>,
     max_tokens: Option<u32>,
     max_completion_tokens: Option<u32>,
     logprobs: Option<bool>,
     top_logprobs: Option<u32>,
     add_generation_prompt: Option<bool>,
-    chat_template_kwargs: Option<Map<String, Value>>,
+    /// Passed on as it is.
+    chat_template_kwargs: Option<Box<RawValue>>,
 }
 
 impl ChatFields {
@@ -87,10 +88,7 @@ fn prepare(body: &[u8], id: &str, prompt_tokens_details: bool) -> Result<Call, R
         sampling: Some(sampling),
         output: Some(output),
         add_generation_prompt: fields.add_generation_prompt,
-        template_kwargs_json: fields
-            .chat_template_kwargs
-            .map(|kwargs| Value::Object(kwargs).to_string())
-            .unwrap_or_default(),
+        template_kwargs_json: template_kwargs(fields.chat_template_kwargs)?,
         model: params.model.take().unwrap_or_default(),
     };
     Ok(Call {
@@ -101,16 +99,30 @@ fn prepare(body: &[u8], id: &str, prompt_tokens_details: bool) -> Result<Call, R
     })
 }
 
+fn template_kwargs(kwargs: Option<Box<RawValue>>) -> Result<String, RpcError> {
+    let text = kwargs
+        .map(|kwargs| String::from(Box::<str>::from(kwargs)))
+        .unwrap_or_default();
+    if text.is_empty() || text.starts_with('{') {
+        return Ok(text);
+    }
+    Err(RpcError::invalid(
+        "chat_template_kwargs",
+        "chat_template_kwargs must be an object",
+    ))
+}
+
 pub(crate) async fn handle(
     State(service): State<Service>,
     Extension(request_id): Extension<RequestId>,
     request: Request,
 ) -> Result<Response, ApiError> {
-    let ticket = service.lifecycle.admit()?;
+    let mut ticket = service.lifecycle.admit()?;
     let body = body::read(request, &service.limits).await?;
     let id = format!("chatcmpl-{}", request_id.0);
     let call = prepare(&body, &id, service.prompt_tokens_details)?;
     drop(body);
+    ticket.start(1)?;
     if !call.streams {
         return whole(&service, id, call, ticket).await;
     }

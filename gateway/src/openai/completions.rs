@@ -16,19 +16,14 @@ use super::{
     body::{self, parse},
     error::ApiError,
     logprobs::CompletionLogprobs,
-    params::{Params, at_most},
+    params::Params,
     prompt::Prompts,
     reply::{Head, Reply, Stop, Whole, finish_reason, stop_reason},
     sse::{self, Events, Streaming},
     unoffered,
     usage::Usage,
 };
-use crate::{
-    lifecycle::Ticket,
-    limits::{MAX_CHOICES, MAX_PROMPTS},
-    observe::RequestId,
-    routes::Service,
-};
+use crate::{lifecycle::Ticket, limits::MAX_CHOICES, observe::RequestId, routes::Service};
 
 const OBJECT: &str = "text_completion";
 
@@ -76,7 +71,6 @@ fn prepare(body: &[u8], id: &str, prompt_tokens_details: bool) -> Result<Call, R
     if prompts.is_empty() {
         return Err(RpcError::invalid("prompt", "prompt: at least one is needed"));
     }
-    at_most("prompt", prompts.len(), MAX_PROMPTS)?;
     let n = params.n();
     let choices = prompts.len().saturating_mul(n as usize);
     if choices > MAX_CHOICES {
@@ -120,11 +114,12 @@ pub(crate) async fn handle(
     Extension(request_id): Extension<RequestId>,
     request: Request,
 ) -> Result<Response, ApiError> {
-    let ticket = service.lifecycle.admit()?;
+    let mut ticket = service.lifecycle.admit()?;
     let body = body::read(request, &service.limits).await?;
     let id = format!("cmpl-{}", request_id.0);
     let call = prepare(&body, &id, service.prompt_tokens_details)?;
     drop(body);
+    ticket.start(call.requests.len())?;
     if !call.streams {
         return whole(&service, id, call, ticket).await;
     }

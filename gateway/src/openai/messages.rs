@@ -5,11 +5,10 @@ use std::fmt;
 use phalanx_proto::{RpcError, v1::ChatMessage};
 use serde::{
     Deserialize, Deserializer,
-    de::{Error, MapAccess, SeqAccess, Visitor, value::MapAccessDeserializer},
+    de::{Error, IgnoredAny, MapAccess, SeqAccess, Visitor, value::MapAccessDeserializer},
 };
-use serde_json::Value;
 
-use super::{body::Object, params::at_most};
+use super::body::{Bounded, Object};
 use crate::limits::MAX_MESSAGES;
 
 const ROLES: [&str; 5] = ["system", "developer", "user", "assistant", "tool"];
@@ -19,9 +18,13 @@ pub(super) struct Message {
     role: Option<String>,
     content: Option<Content>,
     name: Option<String>,
-    tool_calls: Option<Vec<Value>>,
-    function_call: Option<Value>,
+    // Counted only.
+    tool_calls: Option<Vec<IgnoredAny>>,
+    function_call: Option<IgnoredAny>,
 }
+
+/// The messages of one request, in order.
+pub(super) type Messages = Bounded<Object<Message>, MAX_MESSAGES>;
 
 /// Text, from a string or from a list of text parts.
 #[derive(Debug)]
@@ -29,12 +32,11 @@ struct Content(String);
 
 /// # Errors
 /// `InvalidArgument` naming the field of the message at fault.
-pub(super) fn to_grpc(messages: Option<Vec<Object<Message>>>) -> Result<Vec<ChatMessage>, RpcError> {
-    let messages = messages.unwrap_or_default();
+pub(super) fn to_grpc(messages: Option<Messages>) -> Result<Vec<ChatMessage>, RpcError> {
+    let Bounded(messages) = messages.unwrap_or_default();
     if messages.is_empty() {
         return Err(RpcError::invalid("messages", "messages: at least one is needed"));
     }
-    at_most("messages", messages.len(), MAX_MESSAGES)?;
     messages
         .into_iter()
         .enumerate()
@@ -166,7 +168,7 @@ mod tests {
 
     #[derive(Deserialize)]
     struct Chat {
-        messages: Option<Vec<Object<Message>>>,
+        messages: Option<Messages>,
     }
 
     fn messages(json: &str) -> Result<Vec<ChatMessage>, RpcError> {

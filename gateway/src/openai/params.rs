@@ -11,7 +11,7 @@ use serde::{
     de::{Error, SeqAccess, Visitor, value::SeqAccessDeserializer},
 };
 
-use super::body::Object;
+use super::body::{Bounded, Object};
 use crate::limits::{MAX_N, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS};
 
 /// Sampling and streaming. `null` and absent are the same: the model's default.
@@ -31,8 +31,8 @@ pub(super) struct Params {
     repetition_penalty: Option<f32>,
     seed: Option<Seed>,
     min_tokens: Option<u32>,
-    stop: Option<OneOrMany>,
-    stop_token_ids: Option<Vec<u32>>,
+    stop: Option<StopStrings>,
+    stop_token_ids: Option<Bounded<u32, MAX_STOP_TOKEN_IDS>>,
     ignore_eos: Option<bool>,
     include_stop_str_in_output: Option<bool>,
     skip_special_tokens: Option<bool>,
@@ -65,10 +65,6 @@ impl Params {
                 format!("n must be 1 to {MAX_N}, not {}", self.n()),
             ));
         }
-        let stop = self.stop.take().map(|stop| stop.0).unwrap_or_default();
-        let stop_token_ids = self.stop_token_ids.take().unwrap_or_default();
-        at_most("stop", stop.len(), MAX_STOP_STRINGS)?;
-        at_most("stop_token_ids", stop_token_ids.len(), MAX_STOP_TOKEN_IDS)?;
         Ok(SamplingParams {
             n: self.n,
             temperature: finite("temperature", self.temperature)?,
@@ -81,8 +77,8 @@ impl Params {
             seed: self.seed.map(|seed| seed.0),
             max_tokens,
             min_tokens: self.min_tokens,
-            stop,
-            stop_token_ids,
+            stop: self.stop.take().unwrap_or_default().0.0,
+            stop_token_ids: self.stop_token_ids.take().unwrap_or_default().0,
             ignore_eos: self.ignore_eos.unwrap_or(false),
             include_stop_str_in_output: self.include_stop_str_in_output.unwrap_or(false),
             skip_special_tokens: self.skip_special_tokens,
@@ -108,18 +104,6 @@ impl Params {
             continuous_usage: include_usage && options.continuous_usage_stats.unwrap_or(false),
         })
     }
-}
-
-/// # Errors
-/// `InvalidArgument` for a list that is longer than `limit`.
-pub(super) fn at_most(field: &str, len: usize, limit: usize) -> Result<(), RpcError> {
-    if len > limit {
-        return Err(RpcError::invalid(
-            field,
-            format!("{field} has {len} items, more than {limit}"),
-        ));
-    }
-    Ok(())
 }
 
 /// A number too large for 32 bits becomes an infinity on the way in.
@@ -174,30 +158,30 @@ impl<'de> Deserialize<'de> for Seed {
 }
 
 /// A string, or a list of strings.
-#[derive(Debug)]
-struct OneOrMany(Vec<String>);
+#[derive(Debug, Default)]
+struct StopStrings(Bounded<String, MAX_STOP_STRINGS>);
 
-impl<'de> Deserialize<'de> for OneOrMany {
+impl<'de> Deserialize<'de> for StopStrings {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct OneOrManyVisitor;
+        struct StopVisitor;
 
-        impl<'de> Visitor<'de> for OneOrManyVisitor {
-            type Value = OneOrMany;
+        impl<'de> Visitor<'de> for StopVisitor {
+            type Value = StopStrings;
 
             fn expecting(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
                 out.write_str("a string or a list of strings")
             }
 
-            fn visit_str<E: Error>(self, one: &str) -> Result<OneOrMany, E> {
-                Ok(OneOrMany(vec![one.to_owned()]))
+            fn visit_str<E: Error>(self, one: &str) -> Result<StopStrings, E> {
+                Ok(StopStrings(Bounded(vec![one.to_owned()])))
             }
 
-            fn visit_seq<A: SeqAccess<'de>>(self, many: A) -> Result<OneOrMany, A::Error> {
-                Vec::deserialize(SeqAccessDeserializer::new(many)).map(OneOrMany)
+            fn visit_seq<A: SeqAccess<'de>>(self, many: A) -> Result<StopStrings, A::Error> {
+                Bounded::deserialize(SeqAccessDeserializer::new(many)).map(StopStrings)
             }
         }
 
-        deserializer.deserialize_any(OneOrManyVisitor)
+        deserializer.deserialize_any(StopVisitor)
     }
 }
 

@@ -8,7 +8,9 @@ use serde::{
     de::{Error, SeqAccess, Visitor},
 };
 
-/// One or more prompts, in the order given.
+use crate::limits::MAX_PROMPTS;
+
+/// At most [`MAX_PROMPTS`] prompts, in the order given.
 #[derive(Debug)]
 pub(super) struct Prompts(pub(super) Vec<Prompt>);
 
@@ -74,6 +76,7 @@ impl<'de> Visitor<'de> for PromptsVisitor {
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Prompts, A::Error> {
+        let many = || A::Error::custom(format_args!("more than {MAX_PROMPTS} prompts"));
         let mixed = || A::Error::custom("strings, token ids and lists of token ids do not mix");
         let mut prompts = Vec::new();
         match items.next_element()? {
@@ -91,6 +94,9 @@ impl<'de> Visitor<'de> for PromptsVisitor {
             Some(Item::Text(first)) => {
                 prompts.push(Prompt::Text(first));
                 while let Some(item) = items.next_element()? {
+                    if prompts.len() == MAX_PROMPTS {
+                        return Err(many());
+                    }
                     let Item::Text(text) = item else {
                         return Err(mixed());
                     };
@@ -100,6 +106,9 @@ impl<'de> Visitor<'de> for PromptsVisitor {
             Some(Item::TokenIds(ids)) => {
                 prompts.push(Prompt::TokenIds(TokenIds { ids }));
                 while let Some(item) = items.next_element()? {
+                    if prompts.len() == MAX_PROMPTS {
+                        return Err(many());
+                    }
                     let Item::TokenIds(ids) = item else {
                         return Err(mixed());
                     };

@@ -9,12 +9,15 @@ use serde::{
     Deserialize, Deserializer,
     de::{IgnoredAny, MapAccess, Visitor},
 };
-use serde_json::Value;
+use serde_json::{Value, value::RawValue};
 
 use super::body::parse;
 
 /// A field, and the values beside `null` that ask for nothing, as compact JSON.
 type Field = (&'static str, &'static [&'static str]);
+
+/// Bytes, with room for spaces.
+const MAX_NO_OP: usize = 64;
 
 const BOTH: &[Field] = &[
     ("allowed_token_ids", &[]),
@@ -105,13 +108,23 @@ impl<'de, const IS_CHAT: bool> Visitor<'de> for FoundVisitor<IS_CHAT> {
                 map.next_value::<IgnoredAny>()?;
                 continue;
             };
-            let value = map.next_value::<Value>()?;
-            let asks_nothing = value.is_null() || no_ops.contains(&value.to_string().as_str());
-            if !asks_nothing && found.is_none() {
+            let value = map.next_value::<&RawValue>()?;
+            if !asks_nothing(value, no_ops) && found.is_none() {
                 found = Some(*name);
             }
         }
         Ok(Found(found))
+    }
+}
+
+/// Compares without spaces. Long values are not looked into: no no-op is long.
+fn asks_nothing(value: &RawValue, no_ops: &[&str]) -> bool {
+    if value.get().len() > MAX_NO_OP {
+        return false;
+    }
+    match serde_json::from_str::<Value>(value.get()) {
+        Ok(value) => value.is_null() || no_ops.contains(&value.to_string().as_str()),
+        Err(_) => false,
     }
 }
 

@@ -1,11 +1,11 @@
 //! Every way to be refused, as an OpenAI error object.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use phalanx_gateway::GatewayConfig;
 use phalanx_proto::{ErrorKind, RpcError};
 use serde_json::Value;
-use tokio::time::timeout;
+use tokio::{sync::Semaphore, time::timeout};
 
 use crate::support::{
     Connection, Coordinator, Reply, Script, Server, config, delete, get, pair, post, post_with,
@@ -191,6 +191,34 @@ async fn what_http_refuses() {
 
     let many = "X: y\r\n".repeat(200);
     assert_eq!(post_with(server.address, CHAT, &many, b"{}").await.status, 431);
+}
+
+#[tokio::test]
+async fn too_many_running_prompts_are_429() {
+    let release = Arc::new(Semaphore::new(0));
+    let coordinator = Coordinator::start(Script::Wait(Arc::clone(&release))).await;
+    let mut config = config(&coordinator);
+    config.limits.running_prompts = 2;
+    let server = Server::start(config).await;
+    let mut running = Connection::open(server.address).await;
+    running
+        .send_post(COMPLETIONS, "", br#"{"prompt": "a", "stream": true}"#)
+        .await;
+    running.read_until("Hello").await;
+    let reply = post(server.address, COMPLETIONS, r#"{"prompt": ["a", "b"]}"#).await;
+    assert_eq!((reply.status, reply.header("retry-after")), (429, Some("1")));
+    assert_eq!(error(&reply)["code"], "queue_full");
+    release.add_permits(3);
+    running.read_until("[DONE]").await;
+    // Its permit returns when its connection lets go of the reply, just after the last byte.
+    let again = async {
+        while post(server.address, COMPLETIONS, r#"{"prompt": ["a", "b"]}"#)
+            .await
+            .status
+            != 200
+        {}
+    };
+    timeout(Duration::from_secs(20), again).await.expect("room again");
 }
 
 #[tokio::test]

@@ -66,7 +66,7 @@ async fn the_fields_of_a_chat_reach_the_coordinator() {
     assert_eq!(sampling.stop, ["a", "b"]);
     assert_eq!(asked.output.expect("always sent").logprobs, Some(2));
     assert_eq!(asked.add_generation_prompt, Some(false));
-    assert_eq!(asked.template_kwargs_json, r#"{"thinking":true}"#);
+    assert_eq!(asked.template_kwargs_json, r#"{"thinking": true}"#);
     let logprobs = &reply.json()["choices"][0]["logprobs"]["content"];
     let token = json!({"token": "Hello", "logprob": -0.25, "bytes": [72, 101, 108, 108, 111]});
     assert_eq!(logprobs[0]["top_logprobs"], json!([token]));

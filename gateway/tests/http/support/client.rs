@@ -120,6 +120,15 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Connection<T> {
         String::from_utf8(bytes).expect("UTF-8")
     }
 
+    /// Reads `count` bytes and forgets them.
+    pub(crate) async fn skip(&mut self, count: u64) {
+        let mut bytes = (&mut self.0).take(count);
+        let skipped = tokio::io::copy(&mut bytes, &mut tokio::io::sink())
+            .await
+            .expect("read");
+        assert_eq!(skipped, count, "closed early");
+    }
+
     /// Reads to the end of the connection; nothing is `None`.
     pub(crate) async fn reply(mut self) -> Option<Reply> {
         let mut bytes = Vec::new();

@@ -17,8 +17,10 @@ use phalanx_proto::{
     },
 };
 use tokio::{net::TcpListener, sync::mpsc, task::JoinHandle};
-use tokio_stream::wrappers::TcpListenerStream;
-use tonic::{Request, Response, Status, transport::Server};
+use tonic::{
+    Request, Response, Status,
+    transport::{Server, server::TcpIncoming},
+};
 
 pub(crate) const MODEL: &str = "scripted";
 pub(crate) const CREATED: i64 = 1_700_000_000;
@@ -34,7 +36,7 @@ pub(crate) enum Script {
     Break(RpcError),
     /// The stream ends after the first chunk.
     EndEarly,
-    /// Chunks of 1 KiB for as long as somebody takes them; a unary call is never answered.
+    /// Chunks of 16 KiB for as long as somebody takes them; a unary call is never answered.
     Endless,
     /// One chunk, then nothing until released, then the end of `Hello`.
     Wait(Arc<tokio::sync::Semaphore>),
@@ -79,11 +81,10 @@ impl Coordinator {
         let server = Server::builder()
             .add_service(inference_server::InferenceServer::new(service.clone()))
             .add_service(admin_server::AdminServer::new(service));
+        // Without it a stream waits 40 ms for the client's delayed acknowledgement, again and again.
+        let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
         let task = tokio::spawn(async move {
-            server
-                .serve_with_incoming(TcpListenerStream::new(listener))
-                .await
-                .expect("serve");
+            server.serve_with_incoming(incoming).await.expect("serve");
         });
         Self {
             address,
@@ -153,7 +154,7 @@ impl Scripted {
             Script::Endless => {
                 let alarm = Alarm(self.dropped.clone());
                 let chunk = chunk(Choice {
-                    text: "x".repeat(1024),
+                    text: "x".repeat(16 << 10),
                     ..Choice::default()
                 });
                 Ok(stream::repeat(chunk)
