@@ -1,11 +1,11 @@
 //! One running request: the events of its sequences become chunks, merged in the order they happen.
 
-use std::{future::poll_fn, pin::Pin, sync::Arc, task::Poll};
+use std::{future::poll_fn, pin::Pin, task::Poll};
 
 use phalanx_proto::{ErrorKind, RpcError, v1};
 use tokio::sync::mpsc;
 
-use super::{Engine, Envelope, assembler::ChoiceAssembler, registry::Registration};
+use super::{EngineSlot, Envelope, assembler::ChoiceAssembler, registry::Registration};
 use crate::{
     engine::FinishReason,
     engine_thread::{StreamEvent, Submission},
@@ -48,7 +48,7 @@ impl RequestStream {
         envelope: Envelope,
         registration: Registration,
         text: &TextProcessor,
-        engine: &Arc<dyn Engine>,
+        engine: &EngineSlot,
     ) -> Result<Self, RpcError> {
         let assemblers: Vec<_> = (0..request.sequences.len())
             .map(|index| ChoiceAssembler::new(&request, index, text.tokenizer()))
