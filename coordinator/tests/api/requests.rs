@@ -5,6 +5,8 @@ use phalanx_proto::{
     v1::{self, FinishReason, admin_client::AdminClient, choice::StopReason, generate_request::Prompt},
 };
 
+use tonic::Streaming;
+
 use crate::{
     ranks::{FILLER, Permit},
     server::{MAX_MODEL_LEN, Server, Setup, next, open, piece, request, rest, tokens},
@@ -18,6 +20,16 @@ fn scripted(scripts: impl IntoIterator<Item = (u64, Vec<u32>)>) -> Setup {
     Setup {
         scripts: scripts.into_iter().collect(),
         ..Setup::default()
+    }
+}
+
+/// The error a stream ends with.
+async fn failure(stream: &mut Streaming<v1::GenerateChunk>) -> RpcError {
+    loop {
+        match next(stream).await {
+            Ok(chunk) => assert!(chunk.is_some(), "the stream ended without an error"),
+            Err(error) => return error,
+        }
     }
 }
 
@@ -135,6 +147,35 @@ async fn a_stop_string_across_tokens_ends_the_sequence() {
 }
 
 #[tokio::test]
+async fn stops_are_shown_if_asked_for_and_wait_for_min_tokens() {
+    let newline = tokens("\n")[0];
+    let lines = tokens("a b\nc d\n");
+    assert_eq!(lines.len(), 6);
+    let server = Server::free(scripted([(1, lines)]));
+    let mut client = server.inference().await;
+    let mut text = async |edit: fn(&mut v1::SamplingParams, u32)| {
+        let ask = request(1, |sampling| edit(sampling, newline));
+        let reply = client.generate(ask).await.expect("a reply").into_inner();
+        reply.choices[0].text.clone()
+    };
+    let by_token = text(|sampling, newline| {
+        sampling.stop_token_ids = vec![newline];
+        sampling.include_stop_str_in_output = true;
+    });
+    assert_eq!(by_token.await, "a b\n");
+    let by_string = text(|sampling, _| {
+        sampling.stop = vec![" b\n".into()];
+        sampling.include_stop_str_in_output = true;
+    });
+    assert_eq!(by_string.await, "a b\n");
+    let late = text(|sampling, _| {
+        sampling.stop = vec!["\n".into()];
+        sampling.min_tokens = Some(4);
+    });
+    assert_eq!(late.await, "a b\nc d");
+}
+
+#[tokio::test]
 async fn half_characters_wait_for_their_end() {
     let smile = tokens("🙂");
     assert!(smile.len() > 1);
@@ -227,12 +268,7 @@ async fn a_lost_group_and_a_full_queue_reach_the_client_with_their_kind() {
 
     let mut stream = open(&mut client, request(1, |_| {})).await;
     server.permit(Permit::LoseRank);
-    let error = loop {
-        match next(&mut stream).await {
-            Ok(chunk) => assert!(chunk.is_some(), "the stream ended without an error"),
-            Err(error) => break error,
-        }
-    };
+    let error = failure(&mut stream).await;
     assert_eq!(error.kind, ErrorKind::WorkerLost);
     assert!(error.message.contains("rank 3 lost: killed"), "{}", error.message);
 }
@@ -246,12 +282,7 @@ async fn an_engine_that_stops_is_an_error_not_a_hang() {
     piece(&mut stream).await;
     server.engine.shutdown();
     server.run_free();
-    let error = loop {
-        match next(&mut stream).await {
-            Ok(chunk) => assert!(chunk.is_some(), "the stream ended without an error"),
-            Err(error) => break error,
-        }
-    };
+    let error = failure(&mut stream).await;
     assert_eq!(error.kind, ErrorKind::Unavailable);
 }
 
@@ -303,12 +334,7 @@ async fn a_slow_client_stops_only_itself() {
     assert_eq!(reply.choices[0].text, " world world world");
 
     server.idle().await;
-    let error = loop {
-        match next(&mut unread).await {
-            Ok(chunk) => assert!(chunk.is_some(), "all of it was buffered"),
-            Err(error) => break error,
-        }
-    };
+    let error = failure(&mut unread).await;
     assert_eq!(error.kind, ErrorKind::QueueFull);
     assert!(error.message.contains("was not read"), "{}", error.message);
 }
