@@ -12,7 +12,8 @@ mod stream;
 mod tests;
 
 use std::{
-    io,
+    fs::File,
+    io::{self, Read},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -59,12 +60,14 @@ pub enum StreamEvent {
 /// A queued sequence. Dropping it aborts the sequence and frees its blocks within a step.
 ///
 /// It has to be kept while `events` is read: moving `events` out and dropping the rest aborts as well.
+#[derive(Debug)]
 pub struct Submission {
     pub id: SequenceId,
     pub events: mpsc::Receiver<StreamEvent>,
     _abort: AbortOnDrop,
 }
 
+#[derive(Debug)]
 struct AbortOnDrop {
     id: SequenceId,
     inbox: Sender<Message>,
@@ -107,8 +110,9 @@ pub enum StartError {
     Config(#[from] ConfigError),
     #[error("{field} is zero")]
     Zero { field: &'static str },
-    #[error("the engine thread could not be started: {0}")]
-    Thread(#[from] io::Error),
+    /// No thread, or no random numbers.
+    #[error("the engine could not be started: {0}")]
+    System(#[from] io::Error),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -159,9 +163,10 @@ pub struct EngineHandle {
     inbox: Sender<Message>,
 }
 
-/// Starts the engine over a group that is ready. Joining the thread tells why it ended.
+/// Starts the engine over a group that is ready. Joining the thread tells why it ended. The prefix cache gets a seed of
+/// this process's own, whatever the configuration says.
 pub fn spawn_engine(
-    config: EngineThreadConfig,
+    mut config: EngineThreadConfig,
     executor: impl Executor + Send + 'static,
     metrics: Arc<Metrics>,
 ) -> Result<(EngineHandle, JoinHandle<Result<(), EngineFailure>>), StartError> {
@@ -174,6 +179,7 @@ pub fn spawn_engine(
             return Err(StartError::Zero { field });
         }
     }
+    File::open("/dev/urandom")?.read_exact(&mut config.engine.prefix_cache_seed)?;
     metrics.engine_started(&config.engine);
     let core = run::new_core(&config.engine, executor)?;
     let status = EngineStatus {

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use prometheus_client::{encoding::text, registry::Registry};
 
-use self::families::{ByLabel, EngineMetrics, GroupMetrics, RequestMetrics, TokenMetrics, add};
+use self::families::{ByLabel, EngineMetrics, GroupMetrics, RequestMetrics, RequestTimes, TokenMetrics, add};
 use crate::engine::{EngineConfig, ExecutorError, FinishReason, Snapshot, StepStats};
 
 /// Content type of [`Metrics::encode`].
@@ -40,6 +40,7 @@ pub struct Metrics {
     engine: EngineMetrics,
     tokens: TokenMetrics,
     request: RequestMetrics,
+    times: RequestTimes,
     group: GroupMetrics,
     admission_rejections: ByLabel,
 }
@@ -65,6 +66,7 @@ impl Metrics {
             engine: EngineMetrics::new(labelled),
             tokens: TokenMetrics::new(labelled),
             request,
+            times: RequestTimes::new(labelled),
             group: GroupMetrics::new(labelled),
             admission_rejections,
             registry,
@@ -185,21 +187,21 @@ impl Metrics {
         m.generation_tokens.observe(stats.num_generation_tokens as f64);
         m.params_max_tokens.observe(stats.max_tokens.into());
         m.num_preemptions.observe(stats.num_preemptions.into());
-        m.e2e.observe(stats.e2e.as_secs_f64());
+        self.times.e2e.observe(stats.e2e.as_secs_f64());
         if let Some(queue) = stats.queue {
-            m.queue.observe(queue.as_secs_f64());
+            self.times.queue.observe(queue.as_secs_f64());
         }
         let (Some(prefill), Some(decode)) = (stats.prefill, stats.decode) else {
             return;
         };
-        m.prefill.observe(prefill.as_secs_f64());
-        m.decode.observe(decode.as_secs_f64());
-        m.inference.observe((prefill + decode).as_secs_f64());
+        self.times.prefill.observe(prefill.as_secs_f64());
+        self.times.decode.observe(decode.as_secs_f64());
+        self.times.inference.observe((prefill + decode).as_secs_f64());
         m.prefill_kv_computed_tokens
             .observe((stats.num_prompt_tokens - stats.num_cached_tokens) as f64);
         if stats.num_generation_tokens > 1 {
             let per_token = decode.as_secs_f64() / (stats.num_generation_tokens - 1) as f64;
-            m.time_per_output_token.observe(per_token);
+            self.times.time_per_output_token.observe(per_token);
         }
     }
 

@@ -45,7 +45,8 @@ pub struct EngineConfig {
     pub max_step_failures: u32,
     /// Epoch of the group that the executor holds at start.
     pub epoch: u32,
-    /// Key of the prefix cache's block hashes; random per process, so that nobody can construct a collision.
+    /// Key of the prefix cache's block hashes. `spawn_engine` draws it anew, so that what is cached can neither be guessed
+    /// nor collided with from outside.
     pub prefix_cache_seed: [u8; 32],
 }
 

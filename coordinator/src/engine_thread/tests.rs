@@ -225,7 +225,7 @@ async fn a_full_queue_refuses_at_once_and_recovers() {
     let engine = start(config, Faults::default());
     let submit = || engine.handle.submit(sequence(vec![1], 2));
     let (mut a, mut b) = (submit().expect("room"), submit().expect("room"));
-    assert_eq!(submit().err().expect("full").kind, ErrorKind::QueueFull);
+    assert_eq!(submit().expect_err("full").kind, ErrorKind::QueueFull);
     assert_metric(
         &engine.metrics,
         r#"vllm:admission_rejections_total{model_name="sim",reason="max_num_queued_reqs"} 1"#,
@@ -258,7 +258,7 @@ async fn a_fatal_loss_fails_every_stream_and_later_submissions() {
     }
     let failure = engine.thread.join().expect("no panic").expect_err("fatal");
     assert!(matches!(failure, EngineFailure::NotRebuilt { .. }));
-    let refused = engine.handle.submit(sequence(vec![1], 1)).err().expect("refused");
+    let refused = engine.handle.submit(sequence(vec![1], 1)).expect_err("refused");
     assert_eq!(refused.kind, ErrorKind::Unavailable);
     assert_eq!(engine.handle.status().state, EngineState::Failed);
     within(engine.handle.drained()).await;
@@ -277,7 +277,7 @@ async fn draining_finishes_what_was_admitted_and_refuses_the_rest() {
     let engine = start(config(), Faults::default());
     let mut admitted = engine.handle.submit(sequence(vec![1, 2], 5)).expect("room");
     engine.handle.drain();
-    let refused = engine.handle.submit(sequence(vec![1], 1)).err().expect("refused");
+    let refused = engine.handle.submit(sequence(vec![1], 1)).expect_err("refused");
     assert_eq!(refused.kind, ErrorKind::Unavailable);
     assert_eq!(engine.handle.status().state, EngineState::Draining);
     drop(engine.gate);
@@ -322,7 +322,7 @@ async fn a_panic_ends_open_streams_too() {
 #[tokio::test]
 async fn a_request_that_can_never_run_is_refused_before_the_queue() {
     let engine = start(config(), Faults::default());
-    let refused = |new| engine.handle.submit(new).err().expect("refused");
+    let refused = |new| engine.handle.submit(new).expect_err("refused");
     let long = refused(sequence(vec![1; 100], 100));
     assert_eq!(long.kind, ErrorKind::ContextLengthExceeded);
     assert_eq!(long.message, "needs 50 KV blocks, the cache has 40");

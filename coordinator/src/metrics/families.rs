@@ -173,38 +173,18 @@ impl TokenMetrics {
     }
 }
 
-pub(super) struct RequestMetrics {
-    pub(super) success: ByLabel,
-    pub(super) corrupted: Counter,
+pub(super) struct RequestTimes {
     pub(super) e2e: Histogram,
     pub(super) queue: Histogram,
     pub(super) inference: Histogram,
     pub(super) prefill: Histogram,
     pub(super) decode: Histogram,
     pub(super) time_per_output_token: Histogram,
-    pub(super) prompt_tokens: Histogram,
-    pub(super) generation_tokens: Histogram,
-    pub(super) params_max_tokens: Histogram,
-    pub(super) num_preemptions: Histogram,
-    pub(super) prefill_kv_computed_tokens: Histogram,
 }
 
-impl RequestMetrics {
-    pub(super) fn new(r: &mut Registry, max_model_len: u32) -> Self {
-        let tokens = one_two_five(max_model_len);
+impl RequestTimes {
+    pub(super) fn new(r: &mut Registry) -> Self {
         Self {
-            success: add(
-                r,
-                "vllm:request_success",
-                "Finished requests by reason",
-                ByLabel::default(),
-            ),
-            corrupted: add(
-                r,
-                "vllm:corrupted_requests",
-                "Requests whose logits held a NaN or an infinity",
-                Counter::default(),
-            ),
             e2e: histogram(
                 r,
                 "vllm:e2e_request_latency_seconds",
@@ -240,6 +220,36 @@ impl RequestMetrics {
                 "vllm:request_time_per_output_token_seconds",
                 "Mean time per token after the first",
                 &TOKEN_LATENCY_BUCKETS,
+            ),
+        }
+    }
+}
+
+pub(super) struct RequestMetrics {
+    pub(super) success: ByLabel,
+    pub(super) corrupted: Counter,
+    pub(super) prompt_tokens: Histogram,
+    pub(super) generation_tokens: Histogram,
+    pub(super) params_max_tokens: Histogram,
+    pub(super) num_preemptions: Histogram,
+    pub(super) prefill_kv_computed_tokens: Histogram,
+}
+
+impl RequestMetrics {
+    pub(super) fn new(r: &mut Registry, max_model_len: u32) -> Self {
+        let tokens = one_two_five(max_model_len);
+        Self {
+            success: add(
+                r,
+                "vllm:request_success",
+                "Finished requests by reason",
+                ByLabel::default(),
+            ),
+            corrupted: add(
+                r,
+                "vllm:corrupted_requests",
+                "Requests whose logits held a NaN or an infinity",
+                Counter::default(),
             ),
             prompt_tokens: histogram(
                 r,

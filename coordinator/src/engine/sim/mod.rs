@@ -51,19 +51,19 @@ fn salt(id: SequenceId) -> Option<&'static str> {
 
 /// What a KV slot holds of a token.
 fn kv_entry(token: u32, id: SequenceId) -> u64 {
-    u64::from(token) << 8 | id.0 % 3
+    (u64::from(token) << 8) | (id.0 % 3)
 }
 
 /// The token drawn after `context`, and whether the logits are numbers. Everything a real sampler looks at counts.
 fn sample(context: impl Iterator<Item = u64>, sampling: &RowSampling) -> (u32, bool) {
     let mut hash = context.fold(7, mix);
     // A request with such a seed has a weight that is no number in its way, now and then.
-    let finite = sampling.seed % 8 != 7 || hash % 16 != 0;
+    let finite = sampling.seed % 8 != 7 || !hash.is_multiple_of(16);
     hash = mix(hash, sampling.seed ^ u64::from(sampling.temperature.to_bits()));
     if let Some(penalties) = &sampling.penalties {
         hash = mix(hash, penalties.repetition.to_bits().into());
         for &(token, count) in &penalties.history {
-            hash = mix(hash, u64::from(token) << 32 | u64::from(count));
+            hash = mix(hash, (u64::from(token) << 32) | u64::from(count));
         }
     }
     let mut token = (hash % u64::from(VOCAB_SIZE)) as u32;
