@@ -5,11 +5,12 @@ use std::sync::Arc;
 use phalanx_proto::v1::{self, admin_server::Admin};
 use tonic::{Request, Response, Status};
 
-use super::{MetricsSource, StatusHandle, registry::Registry};
+use super::{StatusHandle, registry::Registry};
+use crate::metrics::{self, Metrics};
 
 pub(super) struct AdminService {
     pub(super) status: StatusHandle,
-    pub(super) metrics: Arc<dyn MetricsSource>,
+    pub(super) metrics: Arc<Metrics>,
     pub(super) registry: Registry,
 }
 
@@ -26,8 +27,10 @@ impl Admin for AdminService {
         &self,
         _: Request<v1::GetMetricsRequest>,
     ) -> Result<Response<v1::GetMetricsResponse>, Status> {
-        let (content_type, body) = self.metrics.render();
-        Ok(Response::new(v1::GetMetricsResponse { content_type, body }))
+        Ok(Response::new(v1::GetMetricsResponse {
+            content_type: metrics::CONTENT_TYPE.to_owned(),
+            body: self.metrics.encode().into_bytes(),
+        }))
     }
 
     async fn abort_request(

@@ -1,4 +1,4 @@
-//! What the services need of the engine.
+//! The engine as the services see it: perhaps not there yet.
 
 use std::sync::{Arc, OnceLock};
 
@@ -6,20 +6,7 @@ use phalanx_proto::{ErrorKind, RpcError};
 
 use crate::engine_thread::{EngineHandle, NewSequence, Submission};
 
-/// Takes sequences.
-pub trait Engine: Send + Sync + 'static {
-    /// Queues a sequence without waiting. Errors: `QueueFull`, `Unavailable`.
-    fn submit(&self, sequence: NewSequence) -> Result<Submission, RpcError>;
-}
-
-impl Engine for EngineHandle {
-    fn submit(&self, sequence: NewSequence) -> Result<Submission, RpcError> {
-        Self::submit(self, sequence)
-    }
-}
-
-/// An engine that may not be there yet: the services answer from the first second, the engine starts once the ranks
-/// have loaded.
+/// A place for the engine: the services answer from the first second, the engine starts once the ranks have loaded.
 #[derive(Clone, Default)]
 pub struct EngineSlot {
     engine: Arc<OnceLock<EngineHandle>>,
@@ -32,10 +19,9 @@ impl EngineSlot {
             tracing::warn!("an engine was started twice; the second is not used");
         }
     }
-}
 
-impl Engine for EngineSlot {
-    fn submit(&self, sequence: NewSequence) -> Result<Submission, RpcError> {
+    /// Queues a sequence without waiting. Errors: `Unavailable` while there is no engine, and the engine's own.
+    pub(super) fn submit(&self, sequence: NewSequence) -> Result<Submission, RpcError> {
         match self.engine.get() {
             Some(engine) => engine.submit(sequence),
             None => Err(RpcError::new(

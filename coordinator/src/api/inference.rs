@@ -10,7 +10,7 @@ use phalanx_proto::{
 use tonic::{Request, Response, Status};
 
 use super::{
-    Engine, Envelope,
+    EngineSlot, Envelope,
     registry::{Registration, Registry},
     request_id,
     stream::RequestStream,
@@ -20,7 +20,7 @@ use crate::text::{PreparedRequest, TextProcessor};
 
 pub(super) struct Parts {
     pub(super) text: Arc<TextProcessor>,
-    pub(super) engine: Arc<dyn Engine>,
+    pub(super) engine: EngineSlot,
     pub(super) registry: Registry,
     /// The first is the one replies name.
     pub(super) models: Vec<v1::ModelCard>,

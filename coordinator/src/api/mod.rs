@@ -14,11 +14,11 @@ use std::{sync::Arc, time::SystemTime};
 use phalanx_proto::v1::{self, ModelCard, admin_server::AdminServer, inference_server::InferenceServer};
 use tonic::service::Routes;
 
-pub use engine::{Engine, EngineSlot};
+pub use engine::EngineSlot;
 pub use listen::{ListenError, Listeners, serve};
-pub use status::{MetricsSource, StatusHandle};
+pub use status::StatusHandle;
 
-use crate::text::TextProcessor;
+use crate::{metrics::Metrics, text::TextProcessor};
 
 /// Most bytes of one request message, tonic's and every client's own default.
 pub const MAX_REQUEST_BYTES: usize = 4 << 20;
@@ -28,8 +28,8 @@ pub const MAX_RESPONSE_BYTES: usize = 64 << 20;
 /// What the services work on.
 pub struct Api {
     pub text: Arc<TextProcessor>,
-    pub engine: Arc<dyn Engine>,
-    pub metrics: Arc<dyn MetricsSource>,
+    pub engine: EngineSlot,
+    pub metrics: Arc<Metrics>,
     pub status: StatusHandle,
     /// The first is the name replies carry. Never empty.
     pub served_model_names: Vec<String>,

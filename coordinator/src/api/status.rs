@@ -6,12 +6,6 @@ use phalanx_proto::v1::{self, GetStatusResponse, GroupState};
 use tokio::sync::watch;
 use tonic_health::{ServingStatus, server::HealthReporter};
 
-/// The coordinator's metrics, rendered on demand.
-pub trait MetricsSource: Send + Sync + 'static {
-    /// Content type and body, OpenMetrics text.
-    fn render(&self) -> (String, Vec<u8>);
-}
-
 /// Holds the cluster's status: its owners update it, `GetStatus` and the health service read it.
 #[derive(Clone, Debug)]
 pub struct StatusHandle {

@@ -1,11 +1,11 @@
 //! One running request: the events of its sequences become chunks, merged in the order they happen.
 
-use std::{future::poll_fn, pin::Pin, sync::Arc, task::Poll};
+use std::{future::poll_fn, pin::Pin, task::Poll};
 
 use phalanx_proto::{ErrorKind, RpcError, v1};
 use tokio::sync::mpsc;
 
-use super::{Engine, Envelope, assembler::ChoiceAssembler, registry::Registration};
+use super::{EngineSlot, Envelope, assembler::ChoiceAssembler, registry::Registration};
 use crate::{
     engine::FinishReason,
     engine_thread::{StreamEvent, Submission},
@@ -27,6 +27,8 @@ pub(super) struct RequestStream {
     continuous_usage: bool,
     /// The usage is still to be sent, as the last chunk.
     final_usage: bool,
+    /// Still to be sent, instead of the usage.
+    failure: Option<RpcError>,
 }
 
 struct Choice {
@@ -48,7 +50,7 @@ impl RequestStream {
         envelope: Envelope,
         registration: Registration,
         text: &TextProcessor,
-        engine: &Arc<dyn Engine>,
+        engine: &EngineSlot,
     ) -> Result<Self, RpcError> {
         let assemblers: Vec<_> = (0..request.sequences.len())
             .map(|index| ChoiceAssembler::new(&request, index, text.tokenizer()))
@@ -73,29 +75,30 @@ impl RequestStream {
             cached_tokens: 0,
             continuous_usage: request.output.continuous_usage,
             final_usage: request.output.include_usage,
+            failure: None,
         })
     }
 
-    /// The next chunk; none after the last. An error is the last.
+    /// The next chunk; none after the last. An error is the last; what was made before it comes first.
     pub(super) async fn next(&mut self) -> Option<Result<v1::GenerateChunk, RpcError>> {
-        while self.choices.iter().any(|choice| choice.submission.is_some()) {
+        loop {
+            if let Some(chunk) = self.take_piece() {
+                return Some(Ok(chunk));
+            }
+            if self.choices.iter().all(|choice| choice.submission.is_none()) {
+                break;
+            }
             match self.wake().await {
                 Wake::Aborted => self.abort(),
                 Wake::Event(index, event) => {
                     if let Err(error) = self.handle(index, event) {
-                        self.choices.clear();
-                        self.final_usage = false;
-                        return Some(Err(error));
+                        self.fail(error);
                     }
                 }
             }
-            if let Some(chunk) = self.take_piece() {
-                return Some(Ok(chunk));
-            }
         }
-        // Choices that an abort ended together still have a piece each.
-        if let Some(chunk) = self.take_piece() {
-            return Some(Ok(chunk));
+        if let Some(error) = self.failure.take() {
+            return Some(Err(error));
         }
         std::mem::take(&mut self.final_usage).then(|| Ok(self.envelope.chunk(None, Some(self.usage()))))
     }
@@ -184,6 +187,14 @@ impl RequestStream {
                 choice.assembler.finish(FinishReason::Abort);
             }
         }
+    }
+
+    fn fail(&mut self, error: RpcError) {
+        for choice in &mut self.choices {
+            choice.submission = None;
+        }
+        self.final_usage = false;
+        self.failure = Some(error);
     }
 
     fn take_piece(&mut self) -> Option<v1::GenerateChunk> {

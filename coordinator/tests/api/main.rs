@@ -1,0 +1,8 @@
+//! The services over a real gRPC server on a unix socket and the real engine; only the ranks are scripted.
+
+mod operations;
+mod ranks;
+mod requests;
+mod server;
+#[path = "../support/mod.rs"]
+mod support;

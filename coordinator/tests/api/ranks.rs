@@ -1,0 +1,73 @@
+//! Ranks that say what a test has written down, one step at a time if the test wants it so.
+
+use std::{collections::HashMap, sync::mpsc::Receiver, time::Duration};
+
+use phalanx_coordinator::engine::{Executor, ExecutorError};
+use phalanx_proto::step::{SampledToken, StepOutput, StepPlan, StepRow};
+
+/// Every prompt of these tests, `Hello world`.
+pub(crate) const PROMPT: &str = "Hello world";
+const PROMPT_TOKENS: u32 = 2;
+/// ` world`, said once a script is over and by requests without one.
+pub(crate) const FILLER: u32 = 905;
+
+/// What the next step does.
+pub(crate) enum Permit {
+    Step,
+    LoseRank,
+}
+
+/// Under the real engine, in the place of the rank group.
+pub(crate) struct ScriptedRanks {
+    /// What a sequence says, by its seed.
+    pub(crate) scripts: HashMap<u64, Vec<u32>>,
+    /// One permit for each step; once the sender is gone, steps are free.
+    pub(crate) gate: Receiver<Permit>,
+    pub(crate) output: Option<StepOutput>,
+}
+
+impl ScriptedRanks {
+    fn sample(&self, row: &StepRow) -> Option<SampledToken> {
+        let sampling = row.sampling.as_ref()?;
+        let known = row.num_computed_tokens + row.token_ids.len() as u32;
+        let script = self.scripts.get(&sampling.seed).map_or(&[][..], Vec::as_slice);
+        let token = script
+            .get((known - PROMPT_TOKENS) as usize)
+            .copied()
+            .unwrap_or(FILLER);
+        let count = sampling.logprobs.unwrap_or(0);
+        Some(SampledToken {
+            sequence: row.sequence,
+            token,
+            finite: true,
+            logprob: sampling.logprobs.map(|_| -0.5),
+            top_logprobs: (0..count).map(|at| (token + at, -0.5 - at as f32)).collect(),
+        })
+    }
+}
+
+impl Executor for ScriptedRanks {
+    fn submit(&mut self, plan: &StepPlan) -> Result<(), ExecutorError> {
+        if let Ok(Permit::LoseRank) = self.gate.recv() {
+            return Err(ExecutorError::RankLost {
+                rank: 3,
+                cause: "killed".into(),
+            });
+        }
+        self.output = Some(StepOutput {
+            epoch: plan.epoch,
+            step: plan.step,
+            sampled: plan.rows.iter().filter_map(|row| self.sample(row)).collect(),
+            forward_us: 1,
+        });
+        Ok(())
+    }
+    fn wait(&mut self, step: u64, _: Duration) -> Result<StepOutput, ExecutorError> {
+        self.output.take().ok_or(ExecutorError::Deadline { step })
+    }
+    fn rebuild(&mut self) -> Result<u32, ExecutorError> {
+        Err(ExecutorError::Protocol(
+            "there is no rank to take its place".into(),
+        ))
+    }
+}
