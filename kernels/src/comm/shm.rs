@@ -36,17 +36,25 @@ pub struct ShmCommunicator {
 /// # Errors
 /// [`KernelError::OutOfMemory`] if they cannot be counted.
 pub fn arena_bytes(max_rows: usize, widths: &[usize]) -> Result<usize> {
-    widths.iter().try_fold(0, |used, &width| Ok(place(used, max_rows, width)?.end))
+    widths
+        .iter()
+        .try_fold(0, |used, &width| Ok(place(used, max_rows, width)?.end))
 }
 
 /// Where the next buffer goes when `used` bytes are taken.
 fn place(used: usize, rows: usize, width: usize) -> Result<Range<usize>> {
-    let bytes = rows.checked_mul(width).and_then(|n| n.checked_mul(size_of::<f32>()));
+    let bytes = rows
+        .checked_mul(width)
+        .and_then(|n| n.checked_mul(size_of::<f32>()));
     bytes
         .and_then(|bytes| used.checked_add(bytes))
         .and_then(|end| end.checked_next_multiple_of(ALIGN))
         .map(|end| used..end)
-        .ok_or(KernelError::OutOfMemory { what: "shared activations", requested: usize::MAX, free: 0 })
+        .ok_or(KernelError::OutOfMemory {
+            what: "shared activations",
+            requested: usize::MAX,
+            free: 0,
+        })
 }
 
 fn failed(error: ShmError) -> KernelError {
@@ -58,16 +66,31 @@ impl ShmCommunicator {
     pub fn new(port: Rc<RefCell<RankPort>>, style: TensorParallelStyle) -> Self {
         let (segment, rank, world_size) = {
             let port = port.borrow();
-            (Arc::clone(port.segment()), port.rank() as usize, port.world_size() as usize)
+            (
+                Arc::clone(port.segment()),
+                port.rank() as usize,
+                port.world_size() as usize,
+            )
         };
-        Self { port, segment, style, rank, world_size, used: 0 }
+        Self {
+            port,
+            segment,
+            style,
+            rank,
+            world_size,
+            used: 0,
+        }
     }
 
     /// Collects the ranks' parts of a buffer of this rank's own. Parts are padded to the longest.
     fn gather_private(&self, buffer: &mut CpuBuffer, rows: usize, layout: GatherLayout<'_>) -> Result<()> {
         let width = buffer.width();
-        let parts: Vec<_> = (0..self.world_size).map(|rank| parts(layout, rank, rows, width)).collect();
-        let lengths = parts.iter().map(|parts| parts.iter().map(Range::len).sum::<usize>());
+        let parts: Vec<_> = (0..self.world_size)
+            .map(|rank| parts(layout, rank, rows, width))
+            .collect();
+        let lengths = parts
+            .iter()
+            .map(|parts| parts.iter().map(Range::len).sum::<usize>());
         let longest = lengths.max().unwrap_or(0);
 
         let mut mine = Vec::with_capacity(longest);
@@ -76,7 +99,10 @@ impl ShmCommunicator {
         }
         mine.resize(longest, 0.0f32);
         let mut all = vec![0.0; longest * self.world_size];
-        self.port.borrow_mut().all_gather(&mine, &mut all).map_err(failed)?;
+        self.port
+            .borrow_mut()
+            .all_gather(&mine, &mut all)
+            .map_err(failed)?;
 
         let values = buffer.values_mut();
         for (parts, mut from) in parts.into_iter().zip(all.chunks_exact(longest.max(1))) {
@@ -104,16 +130,19 @@ fn check_layout(layout: GatherLayout<'_>, world_size: usize, rows: usize, width:
         return Ok(());
     }
     let message = format!("{layout:?} for {world_size} ranks, {rows} rows of {width}");
-    Err(KernelError::Shape { op: "all_gather", message })
+    Err(KernelError::Shape {
+        op: "all_gather",
+        message,
+    })
 }
 
 /// The values of a buffer that `rank` has written.
 fn parts(layout: GatherLayout<'_>, rank: usize, rows: usize, width: usize) -> Vec<Range<usize>> {
     let starts = (0..rows).map(|row| row * width);
     match layout {
-        GatherLayout::Columns(ranges) => {
-            starts.map(|start| start + ranges[rank].start..start + ranges[rank].end).collect()
-        }
+        GatherLayout::Columns(ranges) => starts
+            .map(|start| start + ranges[rank].start..start + ranges[rank].end)
+            .collect(),
         GatherLayout::Rows(writers) => starts
             .zip(writers)
             .filter(|&(_, &writer)| writer as usize == rank)
@@ -149,7 +178,14 @@ impl Communicator<CpuBackend> for ShmCommunicator {
         // SAFETY: the place lies within the arena, on a multiple of 128 bytes from its page-aligned start, and nothing
         // else of this process was given it; the arena stays mapped while the handle lives. Who writes what is the
         // contract of `all_gather`.
-        unsafe { Ok(CpuBuffer::shared(start.add(place.start).cast(), rows, width, Arc::new(arena))) }
+        unsafe {
+            Ok(CpuBuffer::shared(
+                start.add(place.start).cast(),
+                rows,
+                width,
+                Arc::new(arena),
+            ))
+        }
     }
 
     fn all_gather(&mut self, buffer: &mut CpuBuffer, rows: usize, layout: GatherLayout<'_>) -> Result<()> {
@@ -165,10 +201,16 @@ impl Communicator<CpuBackend> for ShmCommunicator {
         buffer.check("all_reduce", rows, buffer.width())?;
         if buffer.is_shared() {
             let message = "a buffer in gather style holds one sum, not one per rank".to_owned();
-            return Err(KernelError::Shape { op: "all_reduce", message });
+            return Err(KernelError::Shape {
+                op: "all_reduce",
+                message,
+            });
         }
         let len = rows * buffer.width();
-        self.port.borrow_mut().all_reduce(&mut buffer.values_mut()[..len]).map_err(failed)
+        self.port
+            .borrow_mut()
+            .all_reduce(&mut buffer.values_mut()[..len])
+            .map_err(failed)
     }
 
     fn exchange(&mut self, message: &[u8]) -> Result<Vec<Vec<u8>>> {
@@ -176,6 +218,7 @@ impl Communicator<CpuBackend> for ShmCommunicator {
     }
 
     fn abort(&self) {
-        self.segment.abort(AbortReason::Lost(phalanx_shm::Party::Rank(self.rank as u32)));
+        self.segment
+            .abort(AbortReason::Lost(phalanx_shm::Party::Rank(self.rank as u32)));
     }
 }

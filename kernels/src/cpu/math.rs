@@ -120,7 +120,10 @@ mod tests {
     fn exp_is_within_its_error_over_all_its_range() {
         for isa in [Isa::detect(), Isa::Portable] {
             let mut worst = 0.0f64;
-            let limits = [0.0f32.to_bits()..EXP_MAX.to_bits(), 0x8000_0000..EXP_MIN.to_bits()];
+            let limits = [
+                0.0f32.to_bits()..EXP_MAX.to_bits(),
+                0x8000_0000..EXP_MIN.to_bits(),
+            ];
             for bits in limits.into_iter().flat_map(|r| r.step_by(1009)) {
                 let x = f32::from_bits(bits);
                 let want = f64::from(x).exp();
@@ -148,7 +151,11 @@ mod tests {
         let mut x = 1e-12f64;
         while x < 1e12 {
             let want = x.ln();
-            assert!((ln(x) - want).abs() <= want.abs() * 2.3e-16, "ln({x}) = {} not {want}", ln(x));
+            assert!(
+                (ln(x) - want).abs() <= want.abs() * 2.3e-16,
+                "ln({x}) = {} not {want}",
+                ln(x)
+            );
             x *= 1.000_37;
         }
         assert_eq!(ln(1.0), 0.0);

@@ -17,8 +17,8 @@ pub mod pack;
 pub mod pool;
 pub mod quant;
 mod rotary;
-mod simd;
 mod silu;
+mod simd;
 
 pub use backend::{CpuBackend, CpuVector};
 pub use batch::CpuBatch;
