@@ -27,6 +27,8 @@ pub trait Backend: Sized {
     fn kv_cache(&self, spec: KvSpec) -> Result<Self::KvCache>;
     /// Bounds are the caller's promise: every slot and block lies within the KV cache.
     fn batch(&self, input: &BatchInput) -> Result<Self::Batch>;
+    /// Overwrites the leading rows with whole rows from the host: for tests and tools, not on the path of a step.
+    fn write(&self, buffer: &mut Self::Buffer, values: &[f32]) -> Result<()>;
     /// Copies the first `rows` rows to the host.
     fn read(&self, buffer: &Self::Buffer, rows: usize) -> Result<Vec<f32>>;
     /// Bytes a weight takes where it lies.
@@ -49,6 +51,7 @@ pub trait Backend: Sized {
         rows: usize,
     ) -> Result<()>;
     /// `residual += delta; out = rms_norm(residual)`.
+    #[expect(clippy::too_many_arguments, reason = "three buffers that nothing else groups")]
     fn fused_add_rms_norm(
         &self,
         out: &mut Self::Buffer,
@@ -82,6 +85,10 @@ pub trait Backend: Sized {
         batch: &Self::Batch,
     ) -> Result<()>;
     /// Causal attention of every row's q heads over its sequence's blocks; any mix of chunks and single rows.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "three device objects that nothing else groups"
+    )]
     fn paged_attention(
         &self,
         out: Columns<'_, Self>,

@@ -7,6 +7,9 @@
 pub mod backend;
 pub mod batch;
 pub mod candidates;
+pub mod comm;
+#[cfg(feature = "conformance")]
+pub mod conformance;
 pub mod cpu;
 pub mod error;
 mod noise;

@@ -26,7 +26,6 @@ use crate::{
 pub struct CpuBackend {
     pool: Pool,
     isa: Isa,
-    linear_isa: linear::Isa,
     linear_scratch: RefCell<linear::Scratch>,
     arena: Arena,
 }
@@ -55,7 +54,6 @@ impl CpuBackend {
         Ok(Self {
             pool: Pool::new(threads)?,
             isa,
-            linear_isa,
             linear_scratch: RefCell::new(linear::Scratch::new(linear_isa)),
             arena: Arena::new(),
         })
@@ -72,7 +70,10 @@ impl CpuBackend {
     }
 
     fn exec(&self) -> Exec<'_> {
-        Exec { pool: &self.pool, isa: self.isa }
+        Exec {
+            pool: &self.pool,
+            isa: self.isa,
+        }
     }
 }
 
@@ -103,6 +104,16 @@ impl Backend for CpuBackend {
         CpuBatch::new(input.clone())
     }
 
+    fn write(&self, buffer: &mut CpuBuffer, values: &[f32]) -> Result<()> {
+        let rows = values.len().checked_div(buffer.width()).unwrap_or(0);
+        check("write", rows * buffer.width() == values.len(), || {
+            format!("{} values are not whole rows of {}", values.len(), buffer.width())
+        })?;
+        buffer.check("write", rows, buffer.width())?;
+        buffer.values_mut()[..values.len()].copy_from_slice(values);
+        Ok(())
+    }
+
     fn read(&self, buffer: &CpuBuffer, rows: usize) -> Result<Vec<f32>> {
         buffer.check("read", rows, buffer.width())?;
         Ok(buffer.values()[..rows * buffer.width()].to_vec())
@@ -122,14 +133,17 @@ impl Backend for CpuBackend {
         embedding::embedding(self.exec(), out, table, vocab, batch)
     }
 
-    fn rms_norm(
-        &self,
-        out: &mut CpuBuffer,
-        x: &CpuBuffer,
-        norm: &Norm<'_, Self>,
-        rows: usize,
-    ) -> Result<()> {
-        norm::rms_norm(self.exec(), out, x, RmsNorm { weight: &norm.weight.0, eps: norm.eps, rows })
+    fn rms_norm(&self, out: &mut CpuBuffer, x: &CpuBuffer, norm: &Norm<'_, Self>, rows: usize) -> Result<()> {
+        norm::rms_norm(
+            self.exec(),
+            out,
+            x,
+            RmsNorm {
+                weight: &norm.weight.0,
+                eps: norm.eps,
+                rows,
+            },
+        )
     }
 
     fn fused_add_rms_norm(
@@ -140,7 +154,11 @@ impl Backend for CpuBackend {
         norm: &Norm<'_, Self>,
         rows: usize,
     ) -> Result<()> {
-        let norm = RmsNorm { weight: &norm.weight.0, eps: norm.eps, rows };
+        let norm = RmsNorm {
+            weight: &norm.weight.0,
+            eps: norm.eps,
+            rows,
+        };
         norm::fused_add_rms_norm(self.exec(), out, residual, delta, norm)
     }
 
@@ -154,11 +172,16 @@ impl Backend for CpuBackend {
         const OP: &str = "linear";
         let Linear { weight, bias } = *weight;
         x.check(OP, rows, weight.cols())?;
-        out.buffer.check(OP, rows, out.start.saturating_add(weight.rows()))?;
+        out.buffer
+            .check(OP, rows, out.start.saturating_add(weight.rows()))?;
         check(OP, bias.is_none_or(|b| b.0.len() == weight.rows()), || {
             format!("a bias of another length than {}", weight.rows())
         })?;
-        let x = Rows { data: x.values(), rows, stride: x.width() };
+        let x = Rows {
+            data: x.values(),
+            rows,
+            stride: x.width(),
+        };
         let out = Output {
             stride: out.buffer.width(),
             data: out.buffer.values_mut(),
@@ -201,7 +224,12 @@ impl Backend for CpuBackend {
         heads: &Heads,
         batch: &CpuBatch,
     ) -> Result<()> {
-        let attention = Attention { qkv, kv, heads, batch };
+        let attention = Attention {
+            qkv,
+            kv,
+            heads,
+            batch,
+        };
         attention::paged_attention(self.exec(), out.buffer, out.start, attention)
     }
 
@@ -213,11 +241,7 @@ impl Backend for CpuBackend {
         embedding::select_rows(out, x, rows)
     }
 
-    fn candidates(
-        &self,
-        logits: &CpuBuffer,
-        requests: &[CandidateRequest<'_>],
-    ) -> Result<Vec<Candidates>> {
+    fn candidates(&self, logits: &CpuBuffer, requests: &[CandidateRequest<'_>]) -> Result<Vec<Candidates>> {
         candidates::candidates(self.exec(), logits, requests)
     }
 }

@@ -23,9 +23,17 @@ impl CpuBatch {
         const OP: &str = "batch";
         let rows = input.num_rows();
         let sequences = input.num_sequences();
-        check(OP, input.positions.len() == rows && input.slot_mapping.len() == rows, || {
-            format!("{rows} tokens, {} positions, {} slots", input.positions.len(), input.slot_mapping.len())
-        })?;
+        check(
+            OP,
+            input.positions.len() == rows && input.slot_mapping.len() == rows,
+            || {
+                format!(
+                    "{rows} tokens, {} positions, {} slots",
+                    input.positions.len(),
+                    input.slot_mapping.len()
+                )
+            },
+        )?;
         check_offsets("cu_seqlens_q", &input.cu_seqlens_q, sequences, rows)?;
         check_offsets("cu_blocks", &input.cu_blocks, sequences, input.block_tables.len())?;
         for sequence in 0..sequences {
@@ -55,12 +63,16 @@ impl CpuBatch {
 
     /// An error unless all slots exist.
     pub(crate) fn check_slots(&self, op: &'static str, num_slots: usize) -> Result<()> {
-        check(op, self.num_slots <= num_slots, || format!("slot {} of {num_slots}", self.num_slots - 1))
+        check(op, self.num_slots <= num_slots, || {
+            format!("slot {} of {num_slots}", self.num_slots - 1)
+        })
     }
 
     /// An error unless all blocks exist and every sequence has enough of them.
     pub(crate) fn check_blocks(&self, op: &'static str, num_blocks: usize, block_size: usize) -> Result<()> {
-        check(op, self.num_blocks <= num_blocks, || format!("block {} of {num_blocks}", self.num_blocks - 1))?;
+        check(op, self.num_blocks <= num_blocks, || {
+            format!("block {} of {num_blocks}", self.num_blocks - 1)
+        })?;
         for (sequence, &len) in self.input.context_lens.iter().enumerate() {
             let blocks = self.block_table(sequence).len();
             check(op, blocks.saturating_mul(block_size) >= len as usize, || {
@@ -81,7 +93,9 @@ fn check_offsets(what: &'static str, offsets: &[u32], parts: usize, total: usize
     let ends = offsets.first() == Some(&0) && offsets.last().map(|&n| n as usize) == Some(total);
     // A step without sequences needs no offsets.
     let empty = offsets.is_empty() && parts == 0 && total == 0;
-    check("batch", empty || (ends && offsets.len() == parts + 1 && offsets.is_sorted()), || {
-        format!("{what} {offsets:?} does not cut {total} entries into {parts} parts")
-    })
+    check(
+        "batch",
+        empty || (ends && offsets.len() == parts + 1 && offsets.is_sorted()),
+        || format!("{what} {offsets:?} does not cut {total} entries into {parts} parts"),
+    )
 }

@@ -55,7 +55,11 @@ impl CpuBuffer {
         width: usize,
         owner: Arc<dyn Any + Send + Sync>,
     ) -> Self {
-        Self { memory: Memory::Shared { start, _owner: owner }, rows, width }
+        Self {
+            memory: Memory::Shared { start, _owner: owner },
+            rows,
+            width,
+        }
     }
 
     pub fn rows(&self) -> usize {
@@ -105,13 +109,21 @@ impl CpuBuffer {
             Memory::Private(region) => region.as_mut_f32().as_mut_ptr(),
             Memory::Shared { start, .. } => start.as_ptr(),
         };
-        RowWriter { start, rows: self.rows, width: self.width, _buffer: PhantomData }
+        RowWriter {
+            start,
+            rows: self.rows,
+            width: self.width,
+            _buffer: PhantomData,
+        }
     }
 
     /// An error unless the first `rows` rows exist and are at least `width` wide.
     pub(crate) fn check(&self, op: &'static str, rows: usize, width: usize) -> Result<()> {
         check(op, rows <= self.rows && width <= self.width, || {
-            format!("rows {rows} x {width} in a buffer of {} x {}", self.rows, self.width)
+            format!(
+                "rows {rows} x {width} in a buffer of {} x {}",
+                self.rows, self.width
+            )
         })
     }
 }
@@ -121,12 +133,16 @@ impl CpuBuffer {
 /// # Errors
 /// [`KernelError::OutOfMemory`] if they are not countable.
 pub(crate) fn buffer_bytes(rows: usize, width: usize) -> Result<usize> {
-    let bytes = rows.checked_mul(width).and_then(|n| n.checked_mul(size_of::<f32>()));
-    bytes.filter(|&n| n <= isize::MAX as usize).ok_or(KernelError::OutOfMemory {
-        what: "activations",
-        requested: usize::MAX,
-        free: 0,
-    })
+    let bytes = rows
+        .checked_mul(width)
+        .and_then(|n| n.checked_mul(size_of::<f32>()));
+    bytes
+        .filter(|&n| n <= isize::MAX as usize)
+        .ok_or(KernelError::OutOfMemory {
+            what: "activations",
+            requested: usize::MAX,
+            free: 0,
+        })
 }
 
 /// An exclusively borrowed buffer whose rows go to different threads.
@@ -147,7 +163,12 @@ impl<'a> RowWriter<'a> {
     /// Rows of `width` values.
     pub(crate) fn new(values: &'a mut [f32], width: usize) -> Self {
         let rows = values.len() / width;
-        Self { start: values.as_mut_ptr(), rows, width, _buffer: PhantomData }
+        Self {
+            start: values.as_mut_ptr(),
+            rows,
+            width,
+            _buffer: PhantomData,
+        }
     }
 
     /// The columns `columns` of row `row`.

@@ -46,7 +46,10 @@ pub(crate) fn candidates(
     Ok(requests
         .iter()
         .map(|request| {
-            let mut all = Candidates { finite: true, ..Candidates::default() };
+            let mut all = Candidates {
+                finite: true,
+                ..Candidates::default()
+            };
             for part in parts.by_ref().take(request.vocab.len().div_ceil(SEGMENT)) {
                 all.append(part, request);
             }
@@ -58,12 +61,16 @@ pub(crate) fn candidates(
 fn check_request(logits: &CpuBuffer, request: &CandidateRequest<'_>) -> Result<()> {
     const OP: &str = "candidates";
     let Range { start, end } = request.vocab;
-    check(OP, start <= end && end <= u32::MAX as usize && start.is_multiple_of(VOCAB_CHUNK), || {
-        format!("vocabulary {start}..{end} does not start at a multiple of {VOCAB_CHUNK}")
-    })?;
+    check(
+        OP,
+        start <= end && end <= u32::MAX as usize && start.is_multiple_of(VOCAB_CHUNK),
+        || format!("vocabulary {start}..{end} does not start at a multiple of {VOCAB_CHUNK}"),
+    )?;
     logits.check(OP, request.row.saturating_add(1), end - start)?;
     let temperature = request.inverse_temperature;
-    check(OP, temperature.is_finite() && temperature > 0.0, || format!("inverse temperature {temperature}"))
+    check(OP, temperature.is_finite() && temperature > 0.0, || {
+        format!("inverse temperature {temperature}")
+    })
 }
 
 #[derive(Clone)]
@@ -81,7 +88,10 @@ impl Kernel for Segment<'_> {
     fn run<S: Simd>(self, simd: S) -> Candidates {
         let Segment { request, raw, ids } = self;
         let len = ids.len();
-        let mut found = Candidates { finite: true, ..Candidates::default() };
+        let mut found = Candidates {
+            finite: true,
+            ..Candidates::default()
+        };
         let mut best = Best::new(request.top.min(len));
         let mut raw_best = Best::new(request.raw_top.min(len));
         let mut perturbed = None;
@@ -94,7 +104,9 @@ impl Kernel for Segment<'_> {
                 chunk.perturb(simd, noise, scaled_max, &mut perturbed);
             }
             if request.scaled_statistics {
-                found.scaled_statistics.push(statistics(simd, &chunk.scaled, scaled_max));
+                found
+                    .scaled_statistics
+                    .push(statistics(simd, &chunk.scaled, scaled_max));
             }
             if request.raw_top > 0 || request.raw_statistics {
                 let raw_max = max(simd, &chunk.raw);
@@ -114,7 +126,9 @@ impl Kernel for Segment<'_> {
 fn all_finite(values: &[f32]) -> bool {
     const EXPONENT: u32 = 0x7f80_0000;
     // Without an early exit, so that the loop is vectors.
-    !values.iter().fold(false, |bad, x| bad | (x.to_bits() & EXPONENT == EXPONENT))
+    !values
+        .iter()
+        .fold(false, |bad, x| bad | (x.to_bits() & EXPONENT == EXPONENT))
 }
 
 /// Logits of one chunk of the vocabulary, padded with negative infinity.
@@ -133,19 +147,34 @@ impl Chunk {
         let mut scaled = raw;
         let edits = request.edits;
         let from = edits.partition_point(|e| (e.id as usize) < first);
-        for edit in edits[from..].iter().take_while(|e| (e.id as usize) < first + values.len()) {
+        for edit in edits[from..]
+            .iter()
+            .take_while(|e| (e.id as usize) < first + values.len())
+        {
             let logit = &mut scaled[edit.id as usize - first];
-            let penalized = if *logit > 0.0 { *logit / edit.repetition } else { *logit * edit.repetition };
+            let penalized = if *logit > 0.0 {
+                *logit / edit.repetition
+            } else {
+                *logit * edit.repetition
+            };
             *logit = penalized + edit.add;
         }
         for logit in &mut scaled {
             *logit *= request.inverse_temperature;
         }
-        Self { first: first as u32, raw, scaled }
+        Self {
+            first: first as u32,
+            raw,
+            scaled,
+        }
     }
 
     fn candidate(&self, index: usize) -> Candidate {
-        Candidate { id: self.first + index as u32, raw: self.raw[index], scaled: self.scaled[index] }
+        Candidate {
+            id: self.first + index as u32,
+            raw: self.raw[index],
+            scaled: self.scaled[index],
+        }
     }
 
     /// Keeps the best of scaled logit + noise. Noise is evaluated only where it could win.
@@ -170,7 +199,8 @@ impl Chunk {
                     if (!word as f32) * 2f32.powi(-32) < odds {
                         let value = scaled[lane] + gumbel(word);
                         if best.is_none_or(|b| value > b.0) {
-                            *best = Some((value, self.candidate(group * NOISE_GROUP + vector * LANES + lane)));
+                            *best =
+                                Some((value, self.candidate(group * NOISE_GROUP + vector * LANES + lane)));
                         }
                     }
                 }
@@ -187,12 +217,10 @@ fn lower(value: f32) -> f32 {
 /// The words of 32 tokens in rising id. `first` is a multiple of 32.
 #[inline(always)]
 fn random_words(noise: Noise, first: u32) -> [[u32; LANES]; 4] {
-    let mut counters = [[0; LANES]; 4];
-    for lane in 0..LANES {
-        counters[0][lane] = first / NOISE_GROUP as u32 * LANES as u32 + lane as u32;
-        counters[2][lane] = noise.position as u32;
-        counters[3][lane] = (noise.position >> 32) as u32;
-    }
+    let group = first / NOISE_GROUP as u32 * LANES as u32;
+    let lanes = std::array::from_fn(|lane| group + lane as u32);
+    let position = [noise.position as u32, (noise.position >> 32) as u32];
+    let counters = [lanes, [0; LANES], [position[0]; LANES], [position[1]; LANES]];
     philox4x32_lanes(counters, [noise.seed as u32, (noise.seed >> 32) as u32])
 }
 
@@ -220,7 +248,10 @@ fn statistics<S: Simd>(simd: S, values: &[f32; VOCAB_CHUNK], max: f32) -> ChunkS
     for x in values.as_chunks::<LANES>().0 {
         sum = simd.add(sum, exp(simd, simd.sub(simd.load(x), simd.splat(max))));
     }
-    ChunkStatistics { max, sum: simd.sum(sum) }
+    ChunkStatistics {
+        max,
+        sum: simd.sum(sum),
+    }
 }
 
 /// The best few of what is offered in rising id.
@@ -259,13 +290,19 @@ impl Ord for Ranked {
 
 impl Best {
     fn new(keep: usize) -> Self {
-        Self { keep, heap: BinaryHeap::with_capacity(keep.min(SEGMENT)) }
+        Self {
+            keep,
+            heap: BinaryHeap::with_capacity(keep.min(SEGMENT)),
+        }
     }
 
     /// A value must exceed this: of equal values the first one stays.
     fn threshold(&self) -> f32 {
         let full = self.heap.len() == self.keep;
-        self.heap.peek().filter(|_| full).map_or(f32::NEG_INFINITY, |worst| worst.value)
+        self.heap
+            .peek()
+            .filter(|_| full)
+            .map_or(f32::NEG_INFINITY, |worst| worst.value)
     }
 
     /// Offers a chunk, whose largest value is `max`.
@@ -279,13 +316,20 @@ impl Best {
                 if self.heap.len() == self.keep {
                     self.heap.pop();
                 }
-                self.heap.push(Ranked { value, candidate: chunk.candidate(index) });
+                self.heap.push(Ranked {
+                    value,
+                    candidate: chunk.candidate(index),
+                });
                 threshold = self.threshold();
             }
         }
     }
 
     fn into_candidates(self) -> Vec<Candidate> {
-        self.heap.into_sorted_vec().into_iter().map(|r| r.candidate).collect()
+        self.heap
+            .into_sorted_vec()
+            .into_iter()
+            .map(|r| r.candidate)
+            .collect()
     }
 }

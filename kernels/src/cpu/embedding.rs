@@ -20,7 +20,11 @@ pub(crate) fn embedding(
     let token_ids = &batch.input().token_ids;
     out.check(OP, token_ids.len(), table.cols())?;
     check(OP, out.width() == table.cols(), || {
-        format!("embeddings of {} values for rows of {}", table.cols(), out.width())
+        format!(
+            "embeddings of {} values for rows of {}",
+            table.cols(),
+            out.width()
+        )
     })?;
     check(OP, vocab.len() <= table.rows(), || {
         format!("vocabulary {vocab:?} in a table of {} rows", table.rows())
@@ -43,7 +47,9 @@ pub(crate) fn select_rows(out: &mut CpuBuffer, x: &CpuBuffer, rows: &[u32]) -> R
     const OP: &str = "select_rows";
     let width = x.width();
     out.check(OP, rows.len(), width)?;
-    check(OP, out.width() == width, || format!("rows of {width} values into rows of {}", out.width()))?;
+    check(OP, out.width() == width, || {
+        format!("rows of {width} values into rows of {}", out.width())
+    })?;
     for (out, &row) in out.values_mut().chunks_exact_mut(width.max(1)).zip(rows) {
         x.check(OP, row as usize + 1, width)?;
         out.copy_from_slice(x.row(row as usize));

@@ -45,5 +45,12 @@ impl Exec<'_> {
 
 /// An error unless `ok`.
 pub(crate) fn check(op: &'static str, ok: bool, message: impl FnOnce() -> String) -> Result<()> {
-    if ok { Ok(()) } else { Err(KernelError::Shape { op, message: message() }) }
+    if ok {
+        Ok(())
+    } else {
+        Err(KernelError::Shape {
+            op,
+            message: message(),
+        })
+    }
 }

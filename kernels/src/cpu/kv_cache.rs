@@ -101,7 +101,10 @@ impl KvLayout {
     }
     /// Elements of K and V together, if they can be counted.
     fn len(&self) -> Option<usize> {
-        let row = self.spec.head_dim.checked_add(self.spec.head_dim.checked_next_multiple_of(LANES)?)?;
+        let row = self
+            .spec
+            .head_dim
+            .checked_add(self.spec.head_dim.checked_next_multiple_of(LANES)?)?;
         let factors = [self.spec.num_blocks, self.spec.num_kv_heads, self.spec.block_size];
         factors.into_iter().try_fold(row, usize::checked_mul)
     }
@@ -122,14 +125,24 @@ impl CpuKvCache {
     /// # Errors
     /// [`KernelError::Shape`] if `block_size` is not a multiple of 8, [`KernelError::OutOfMemory`].
     pub(crate) fn new(spec: KvSpec) -> Result<Self> {
-        check("kv_cache", spec.block_size > 0 && spec.block_size.is_multiple_of(LANES), || {
-            format!("block_size {} is not a multiple of {LANES}", spec.block_size)
-        })?;
-        let layout = KvLayout { spec };
-        let bytes = layout.len().and_then(|n| n.checked_mul(spec.dtype.bytes())).ok_or(
-            KernelError::OutOfMemory { what: "KV cache", requested: usize::MAX, free: 0 },
+        check(
+            "kv_cache",
+            spec.block_size > 0 && spec.block_size.is_multiple_of(LANES),
+            || format!("block_size {} is not a multiple of {LANES}", spec.block_size),
         )?;
-        Ok(Self { spec, memory: Region::zeroed(bytes, "KV cache")? })
+        let layout = KvLayout { spec };
+        let bytes = layout
+            .len()
+            .and_then(|n| n.checked_mul(spec.dtype.bytes()))
+            .ok_or(KernelError::OutOfMemory {
+                what: "KV cache",
+                requested: usize::MAX,
+                free: 0,
+            })?;
+        Ok(Self {
+            spec,
+            memory: Region::zeroed(bytes, "KV cache")?,
+        })
     }
 
     pub fn spec(&self) -> KvSpec {
@@ -149,8 +162,12 @@ impl CpuKvCache {
         let bytes = self.memory.as_slice();
         assert_eq!(size_of::<E>(), self.spec.dtype.bytes());
         // SAFETY: within the region, whose alignment suffices, and every bit pattern is a value (`KvElement`).
-        let values = unsafe { std::slice::from_raw_parts(bytes.as_ptr().cast(), bytes.len() / size_of::<E>()) };
-        Elements { values, layout: self.layout() }
+        let values =
+            unsafe { std::slice::from_raw_parts(bytes.as_ptr().cast(), bytes.len() / size_of::<E>()) };
+        Elements {
+            values,
+            layout: self.layout(),
+        }
     }
 
     /// An error unless `heads` are the cache's.
@@ -179,7 +196,10 @@ impl<'a, E: KvElement> Elements<'a, E> {
         let (head_dim, v_vectors) = (self.layout.spec.head_dim, self.layout.v_vectors());
         let k = &self.values[self.layout.k_group(block, head, group)..][..head_dim * LANES];
         let v = &self.values[self.layout.v_group(block, head, group)..][..LANES * v_vectors * LANES];
-        KvGroup { k: k.as_chunks().0, v: v.as_chunks().0 }
+        KvGroup {
+            k: k.as_chunks().0,
+            v: v.as_chunks().0,
+        }
     }
 }
 
@@ -197,7 +217,12 @@ pub(crate) fn reshape_and_cache(
     qkv.check(OP, slots.len(), heads.qkv_width())?;
     batch.check_slots(OP, kv.spec.num_blocks * kv.spec.block_size)?;
     let layout = kv.layout();
-    let store = Store { qkv, heads, slots, layout };
+    let store = Store {
+        qkv,
+        heads,
+        slots,
+        layout,
+    };
     let memory = kv.memory.as_mut_slice().as_mut_ptr();
     match kv.spec.dtype {
         KvDtype::F32 => store.run::<f32>(exec, memory),
@@ -228,11 +253,19 @@ impl Store<'_> {
     /// One task per head of K and per head of V: their elements are disjoint whatever the slots are.
     fn run<E: KvElement>(&self, exec: Exec<'_>, memory: *mut u8) {
         let memory = SendPtr(memory.cast::<E>());
-        let Heads { num_q, num_kv, head_dim, .. } = *self.heads;
+        let Heads {
+            num_q,
+            num_kv,
+            head_dim,
+            ..
+        } = *self.heads;
         exec.pool.run(2 * num_kv, |task| {
             let mut converted = vec![E::ZERO; head_dim];
             for (row, &slot) in self.slots.iter().enumerate() {
-                E::convert(&self.qkv.row(row)[(num_q + task) * head_dim..][..head_dim], &mut converted);
+                E::convert(
+                    &self.qkv.row(row)[(num_q + task) * head_dim..][..head_dim],
+                    &mut converted,
+                );
                 if task < num_kv {
                     self.store_k(&memory, task, slot as usize, &converted);
                 } else {
@@ -260,6 +293,10 @@ impl Store<'_> {
             + offset % LANES * self.layout.v_vectors() * LANES;
         // SAFETY: the slot is within the cache (`check_slots`), so this is a row of `head`'s V, which only this task
         // writes; `values` lies elsewhere.
-        unsafe { memory.at(first).copy_from_nonoverlapping(values.as_ptr(), values.len()) };
+        unsafe {
+            memory
+                .at(first)
+                .copy_from_nonoverlapping(values.as_ptr(), values.len())
+        };
     }
 }

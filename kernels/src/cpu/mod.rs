@@ -15,8 +15,8 @@ mod norm;
 pub mod pool;
 pub mod quant;
 mod rotary;
-mod simd;
 mod silu;
+mod simd;
 
 pub use backend::{CpuBackend, CpuVector};
 pub use batch::CpuBatch;

@@ -26,7 +26,11 @@ pub(crate) fn rms_norm(exec: Exec<'_>, out: &mut CpuBuffer, x: &CpuBuffer, norm:
         for row in rows {
             // SAFETY: each row is given to one task, and used once in it.
             let out = unsafe { out.row(row) };
-            exec.isa.run(Normalize { out, x: x.row(row), norm });
+            exec.isa.run(Normalize {
+                out,
+                x: x.row(row),
+                norm,
+            });
         }
     });
     Ok(())

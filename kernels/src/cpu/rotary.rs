@@ -71,7 +71,9 @@ pub(crate) fn rotary_embedding(
     let positions = &batch.input().positions;
     let pairs = rotary.inverse_frequencies.len();
     qkv.check(OP, positions.len(), heads.qkv_width())?;
-    check(OP, 2 * pairs <= heads.head_dim, || format!("{pairs} pairs in heads of {}", heads.head_dim))?;
+    check(OP, 2 * pairs <= heads.head_dim, || {
+        format!("{pairs} pairs in heads of {}", heads.head_dim)
+    })?;
     if pairs == 0 {
         return Ok(());
     }
@@ -97,7 +99,13 @@ pub(crate) fn rotary_embedding(
             let heads_of_row = unsafe { qkv.part(row, 0..rotated) };
             let (cos, sin) = values[row * 2 * pairs..][..2 * pairs].split_at(pairs);
             let layout = rotary.layout;
-            exec.isa.run(Rotate { heads: heads_of_row, head_dim: heads.head_dim, cos, sin, layout });
+            exec.isa.run(Rotate {
+                heads: heads_of_row,
+                head_dim: heads.head_dim,
+                cos,
+                sin,
+                layout,
+            });
         }
     });
     Ok(())

@@ -16,7 +16,9 @@ pub(crate) fn silu_and_mul(
 ) -> Result<()> {
     const OP: &str = "silu_and_mul";
     let width = gate_up.width() / 2;
-    check(OP, gate_up.width() == 2 * width, || format!("a row of {} values has no halves", gate_up.width()))?;
+    check(OP, gate_up.width() == 2 * width, || {
+        format!("a row of {} values has no halves", gate_up.width())
+    })?;
     gate_up.check(OP, rows, 2 * width)?;
     out.check(OP, rows, start.saturating_add(width))?;
     let out: RowWriter<'_> = out.writer();

@@ -91,7 +91,9 @@ impl<E: KvElement> Kernel for TileRows<'_, E> {
 impl<'a, E: KvElement> TileRows<'a, E> {
     /// Loads the queries and resets the state.
     fn start(&self, scratch: &mut Scratch) {
-        let Attention { qkv, heads, batch, .. } = self.attention;
+        let Attention {
+            qkv, heads, batch, ..
+        } = self.attention;
         let head_dim = heads.head_dim;
         let group = self.task.q_heads.len();
         let vectors = self.task.rows.len() * group;
@@ -101,7 +103,9 @@ impl<'a, E: KvElement> TileRows<'a, E> {
         scratch.visible.clear();
         for (i, row) in self.task.rows.clone().enumerate() {
             let end = batch.input().positions[row] as usize + 1;
-            let start = heads.sliding_window.map_or(0, |window| end.saturating_sub(window.max(1)));
+            let start = heads
+                .sliding_window
+                .map_or(0, |window| end.saturating_sub(window.max(1)));
             for (j, head) in self.task.q_heads.clone().enumerate() {
                 scratch.visible.push(start..end);
                 let vector = i * group + j;
@@ -115,7 +119,9 @@ impl<'a, E: KvElement> TileRows<'a, E> {
             }
         }
         scratch.sums.clear();
-        scratch.sums.resize(vectors * self.elements.layout.v_vectors(), [0.0; LANES]);
+        scratch
+            .sums
+            .resize(vectors * self.elements.layout.v_vectors(), [0.0; LANES]);
         scratch.max.clear();
         // Finite, so that a tile of which a vector sees nothing changes nothing: exp(max - max) is 1.
         scratch.max.resize(vectors, f32::MIN);
@@ -131,9 +137,16 @@ impl<'a, E: KvElement> TileRows<'a, E> {
         let mut groups = [KvGroup { k: &[], v: &[] }; TILE_GROUPS];
         for (position, group) in (start..end).step_by(LANES).zip(&mut groups) {
             let block = table[position / block_size] as usize;
-            *group = self.elements.group(block, self.task.kv_head, position % block_size / LANES);
+            *group = self
+                .elements
+                .group(block, self.task.kv_head, position % block_size / LANES);
         }
-        Tile { start, groups, head_dim: self.attention.heads.head_dim, v_vectors: self.elements.layout.v_vectors() }
+        Tile {
+            start,
+            groups,
+            head_dim: self.attention.heads.head_dim,
+            v_vectors: self.elements.layout.v_vectors(),
+        }
     }
 
     /// Divides by the sums of weights and writes the rows.
@@ -365,5 +378,8 @@ fn softmax<S: Simd>(
     }
     let factor = simd.to_array(exp(simd, simd.splat(*max - new_max)))[0];
     *max = new_max;
-    Correction { factor, weight: simd.sum(sum) }
+    Correction {
+        factor,
+        weight: simd.sum(sum),
+    }
 }

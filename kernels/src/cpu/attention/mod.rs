@@ -49,7 +49,12 @@ pub(crate) fn paged_attention(
     attention: Attention<'_>,
 ) -> Result<()> {
     const OP: &str = "paged_attention";
-    let Attention { qkv, kv, heads, batch } = attention;
+    let Attention {
+        qkv,
+        kv,
+        heads,
+        batch,
+    } = attention;
     let rows = batch.input().num_rows();
     qkv.check(OP, rows, heads.qkv_width())?;
     out.check(OP, rows, start.saturating_add(heads.num_q * heads.head_dim))?;
@@ -57,7 +62,10 @@ pub(crate) fn paged_attention(
     batch.check_blocks(OP, kv.spec().num_blocks, kv.spec().block_size)?;
     check_mapping(OP, heads)?;
     let tasks = tasks(attention);
-    let out = Output { rows: out.writer(), start };
+    let out = Output {
+        rows: out.writer(),
+        start,
+    };
     match kv.spec().dtype {
         KvDtype::F32 => run::<f32>(exec, out, attention, &tasks),
         KvDtype::F16 => run::<f16>(exec, out, attention, &tasks),
@@ -74,7 +82,14 @@ struct Output<'a> {
 
 fn run<E: KvElement>(exec: Exec<'_>, out: Output<'_>, attention: Attention<'_>, tasks: &[Task]) {
     let elements = attention.kv.elements::<E>();
-    exec.pool.run(tasks.len(), |i| exec.isa.run(TileRows { task: &tasks[i], attention, elements, out }));
+    exec.pool.run(tasks.len(), |i| {
+        exec.isa.run(TileRows {
+            task: &tasks[i],
+            attention,
+            elements,
+            out,
+        })
+    });
 }
 
 /// An error unless every q head of the rank reads one of its KV heads.
@@ -82,7 +97,9 @@ fn check_mapping(op: &'static str, heads: &Heads) -> Result<()> {
     let first = heads.q_start.checked_div(heads.group_size);
     let last = (heads.q_start + heads.num_q.max(1) - 1).checked_div(heads.group_size);
     let within = first >= Some(heads.kv_start) && last < Some(heads.kv_start + heads.num_kv);
-    check(op, heads.num_q == 0 || within, || format!("{heads:?} has q heads without a KV head"))
+    check(op, heads.num_q == 0 || within, || {
+        format!("{heads:?} has q heads without a KV head")
+    })
 }
 
 /// The most expensive tasks come first, so that no thread starts one when the others are done.

@@ -1,0 +1,138 @@
+//! The linear layer, as far as a backend adds to its formats' own tests.
+
+use phalanx_model::TensorFormat;
+
+use super::random::Random;
+use super::{Tolerances, assert_close, assert_row_wise, bits, filled, poisoned, written};
+use crate::cpu::quant::{dequantize_row, quantize_row};
+use crate::{Backend, Columns, Linear, WeightSource};
+
+const FORMATS: [TensorFormat; 4] = [
+    TensorFormat::F32,
+    TensorFormat::BF16,
+    TensorFormat::Q4_1,
+    TensorFormat::Q8_0,
+];
+
+/// A random matrix in a file's layout, and what it means.
+struct Matrix {
+    format: TensorFormat,
+    cols: usize,
+    bytes: Vec<u8>,
+    values: Vec<f32>,
+}
+
+impl Matrix {
+    fn new(random: &mut Random, format: TensorFormat, rows: usize, cols: usize) -> Self {
+        let (mut bytes, mut values) = (Vec::new(), vec![0.0; rows * cols]);
+        for values in values.chunks_mut(cols) {
+            let row = quantize_row(format, &random.normals(cols)).unwrap();
+            dequantize_row(format, &row, values).unwrap();
+            bytes.extend(row);
+        }
+        Self {
+            format,
+            cols,
+            bytes,
+            values,
+        }
+    }
+
+    fn source(&self, rows: std::ops::Range<usize>) -> WeightSource<'_> {
+        let row_stride = self.format.row_bytes(self.cols).unwrap();
+        WeightSource {
+            format: self.format,
+            rows: rows.len(),
+            cols: self.cols,
+            data: &self.bytes[rows.start * row_stride..rows.end * row_stride],
+            row_stride,
+        }
+    }
+}
+
+pub fn linear<B: Backend>(make: &impl Fn(usize) -> B, tolerances: &Tolerances) {
+    let mut random = Random::new(7);
+    for format in FORMATS {
+        let (rows, cols) = (6, 256);
+        // Two matrices, stacked.
+        let matrices = [
+            Matrix::new(&mut random, format, 37, cols),
+            Matrix::new(&mut random, format, 12, cols),
+        ];
+        let (x, bias) = (random.normals(rows * cols), random.normals(49));
+        let got = assert_row_wise(make, rows, |backend, rows| {
+            let weight = backend
+                .weight(&[matrices[0].source(0..37), matrices[1].source(0..12)])
+                .unwrap();
+            let bias = backend.vector(&bias).unwrap();
+            let input = filled(backend, &x[rows.start * cols..rows.end * cols], cols, 1);
+            let mut out = poisoned(backend, rows.len() + 1, 60);
+            let columns = Columns {
+                buffer: &mut out,
+                start: 4,
+            };
+            let layer = Linear {
+                weight: &weight,
+                bias: Some(&bias),
+            };
+            backend.linear(columns, &input, &layer, rows.len()).unwrap();
+            written(backend, &out, [rows.len() + 1, 60], rows.len(), 4..53)
+        });
+        let weights = matrices.iter().flat_map(|m| m.values.chunks(cols));
+        let outputs: Vec<(&[f32], f32)> = weights.zip(bias.iter().copied()).collect();
+        let dot = |x: &[f32], w: &[f32]| -> f64 {
+            x.iter().zip(w).map(|(&x, &w)| f64::from(x) * f64::from(w)).sum()
+        };
+        let want: Vec<f64> = x
+            .chunks(cols)
+            .flat_map(|x| outputs.iter().map(move |&(w, b)| dot(x, w) + f64::from(b)))
+            .collect();
+        let dense = matches!(format, TensorFormat::F32 | TensorFormat::BF16);
+        let tolerance = if dense {
+            tolerances.linear_dense
+        } else {
+            tolerances.linear_quantized
+        };
+        assert_close(&format!("linear {format:?}"), &got, &want, 49, tolerance);
+    }
+}
+
+pub fn linear_is_the_same_on_any_rank<B: Backend>(make: &impl Fn(usize) -> B, _: &Tolerances) {
+    let mut random = Random::new(8);
+    let backend = make(2);
+    for format in FORMATS {
+        let (rows, cols, outputs) = (5, 128, 75);
+        let matrix = Matrix::new(&mut random, format, outputs, cols);
+        let x = random.normals(rows * cols);
+        let input = filled(&backend, &x, cols, 0);
+        let product = |ranges: &[std::ops::Range<usize>]| {
+            let mut out = poisoned(&backend, rows, outputs);
+            for range in ranges {
+                let weight = backend.weight(&[matrix.source(range.clone())]).unwrap();
+                let columns = Columns {
+                    buffer: &mut out,
+                    start: range.start,
+                };
+                backend
+                    .linear(
+                        columns,
+                        &input,
+                        &Linear {
+                            weight: &weight,
+                            bias: None,
+                        },
+                        rows,
+                    )
+                    .unwrap();
+            }
+            bits(&backend.read(&out, rows).unwrap())
+        };
+        let whole = product(&[0..outputs]);
+        assert_eq!(product(&[0..40, 40..75]), whole, "{format:?} on two ranks");
+        assert_eq!(
+            product(&[0..11, 11..12, 12..75]),
+            whole,
+            "{format:?} on three ranks"
+        );
+    }
+}
