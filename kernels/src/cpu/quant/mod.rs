@@ -15,6 +15,7 @@ mod quantize;
 pub use quantize::quantize_row;
 
 pub(crate) use dense::dequantize as dequantize_dense;
+pub(crate) use k_quants::scale_and_min;
 
 use phalanx_model::TensorFormat;
 

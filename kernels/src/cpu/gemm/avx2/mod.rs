@@ -1,0 +1,234 @@
+//! The kernels for AVX2 + FMA + F16C.
+//!
+//! A register tile is R activation rows times G groups of 8 outputs; one vector of weights holds 4 consecutive K of 8
+//! outputs, one broadcast 4 int8 activations.
+
+// Tiles index several arrays with the same two numbers; iterators over one of them hide that.
+#![allow(clippy::needless_range_loop)]
+
+mod bytes;
+mod codes;
+mod dense;
+mod quantize;
+mod sixes;
+
+pub(super) use quantize::{quantize_narrow, quantize_wide};
+
+use std::arch::x86_64::*;
+use std::ops::Range;
+
+use phalanx_model::TensorFormat;
+
+use super::{Job, TILE_ROWS};
+use crate::cpu::pack::GROUP;
+
+/// Software prefetch distance in bytes: 16 to 21 GB/s with one thread where a matrix comes from memory.
+const PREFETCH: usize = 1536;
+
+/// Everything a register tile reads.
+#[derive(Clone, Copy)]
+struct Tile {
+    /// First byte of the first group.
+    weights: *const u8,
+    group_bytes: usize,
+    chunks: usize,
+    /// First byte of the first activation row.
+    activations: *const u8,
+    row_bytes: usize,
+}
+
+/// Sums of a tile: R activation rows x G groups.
+type Sums<const R: usize, const G: usize> = [[__m256; G]; R];
+
+/// A format's tile. Implementors are markers; `tile` is inlined into code compiled for the features.
+trait Kernel {
+    /// Whether tiles of 4 rows by 2 groups are faster than 4 by 1 once there are 8 rows. (Measured: for 4-bit codes
+    /// they win in cache and lose 10 to 25 % on small matrices.)
+    const WIDE_TILES: bool;
+    /// Whether two groups at a time are faster for any number of rows: kernels with one short dependency chain per sum.
+    const ALWAYS_WIDE: bool = false;
+
+    /// # Safety
+    /// AVX2, FMA and F16C; `t` describes `R` rows and `G` groups of the format in readable memory.
+    unsafe fn tile<const R: usize, const G: usize, const PF: bool>(t: Tile) -> Sums<R, G>;
+}
+
+/// Computes the outputs of `groups` for all activation rows.
+///
+/// # Safety
+/// AVX2, FMA and F16C are there, `job.out` is as promised, and no other task has one of `groups`.
+pub(super) unsafe fn run(job: &Job<'_>, groups: Range<usize>) {
+    use TensorFormat::*;
+    // SAFETY: the caller's promise.
+    unsafe {
+        match job.format {
+            F32 => run_format::<dense::F32>(job, groups),
+            F16 => run_format::<dense::F16>(job, groups),
+            BF16 => run_format::<dense::Bf16>(job, groups),
+            Q4_0 => run_format::<codes::Q4_0>(job, groups),
+            Q4_1 => run_format::<codes::Q4_1>(job, groups),
+            Q5_0 => run_format::<codes::Q5_0>(job, groups),
+            Q5_1 => run_format::<codes::Q5_1>(job, groups),
+            Q8_0 => run_format::<bytes::Q8_0>(job, groups),
+            Q4_K => run_format::<codes::Q4K>(job, groups),
+            Q5_K => run_format::<codes::Q5K>(job, groups),
+            Q6_K => run_format::<sixes::Q6K>(job, groups),
+        }
+    }
+}
+
+/// # Safety
+/// As [`run`], for the kernel of the job's format.
+unsafe fn run_format<K: Kernel>(job: &Job<'_>, groups: Range<usize>) {
+    let wide = K::ALWAYS_WIDE || (K::WIDE_TILES && job.batch >= 2 * TILE_ROWS);
+    for first in (0..job.batch).step_by(job.row_block()) {
+        let rows = first..(first + job.row_block()).min(job.batch);
+        let mut group = groups.start;
+        while group < groups.end {
+            let pair = wide && group + 2 <= groups.end;
+            // SAFETY: the caller's promise; `group` (and the next, if `pair`) lies in `groups`.
+            unsafe {
+                if pair {
+                    run_groups::<K, 2>(job, rows.clone(), group);
+                } else {
+                    run_groups::<K, 1>(job, rows.clone(), group);
+                }
+            }
+            group += 1 + usize::from(pair);
+        }
+    }
+}
+
+/// Groups `group .. group + G` for activation rows `rows`.
+///
+/// # Safety
+/// As [`run`]; the groups exist.
+unsafe fn run_groups<K: Kernel, const G: usize>(job: &Job<'_>, rows: Range<usize>, group: usize) {
+    let group_bytes = job.group_bytes();
+    let (activations, row_bytes) = job.activations.raw();
+    for row in rows.clone().step_by(TILE_ROWS) {
+        // SAFETY: row and groups exist, so the addresses lie in the activations, the panels and the output.
+        unsafe {
+            let tile = Tile {
+                weights: job.panels.as_ptr().add(group * group_bytes),
+                group_bytes,
+                chunks: job.chunks(),
+                activations: activations.add(row * row_bytes),
+                row_bytes,
+            };
+            // Only the first tile of a group meets cold weights.
+            match ((rows.end - row).min(TILE_ROWS), row == rows.start) {
+                (4, true) => run_tile::<K, 4, G, true>(job, tile, row, group),
+                (4, false) => run_tile::<K, 4, G, false>(job, tile, row, group),
+                (3, _) => run_tile::<K, 3, G, true>(job, tile, row, group),
+                (2, _) => run_tile::<K, 2, G, true>(job, tile, row, group),
+                _ => run_tile::<K, 1, G, true>(job, tile, row, group),
+            }
+        }
+    }
+}
+
+/// # Safety
+/// As [`run`]; `tile` describes `R` rows from `row` and `G` groups from `group`.
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn run_tile<K: Kernel, const R: usize, const G: usize, const PF: bool>(
+    job: &Job<'_>,
+    tile: Tile,
+    row: usize,
+    group: usize,
+) {
+    // SAFETY: the caller's promise.
+    let sums = unsafe { K::tile::<R, G, PF>(tile) };
+    for (r, sums) in sums.iter().enumerate() {
+        for (g, &sum) in sums.iter().enumerate() {
+            let n = (group + g) * GROUP;
+            // SAFETY: row and column lie in the output, which has `job.rows - n` columns left here; the bias has as
+            // many values as columns.
+            unsafe {
+                let out = job.out.start.add((row + r) * job.out.stride + n);
+                if job.rows - n >= GROUP {
+                    let bias = job.bias.map(|b| _mm256_loadu_ps(b.as_ptr().add(n)));
+                    _mm256_storeu_ps(out, bias.map_or(sum, |b| _mm256_add_ps(sum, b)));
+                } else {
+                    let mut values = [0.0; GROUP];
+                    _mm256_storeu_ps(values.as_mut_ptr(), sum);
+                    for (lane, &value) in values[..job.rows - n].iter().enumerate() {
+                        out.add(lane)
+                            .write(job.bias.map_or(value, |b| value + b[n + lane]));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Repeats a body with a constant step.
+macro_rules! unroll {
+    ($step:ident in [$($at:literal),*] $body:block) => { $({ const $step: usize = $at; $body })* };
+}
+use unroll;
+
+/// Four bytes from anywhere, in all 8 lanes.
+///
+/// # Safety
+/// AVX; 4 bytes at `p` are readable.
+#[inline(always)]
+unsafe fn broadcast(p: *const u8) -> __m256i {
+    // SAFETY: the caller's promise.
+    unsafe { _mm256_set1_epi32(p.cast::<i32>().read_unaligned()) }
+}
+
+/// An f32 from anywhere, in all 8 lanes.
+///
+/// # Safety
+/// AVX; 4 bytes at `p` are readable.
+#[inline(always)]
+unsafe fn broadcast_f32(p: *const u8) -> __m256 {
+    // SAFETY: the caller's promise.
+    unsafe { _mm256_set1_ps(p.cast::<f32>().read_unaligned()) }
+}
+
+/// Eight f16, widened.
+///
+/// # Safety
+/// AVX and F16C; 16 bytes at `p` are readable.
+#[inline(always)]
+unsafe fn half8(p: *const u8) -> __m256 {
+    // SAFETY: the caller's promise.
+    unsafe { _mm256_cvtph_ps(_mm_loadu_si128(p.cast())) }
+}
+
+/// Asks for the chunk that will be read [`PREFETCH`] bytes from now.
+///
+/// # Safety
+/// SSE. Any address will do.
+#[inline(always)]
+unsafe fn prefetch(p: *const u8, bytes: usize) {
+    for line in (0..bytes).step_by(64) {
+        // SAFETY: a prefetch of an unmapped address does nothing.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.wrapping_add(PREFETCH + line).cast()) };
+    }
+}
+
+/// Keeps LLVM's reassociation pass from rewriting the chain of integer adds as one tree per row, which needs all
+/// unpacked weights and all broadcasts at once and spills them: 10 to 60 % slower.
+///
+/// # Safety
+/// AVX2.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn keep_order<const R: usize, const G: usize>(mut sums: [[__m256i; G]; R]) -> [[__m256i; G]; R] {
+    for row in &mut sums {
+        for sum in row {
+            // SAFETY: no instruction at all; the value passes through a register.
+            unsafe {
+                std::arch::asm!(
+                    "/* {0} */",
+                    inout(ymm_reg) * sum,
+                    options(pure, nomem, nostack, preserves_flags)
+                );
+            }
+        }
+    }
+    sums
+}
