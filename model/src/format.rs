@@ -104,16 +104,28 @@ impl TensorFormat {
     }
 
     /// Bytes of a `[rows, cols]` matrix as the CPU backend holds it: the file's blocks regrouped into tiles of
-    /// [`TILE_ROWS`] rows, with the columns of 32-element blocks padded to pairs of blocks. None if `cols` cuts a block
-    /// or the product overflows. The memory plan counts with this function and the kernels assert it.
+    /// [`TILE_ROWS`] rows, with an odd number of 32-element blocks padded to an even one, and the sub-block scales of the
+    /// K formats unpacked to whole bytes. None if `cols` cuts a block or the product overflows. The memory plan counts
+    /// with this function and the kernels assert it.
     pub const fn resident_bytes(self, rows: usize, cols: usize) -> Option<usize> {
-        let padded_cols = match (cols.is_multiple_of(self.block_len()), self.block_len()) {
-            (false, _) => None,
-            (true, 32) => cols.checked_next_multiple_of(2 * 32),
-            (true, _) => Some(cols),
+        let block_bytes = match self {
+            Self::Q4_K => 148,
+            Self::Q5_K => 180,
+            Self::Q6_K => 212,
+            _ => self.block_bytes(),
         };
-        match (rows.checked_next_multiple_of(TILE_ROWS), padded_cols) {
-            (Some(rows), Some(cols)) => self.file_bytes(rows, cols),
+        if !cols.is_multiple_of(self.block_len()) {
+            return None;
+        }
+        let blocks = match self.block_len() {
+            32 => (cols / 32).checked_next_multiple_of(2),
+            len => Some(cols / len),
+        };
+        match (rows.checked_next_multiple_of(TILE_ROWS), blocks) {
+            (Some(rows), Some(blocks)) => match blocks.checked_mul(block_bytes) {
+                Some(row) => row.checked_mul(rows),
+                None => None,
+            },
             _ => None,
         }
     }

@@ -437,3 +437,21 @@ pub(crate) fn gguf_type_name(id: u32) -> String {
     };
     known.or_else(other).unwrap_or_else(|| format!("type {id}"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_index_takes_fewer_bytes_than_the_entries_behind_it() {
+        let mut writer = GgufWriter::new();
+        for i in 0..100_u32 {
+            writer.metadata(format!("{i}"), true);
+            writer.tensor(format!("{i}"), &[1], TensorFormat::F32).unwrap();
+        }
+        let gguf = Gguf::parse(writer.to_bytes(|_, out| out.write_all(&[0; 4])).unwrap()).unwrap();
+        let index_bytes = |offsets: &Vec<usize>| offsets.capacity() as u64 * size_of::<usize>() as u64;
+        assert!(index_bytes(&gguf.pairs) <= 100 * MIN_PAIR_BYTES);
+        assert!(index_bytes(&gguf.tensors) <= 100 * MIN_TENSOR_BYTES);
+    }
+}

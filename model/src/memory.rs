@@ -3,8 +3,8 @@
 mod table;
 
 use crate::{
-    ConfigError, KvDtype, ModelConfig, RowSplitBlocks, ShardError, ShardPlan, TensorFormats,
-    TensorParallelOptions, TensorParallelStyle,
+    ConfigError, KvDtype, ModelConfig, RowSplitBlocks, ShardError, ShardPlan, TensorFormat, TensorFormats,
+    TensorParallelOptions, TensorParallelStyle, TensorRole,
 };
 
 pub use table::{HumanBytes, MemoryTable};
@@ -12,6 +12,9 @@ pub use table::{HumanBytes, MemoryTable};
 /// What a worker process takes beside weights, KV cache and workspace: its code, allocator, threads' stacks and the
 /// runtime of its control connection. An estimate, rounded up.
 pub const PROCESS_OVERHEAD_BYTES: u64 = 24 << 20;
+
+/// Alignment of buffers in the shared segment, bytes.
+const ARENA_ALIGN: u64 = 128;
 
 /// What is to be served, and how.
 #[derive(Clone, Debug)]
@@ -94,7 +97,9 @@ pub struct MemoryPlan {
     pub shards: ShardPlan,
     /// In rank order.
     pub ranks: Vec<RankMemory>,
-    /// The shared segment, once per host.
+    /// Activations in the shared segment that all ranks see.
+    pub arena: u64,
+    /// The whole shared segment, once per host.
     pub segment: u64,
     pub block_size: usize,
     pub max_model_len: usize,
@@ -149,7 +154,7 @@ pub struct Nearest {
     pub max_tokens: Option<usize>,
 }
 
-impl<'a> MemoryRequest<'a> {
+impl MemoryRequest<'_> {
     /// Checks that no product below can overflow.
     fn validate(&self) -> Result<(), MemoryError> {
         self.config.validate()?;
@@ -177,15 +182,13 @@ impl<'a> MemoryRequest<'a> {
             return Vec::new();
         };
         let config = self.config;
-        let (q_dim, q_held) = (config.q_dim(), held.q_heads.len() * config.head_dim);
+        let q_held = held.q_heads.len() * config.head_dim;
         let qkv = q_held + 2 * held.kv_heads.len() * config.head_dim;
         let gather = shards.style == TensorParallelStyle::Gather;
-        let (attention, mlp) = if gather {
-            (q_dim, config.intermediate_size)
-        } else {
-            (q_held, held.intermediate.len())
+        let wide = match shards.style {
+            TensorParallelStyle::Gather => config.q_dim().max(config.intermediate_size),
+            TensorParallelStyle::Reduce => q_held.max(held.intermediate.len()),
         };
-        let widest = config.hidden_size.max(attention).max(mlp);
         let per_token = |name, width, shared| WorkspaceBuffer {
             name,
             rows: self.max_tokens,
@@ -198,18 +201,58 @@ impl<'a> MemoryRequest<'a> {
             width,
             shared: false,
         };
+        let [narrow, wide_scratch] = self.scratch(shards, rank);
         vec![
+            per_token("hidden", config.hidden_size, gather),
+            // Attention's output, then the MLP's inner activation.
+            per_token("wide", wide, gather),
             per_token("residual", config.hidden_size, false),
             per_token("normed", config.hidden_size, false),
             per_token("qkv", qkv, false),
             per_token("gate_up", 2 * held.intermediate.len(), false),
-            per_token("attention", attention, gather),
-            per_token("mlp", mlp, gather),
-            per_token("hidden", config.hidden_size, true),
-            // A linear layer's input as 8-bit integers, with a scale and a sum (f32) for every 32.
-            per_token("quantized_input", (widest * 5).div_ceil(16), false),
-            per_sample("selected", config.hidden_size),
+            per_sample("sampled", config.hidden_size),
             per_sample("logits", held.vocab.len()),
+            narrow,
+            wide_scratch,
+        ]
+    }
+
+    /// Inputs of linear layers as the CPU backend's integer kernels read them, in blocks of 32 with their scales and
+    /// sums: 48 bytes for 4 to 6-bit weights, 72 for 8-bit ones. Dense weights need none.
+    fn scratch(&self, shards: &ShardPlan, rank: usize) -> [WorkspaceBuffer; 2] {
+        let blocks_for = |wanted: fn(TensorFormat) -> bool| {
+            let needs = self.config.roles().filter_map(|role| {
+                let rows = match role {
+                    TensorRole::LmHead => self.max_rows,
+                    TensorRole::TokenEmbedding if self.config.tie_word_embeddings => self.max_rows,
+                    TensorRole::Layer { .. } => self.max_tokens,
+                    TensorRole::TokenEmbedding | TensorRole::OutputNorm => return None,
+                };
+                self.formats
+                    .get(&role)
+                    .filter(|format| !format.is_dense() && wanted(**format))?;
+                let cols = shards.slice(self.config, rank, role)?.cols.len();
+                Some(rows * (cols / 32).next_multiple_of(2))
+            });
+            needs.max().unwrap_or(0)
+        };
+        let buffer = |name, rows, width| WorkspaceBuffer {
+            name,
+            rows,
+            width,
+            shared: false,
+        };
+        [
+            buffer(
+                "narrow_input_blocks",
+                blocks_for(|format| format != TensorFormat::Q8_0),
+                48 / 4,
+            ),
+            buffer(
+                "wide_input_blocks",
+                blocks_for(|format| format == TensorFormat::Q8_0),
+                72 / 4,
+            ),
         ]
     }
 
@@ -229,22 +272,16 @@ impl<'a> MemoryRequest<'a> {
             .sum()
     }
 
-    fn segment_bytes(&self, shards: &ShardPlan) -> u64 {
-        let shared = |rank| {
-            self.workspace(shards, rank)
-                .into_iter()
-                .filter(|buffer| buffer.shared)
-        };
-        let buffers: u64 = match shards.style {
-            // One buffer, of which every rank writes its own columns.
-            TensorParallelStyle::Gather => shared(0).map(|buffer| buffer.bytes()).sum(),
-            // One addend per rank.
-            TensorParallelStyle::Reduce => (0..shards.world_size())
-                .flat_map(shared)
-                .map(|buffer| buffer.bytes())
-                .sum(),
-        };
-        buffers.saturating_add(self.control_bytes)
+    /// Buffers that ranks share, each padded to a pair of cache lines. Reduce style shares none: its sums travel through
+    /// the segment's message slots.
+    fn arena_bytes(&self, shards: &ShardPlan) -> u64 {
+        let shared = self
+            .workspace(shards, 0)
+            .into_iter()
+            .filter(|buffer| buffer.shared);
+        shared
+            .map(|buffer| buffer.bytes().next_multiple_of(ARENA_ALIGN))
+            .sum()
     }
 }
 
@@ -272,11 +309,13 @@ impl MemoryPlan {
                 kv_bytes_per_block: (config.num_hidden_layers * layer_bytes) as u64,
             }
         });
-        let (ranks, segment) = (ranks.collect(), request.segment_bytes(&shards));
+        let (ranks, arena) = (ranks.collect(), request.arena_bytes(&shards));
+        let segment = arena.saturating_add(request.control_bytes);
         let (block_size, max_model_len) = (request.block_size, request.max_model_len);
         Ok(Self {
             shards,
             ranks,
+            arena,
             segment,
             block_size,
             max_model_len,
@@ -310,7 +349,10 @@ impl MemoryPlan {
         match &budget.ranks {
             RankBudget::Pooled(bytes) => {
                 let per_block: u64 = self.ranks.iter().map(|rank| rank.kv_bytes_per_block).sum();
-                Ok(bytes.saturating_sub(self.host_total(0)) / per_block)
+                Ok(bytes
+                    .saturating_sub(self.host_total(0))
+                    .checked_div(per_block)
+                    .unwrap_or(0))
             }
             RankBudget::Each(sizes) => {
                 self.check_count(sizes)?;
@@ -438,10 +480,13 @@ impl MemoryPlan {
     }
 
     fn fitting_tokens(&self, request: &MemoryRequest<'_>, available: u64) -> Option<usize> {
-        let per_token = self.segment.saturating_sub(request.control_bytes) / request.max_tokens as u64;
-        let tokens = available
+        let per_token = self.arena.div_ceil(request.max_tokens as u64);
+        // At most two buffers are shared, and each may be padded.
+        let room = available
             .saturating_sub(request.control_bytes)
-            .checked_div(per_token)?;
-        (tokens > 0).then_some(tokens as usize)
+            .saturating_sub(2 * ARENA_ALIGN);
+        room.checked_div(per_token)
+            .filter(|&tokens| tokens > 0)
+            .map(|tokens| tokens as usize)
     }
 }

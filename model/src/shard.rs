@@ -272,7 +272,7 @@ impl ShardPlan {
         }
     }
 
-    /// What `rank` holds of a tensor. None if there is no such rank or tensor. In reduce style the biases of `o` and
+    /// What `rank` holds of a tensor of a plan that [`Self::new`] made or [`Self::validate`] accepted. None if there is no such rank or tensor. In reduce style the biases of `o` and
     /// `down` are replicated and to be added by rank 0 alone.
     pub fn shard(&self, config: &ModelConfig, rank: usize, role: TensorRole) -> Option<Shard> {
         let held = self.ranks.get(rank)?;

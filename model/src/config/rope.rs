@@ -151,51 +151,50 @@ impl RopeConfig {
 /// Range of every number in a scaling rule.
 const SCALING_RANGE: std::ops::RangeInclusive<f32> = 1e-6..=1e6;
 
+fn check_number(field: &str, value: f32) -> Result<(), ConfigError> {
+    if SCALING_RANGE.contains(&value) {
+        return Ok(());
+    }
+    let limit = format!("{:e} to {:e}", SCALING_RANGE.start(), SCALING_RANGE.end());
+    Err(ConfigError::out_of_range(
+        format!("rope_scaling.{field}"),
+        value,
+        limit,
+    ))
+}
+
+fn check_original_length(value: usize) -> Result<(), ConfigError> {
+    let limit = super::limits::CONTEXT;
+    if (1..=limit).contains(&value) {
+        return Ok(());
+    }
+    let field = "rope_scaling.original_max_position_embeddings";
+    Err(ConfigError::out_of_range(field, value, format!("1 to {limit}")))
+}
+
 impl RopeScaling {
     fn validate(&self, rotary_dim: usize) -> Result<(), ConfigError> {
-        let number = |field: &str, value: f32| {
-            if SCALING_RANGE.contains(&value) {
-                return Ok(());
-            }
-            let limit = format!("{:e} to {:e}", SCALING_RANGE.start(), SCALING_RANGE.end());
-            Err(ConfigError::out_of_range(
-                format!("rope_scaling.{field}"),
-                value,
-                limit,
-            ))
-        };
-        let original = |value: usize| {
-            if (1..=super::limits::CONTEXT).contains(&value) {
-                return Ok(());
-            }
-            let field = "rope_scaling.original_max_position_embeddings";
-            Err(ConfigError::out_of_range(
-                field,
-                value,
-                format!("1 to {}", super::limits::CONTEXT),
-            ))
-        };
-        match self {
+        match *self {
             Self::None => Ok(()),
-            Self::Linear { factor } => number("factor", *factor),
+            Self::Linear { factor } => check_number("factor", factor),
             Self::Llama3 {
                 factor,
-                low_freq_factor,
-                high_freq_factor,
+                low_freq_factor: low,
+                high_freq_factor: high,
                 original_max_position_embeddings,
             } => {
-                number("factor", *factor)?;
-                number("low_freq_factor", *low_freq_factor)?;
-                number("high_freq_factor", *high_freq_factor)?;
-                if high_freq_factor <= low_freq_factor {
-                    let limit = format!("more than low_freq_factor, {low_freq_factor}");
+                check_number("factor", factor)?;
+                check_number("low_freq_factor", low)?;
+                check_number("high_freq_factor", high)?;
+                if high <= low {
+                    let limit = format!("more than low_freq_factor, {low}");
                     return Err(ConfigError::out_of_range(
                         "rope_scaling.high_freq_factor",
-                        high_freq_factor,
+                        high,
                         limit,
                     ));
                 }
-                original(*original_max_position_embeddings)
+                check_original_length(original_max_position_embeddings)
             }
             Self::Yarn {
                 factor,
@@ -204,10 +203,10 @@ impl RopeScaling {
                 beta_slow,
                 attention_factor,
             } => {
-                number("factor", *factor)?;
-                number("beta_fast", *beta_fast)?;
-                number("beta_slow", *beta_slow)?;
-                number("attention_factor", *attention_factor)?;
+                check_number("factor", factor)?;
+                check_number("beta_fast", beta_fast)?;
+                check_number("beta_slow", beta_slow)?;
+                check_number("attention_factor", attention_factor)?;
                 if beta_fast < beta_slow {
                     let limit = format!("at least beta_slow, {beta_slow}");
                     return Err(ConfigError::out_of_range(
@@ -216,12 +215,12 @@ impl RopeScaling {
                         limit,
                     ));
                 }
-                original(*original_max_position_embeddings)
+                check_original_length(original_max_position_embeddings)
             }
-            Self::FrequencyFactors { factors } if factors.len() == rotary_dim / 2 => {
-                factors.iter().try_for_each(|&factor| number("factors", factor))
-            }
-            Self::FrequencyFactors { factors } => {
+            Self::FrequencyFactors { ref factors } if factors.len() == rotary_dim / 2 => factors
+                .iter()
+                .try_for_each(|&factor| check_number("factors", factor)),
+            Self::FrequencyFactors { ref factors } => {
                 let limit = format!("rotary_dim / 2, {}", rotary_dim / 2);
                 Err(ConfigError::out_of_range(
                     "number of rope_scaling.factors",

@@ -35,10 +35,12 @@ impl fmt::Display for MemoryHolder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Rank(rank) => write!(f, "rank {rank}"),
-            Self::Host { largest_rank } => write!(
-                f,
-                "the host's ranks (rank {largest_rank} most of all) and segment"
-            ),
+            Self::Host { largest_rank } => {
+                write!(
+                    f,
+                    "the host (all ranks, of which rank {largest_rank} most, and the segment)"
+                )
+            }
             Self::SharedSegment => f.write_str("the shared segment in /dev/shm"),
         }
     }
