@@ -26,13 +26,13 @@ use phalanx_proto::{
 use phalanx_shm::{GroupShape, MappedFile, RankPort, Segment, Wait};
 use phalanx_worker::{Assignment, LoadedModel, ModelRunner};
 
-pub const BLOCK_SIZE: usize = 16;
-pub const NUM_BLOCKS: usize = 128;
-pub const MAX_TOKENS: usize = 256;
-pub const MAX_ROWS: usize = 32;
+pub(crate) const BLOCK_SIZE: usize = 16;
+pub(crate) const NUM_BLOCKS: usize = 128;
+pub(crate) const MAX_TOKENS: usize = 256;
+pub(crate) const MAX_ROWS: usize = 32;
 
 /// The demo model's file.
-pub fn demo_model() -> PathBuf {
+pub(crate) fn demo_model() -> PathBuf {
     let path = std::env::var_os("PHALANX_DEMO_MODEL").map_or_else(
         || {
             let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace");
@@ -45,7 +45,7 @@ pub fn demo_model() -> PathBuf {
 }
 
 /// Token ids of words that are one token each.
-pub fn tokens(text: &str) -> Vec<u32> {
+pub(crate) fn tokens(text: &str) -> Vec<u32> {
     let path = demo_model();
     let checkpoint = Checkpoint::open(&path, MappedFile::open).unwrap();
     let gguf = checkpoint.gguf().unwrap();
@@ -59,7 +59,7 @@ pub fn tokens(text: &str) -> Vec<u32> {
 }
 
 /// The wire form of an assignment of the model at `path`.
-pub fn assign(path: &Path, rank: usize, options: &TensorParallelOptions) -> v1::Assign {
+pub(crate) fn assign(path: &Path, rank: usize, options: &TensorParallelOptions) -> v1::Assign {
     let checkpoint = Checkpoint::open(path, MappedFile::open).unwrap();
     let config = checkpoint.config();
     let plan = ShardPlan::new(config, options, checkpoint.row_split_blocks()).unwrap();
@@ -131,22 +131,22 @@ fn model_spec(config: &ModelConfig) -> v1::ModelSpec {
     }
 }
 
-pub fn load(assign: &v1::Assign) -> LoadedModel<CpuBackend> {
+pub(crate) fn load(assign: &v1::Assign) -> LoadedModel<CpuBackend> {
     let assignment = Assignment::try_from(assign).unwrap();
     let backend = CpuBackend::new(assignment.threads).unwrap();
     phalanx_worker::load(backend, assignment, &mut |_| {}).unwrap()
 }
 
 /// A segment for `world_size` ranks, in a directory that goes with it.
-pub struct Ranks {
-    pub segment: Arc<Segment>,
+pub(crate) struct Ranks {
+    pub(crate) segment: Arc<Segment>,
     world_size: usize,
     style: TensorParallelStyle,
     _dir: tempfile::TempDir,
 }
 
 impl Ranks {
-    pub fn new(world_size: usize, style: TensorParallelStyle) -> Self {
+    pub(crate) fn new(world_size: usize, style: TensorParallelStyle) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let shape = group_shape(world_size, 1);
         let segment = Segment::create(dir.path(), "test", shape).unwrap();
@@ -159,7 +159,7 @@ impl Ranks {
     }
 
     /// Runs `body(rank, communicator)` on a thread per rank; the results are in rank order.
-    pub fn run<T: Send>(&self, body: impl Fn(usize, ShmCommunicator) -> T + Sync) -> Vec<T> {
+    pub(crate) fn run<T: Send>(&self, body: impl Fn(usize, ShmCommunicator) -> T + Sync) -> Vec<T> {
         std::thread::scope(|scope| {
             let ranks: Vec<_> = (0..self.world_size)
                 .map(|rank| {
@@ -178,7 +178,7 @@ impl Ranks {
     }
 }
 
-pub fn group_shape(world_size: usize, epoch: u32) -> GroupShape {
+pub(crate) fn group_shape(world_size: usize, epoch: u32) -> GroupShape {
     GroupShape {
         world_size: world_size as u32,
         epoch,
@@ -192,7 +192,7 @@ pub fn group_shape(world_size: usize, epoch: u32) -> GroupShape {
 }
 
 /// What all ranks' logits are together: `[rows, vocab]`, one row after another.
-pub fn join_logits(parts: &[Vec<f32>], rows: usize) -> Vec<f32> {
+pub(crate) fn join_logits(parts: &[Vec<f32>], rows: usize) -> Vec<f32> {
     let widths: Vec<usize> = parts.iter().map(|part| part.len() / rows.max(1)).collect();
     (0..rows)
         .flat_map(|row| parts.iter().zip(&widths).flat_map(move |(part, width)| &part[row * width..][..*width]))
@@ -201,7 +201,7 @@ pub fn join_logits(parts: &[Vec<f32>], rows: usize) -> Vec<f32> {
 }
 
 /// Loads `options.world_size` ranks of the demo model, has each run `body`, and returns the results in rank order.
-pub fn on_demo_model<T: Send>(
+pub(crate) fn on_demo_model<T: Send>(
     options: &TensorParallelOptions,
     body: impl Fn(&mut ModelRunner<CpuBackend, ShmCommunicator>) -> T + Sync,
 ) -> Vec<T> {
@@ -214,7 +214,7 @@ pub fn on_demo_model<T: Send>(
 }
 
 /// A sequence whose blocks start at `first_block`: the tokens of one step.
-pub fn row(first_block: usize, num_computed_tokens: usize, token_ids: &[u32], sampled: bool) -> StepRow {
+pub(crate) fn row(first_block: usize, num_computed_tokens: usize, token_ids: &[u32], sampled: bool) -> StepRow {
     let blocks = (num_computed_tokens + token_ids.len()).div_ceil(BLOCK_SIZE);
     StepRow {
         sequence: SequenceId(first_block as u64),
@@ -225,7 +225,7 @@ pub fn row(first_block: usize, num_computed_tokens: usize, token_ids: &[u32], sa
     }
 }
 
-pub fn plan(step: u64, rows: Vec<StepRow>) -> StepPlan {
+pub(crate) fn plan(step: u64, rows: Vec<StepRow>) -> StepPlan {
     StepPlan {
         epoch: 1,
         step,
@@ -235,7 +235,7 @@ pub fn plan(step: u64, rows: Vec<StepRow>) -> StepPlan {
 }
 
 /// A buffer that holds `rows` of logits. They get there as embeddings of tokens 0, 1, ….
-pub fn logits_buffer(backend: &CpuBackend, rows: &[Vec<f32>]) -> <CpuBackend as Backend>::Buffer {
+pub(crate) fn logits_buffer(backend: &CpuBackend, rows: &[Vec<f32>]) -> <CpuBackend as Backend>::Buffer {
     let width = rows.first().map_or(1, Vec::len);
     let mut buffer = backend.buffer(rows.len().max(1), width).unwrap();
     if rows.is_empty() {
