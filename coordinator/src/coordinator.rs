@@ -16,7 +16,7 @@ use phalanx_shm::{EnginePort, Segment, ShmError, Wait, sweep_orphans};
 use tokio::{sync::watch, task::JoinHandle};
 
 use crate::{
-    api::{Api, EngineSlot, ListenError, Listeners, MetricsSource, StatusHandle, serve},
+    api::{Api, EngineSlot, ListenError, Listeners, StatusHandle, serve},
     cluster::{AttachService, Cluster, ClusterError, LaunchSpec, Launcher, RankFailure, split_cpus},
     config::{CoordinatorConfig, WorkerOptions, WorkerSource},
     deployment::{Deployment, DeploymentError},
@@ -122,7 +122,7 @@ impl Coordinator {
     fn serve(&self, listeners: Listeners, text: Arc<TextProcessor>) {
         let api = Api {
             text,
-            engine: Arc::new(self.engine.clone()),
+            engine: self.engine.clone(),
             metrics: self.metrics.clone(),
             status: self.status.clone(),
             served_model_names: self.config.engine.served_model_names.clone(),
@@ -261,13 +261,6 @@ impl Coordinator {
 
 fn lock<T>(mutex: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
-}
-
-impl MetricsSource for Metrics {
-    fn render(&self) -> (String, Vec<u8>) {
-        let content_type = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-        (content_type.into(), self.encode().into_bytes())
-    }
 }
 
 /// CPUs, threads and the secret of the workers.
