@@ -9,6 +9,7 @@
 mod bytes;
 mod codes;
 mod dense;
+mod pairs;
 mod quantize;
 mod sixes;
 mod vnni;

@@ -11,7 +11,7 @@ use phalanx_model::TensorFormat;
 
 use super::codes::{Coded, fifth_bits, min, scale};
 use super::sixes::{self, Q6K};
-use super::{Kernel, Sums, Tile, broadcast, broadcast_f32, half8, prefetch, unroll};
+use super::{Kernel, Sums, Tile, broadcast, broadcast_f32, half8, pairs, prefetch, unroll};
 use crate::cpu::gemm::activations::NarrowBlock;
 use crate::cpu::pack::headers::Q6_K_SCALES;
 use crate::cpu::pack::{Layout, bits, offset};
@@ -21,11 +21,18 @@ pub(super) struct Vnni<F>(PhantomData<F>);
 
 impl<F: Coded> Kernel for Vnni<F> {
     const WIDE_TILES: bool = true;
+    const ALWAYS_WIDE: bool = true;
 
     #[inline(always)]
     unsafe fn tile<const R: usize, const G: usize, const PF: bool>(t: Tile) -> Sums<R, G> {
-        // SAFETY: the caller's promise, and VNNI where `run` chose this kernel.
-        unsafe { tile::<F, R, G, PF>(t) }
+        // SAFETY: the caller's promise, and AVX-512 where `run` chose this kernel.
+        unsafe {
+            if G == 2 {
+                let sums = pairs::tile::<F, R, PF>(t);
+                return std::array::from_fn(|r| std::array::from_fn(|g| sums[r][g]));
+            }
+            tile::<F, R, G, PF>(t)
+        }
     }
 }
 
