@@ -1,8 +1,8 @@
 //! The CPU backend.
 
-pub mod gemm;
+pub(crate) mod gemm;
 pub mod linear;
 pub mod memory;
-pub mod pack;
+pub(crate) mod pack;
 pub mod pool;
 pub mod quant;

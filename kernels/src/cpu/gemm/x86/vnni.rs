@@ -11,7 +11,7 @@ use phalanx_model::TensorFormat;
 
 use super::codes::{Coded, fifth_bits, min, scale};
 use super::sixes::{self, Q6K};
-use super::{Kernel, Sums, Tile, broadcast, broadcast_f32, half8, pairs, prefetch, unroll};
+use super::{Kernel, Sums, TILE_ROWS, Tile, broadcast, broadcast_f32, half8, pairs, prefetch, unroll};
 use crate::cpu::gemm::activations::NarrowBlock;
 use crate::cpu::pack::headers::Q6_K_SCALES;
 use crate::cpu::pack::{Layout, bits, offset};
@@ -20,8 +20,8 @@ use crate::cpu::pack::{Layout, bits, offset};
 pub(super) struct Vnni<F>(PhantomData<F>);
 
 impl<F: Coded> Kernel for Vnni<F> {
-    const WIDE_TILES: bool = true;
-    const ALWAYS_WIDE: bool = true;
+    /// Always: a pair is one 512-bit vector.
+    const PAIRS_FROM: usize = 1;
 
     #[inline(always)]
     unsafe fn tile<const R: usize, const G: usize, const PF: bool>(t: Tile) -> Sums<R, G> {
@@ -37,7 +37,7 @@ impl<F: Coded> Kernel for Vnni<F> {
 }
 
 impl Kernel for Vnni<Q6K> {
-    const WIDE_TILES: bool = true;
+    const PAIRS_FROM: usize = 2 * TILE_ROWS;
 
     #[inline(always)]
     unsafe fn tile<const R: usize, const G: usize, const PF: bool>(t: Tile) -> Sums<R, G> {
