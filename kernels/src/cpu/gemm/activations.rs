@@ -7,6 +7,7 @@ use phalanx_model::TensorFormat;
 
 use super::Isa;
 use crate::cpu::linear::Rows;
+use crate::cpu::memory::free_memory;
 use crate::cpu::pool::Pool;
 use crate::cpu::quant::{BLOCK, is_dense};
 use crate::{KernelError, Result};
@@ -151,7 +152,7 @@ fn grow<T: Default + Clone>(blocks: &mut Vec<T>, len: usize) -> Result<&mut [T]>
             .map_err(|_| KernelError::OutOfMemory {
                 what: "quantized activations",
                 requested: more.saturating_mul(size_of::<T>()),
-                free: 0,
+                free: free_memory(),
             })?;
         blocks.resize(len, T::default());
     }

@@ -27,7 +27,7 @@ enum Level {
     /// AVX2, FMA and F16C.
     #[cfg(target_arch = "x86_64")]
     Avx2,
-    /// Also AVX-512 VL and VNNI: products of 8-bit integers summed in 32 bits by one instruction, on 256-bit vectors.
+    /// Also AVX-512 F, BW, VL and VNNI: four products of 8-bit integers summed in 32 bits by one instruction.
     #[cfg(target_arch = "x86_64")]
     Vnni,
 }
@@ -50,6 +50,7 @@ impl Isa {
         #[cfg(target_arch = "x86_64")]
         let vnni = avx2
             && is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512vl")
             && is_x86_feature_detected!("avx512vnni");
         let levels = [

@@ -9,6 +9,7 @@
 mod bytes;
 mod codes;
 mod dense;
+mod pairs;
 mod quantize;
 mod sixes;
 mod vnni;
@@ -23,7 +24,7 @@ use phalanx_model::TensorFormat;
 use super::{Isa, Job, TILE_ROWS};
 use crate::cpu::pack::GROUP;
 
-/// Software prefetch distance in bytes: 16 to 21 GB/s with one thread where a matrix comes from memory.
+/// Software prefetch distance in bytes. On Zen 3 it takes one thread from 16 to 21 GB/s where a matrix comes from memory.
 const PREFETCH: usize = 1536;
 
 /// Everything a register tile reads.
@@ -43,14 +44,11 @@ type Sums<const R: usize, const G: usize> = [[__m256; G]; R];
 
 /// A format's tile. Implementors are markers; `tile` is inlined into code compiled for the features.
 trait Kernel {
-    /// Whether tiles of 4 rows by 2 groups are faster than 4 by 1 once there are 8 rows. (Measured: for 4-bit codes
-    /// they win in cache and lose 10 to 25 % on small matrices.)
-    const WIDE_TILES: bool;
-    /// Whether two groups at a time are faster for any number of rows: kernels with one short dependency chain per sum.
-    const ALWAYS_WIDE: bool = false;
+    /// Activation rows from which on tiles take two groups instead of one.
+    const PAIRS_FROM: usize;
 
     /// # Safety
-    /// AVX2, FMA and F16C; `t` describes `R` rows and `G` groups of the format in readable memory.
+    /// AVX2, FMA and F16C, and AVX-512 for the kernels that use it; `t` describes `R` rows and `G` groups of the format in readable memory.
     unsafe fn tile<const R: usize, const G: usize, const PF: bool>(t: Tile) -> Sums<R, G>;
 }
 
@@ -89,7 +87,7 @@ pub(super) unsafe fn run(isa: Isa, job: &Job<'_>, groups: Range<usize>) {
 /// # Safety
 /// As [`run`], for the kernel of the job's format.
 unsafe fn run_format<K: Kernel>(job: &Job<'_>, groups: Range<usize>) {
-    let wide = K::ALWAYS_WIDE || (K::WIDE_TILES && job.batch >= 2 * TILE_ROWS);
+    let wide = job.batch >= K::PAIRS_FROM;
     for first in (0..job.batch).step_by(job.row_block()) {
         let rows = first..(first + job.row_block()).min(job.batch);
         let mut group = groups.start;

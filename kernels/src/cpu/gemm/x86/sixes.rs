@@ -13,7 +13,7 @@ use crate::cpu::pack::headers::Q6_K_SCALES;
 pub(super) struct Q6K;
 
 impl Kernel for Q6K {
-    const WIDE_TILES: bool = false;
+    const PAIRS_FROM: usize = usize::MAX;
 
     #[inline(always)]
     unsafe fn tile<const R: usize, const G: usize, const PF: bool>(t: Tile) -> Sums<R, G> {

@@ -11,7 +11,7 @@ use phalanx_model::TensorFormat;
 
 use super::codes::{Coded, fifth_bits, min, scale};
 use super::sixes::{self, Q6K};
-use super::{Kernel, Sums, Tile, broadcast, broadcast_f32, half8, prefetch, unroll};
+use super::{Kernel, Sums, TILE_ROWS, Tile, broadcast, broadcast_f32, half8, pairs, prefetch, unroll};
 use crate::cpu::gemm::activations::NarrowBlock;
 use crate::cpu::pack::headers::Q6_K_SCALES;
 use crate::cpu::pack::{Layout, bits, offset};
@@ -20,17 +20,24 @@ use crate::cpu::pack::{Layout, bits, offset};
 pub(super) struct Vnni<F>(PhantomData<F>);
 
 impl<F: Coded> Kernel for Vnni<F> {
-    const WIDE_TILES: bool = true;
+    /// Always: a pair is one 512-bit vector.
+    const PAIRS_FROM: usize = 1;
 
     #[inline(always)]
     unsafe fn tile<const R: usize, const G: usize, const PF: bool>(t: Tile) -> Sums<R, G> {
-        // SAFETY: the caller's promise, and VNNI where `run` chose this kernel.
-        unsafe { tile::<F, R, G, PF>(t) }
+        // SAFETY: the caller's promise, and AVX-512 where `run` chose this kernel.
+        unsafe {
+            if G == 2 {
+                let sums = pairs::tile::<F, R, PF>(t);
+                return std::array::from_fn(|r| std::array::from_fn(|g| sums[r][g]));
+            }
+            tile::<F, R, G, PF>(t)
+        }
     }
 }
 
 impl Kernel for Vnni<Q6K> {
-    const WIDE_TILES: bool = true;
+    const PAIRS_FROM: usize = 2 * TILE_ROWS;
 
     #[inline(always)]
     unsafe fn tile<const R: usize, const G: usize, const PF: bool>(t: Tile) -> Sums<R, G> {
