@@ -170,6 +170,7 @@ impl RankPort {
     /// Writes this rank's message and waits for everyone's. They can be read under the stamp returned until this rank
     /// enters another round.
     fn round(&mut self, kind: u32, total: usize, message: &[u8]) -> Result<Stamp, ShmError> {
+        self.check_unfinished()?;
         let slots = self.segment.layout().messages;
         if message.len() > slots.capacity {
             return Err(ShmError::TooLong {
@@ -191,7 +192,7 @@ impl RankPort {
         // two rounds ago, has not arrived at the barrier of the last round, which this rank has passed.
         unsafe {
             self.segment
-                .write_slot((&slots, self.message_slot(stamp, self.rank)), stamp, fill)
+                .write_slot(&slots, self.message_slot(stamp, self.rank), stamp, fill)
         }?;
         self.barrier()?;
         Ok(stamp)
@@ -209,7 +210,7 @@ impl RankPort {
         // only after this rank's arrival at the next one, which takes `&mut self`.
         unsafe {
             self.segment
-                .read_slot((slots, self.message_slot(stamp, rank)), stamp)
+                .read_slot(slots, self.message_slot(stamp, rank), stamp)
         }
         .map_err(|problem| self.out_of_step(Party::Rank(rank), problem))
     }

@@ -77,7 +77,7 @@ impl EnginePort {
         };
         // SAFETY: the port is unique per segment, so this is the ring's one writer; the slot has been claimed, so
         // every reader is done with it, and none looks again before the commit.
-        unsafe { segment.write_slot((&segment.layout().plans, slot), stamp, fill) }?;
+        unsafe { segment.write_slot(&segment.layout().plans, slot, stamp, fill) }?;
         self.num_published += 1;
         // It can only have been aborted.
         self.plans
@@ -86,7 +86,7 @@ impl EnginePort {
         Ok(())
     }
 
-    /// Waits for the next output and reads it in place.
+    /// Waits for the next output and reads it in place. A limit of zero asks whether there is one.
     ///
     /// # Errors
     /// [`ShmError::TimedOut`] with the rank that is furthest behind; [`ShmError::Aborted`]; [`ShmError::Corrupt`],
@@ -113,7 +113,7 @@ impl EnginePort {
             total: 0,
         };
         // SAFETY: the head has been waited for, and the result is gone before `done` gives the slot back.
-        let result = match unsafe { segment.read_slot((&segment.layout().outputs, slot), stamp) } {
+        let result = match unsafe { segment.read_slot(&segment.layout().outputs, slot, stamp) } {
             Ok(bytes) => read(bytes),
             Err(problem) => {
                 let party = Party::Rank(0);

@@ -113,6 +113,15 @@ impl fmt::Display for Awaited {
     }
 }
 
+/// A field of a [`GroupShape`](crate::GroupShape) beyond its limits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{field} is {value}, allowed is {allowed}")]
+pub struct OutOfRange {
+    pub field: &'static str,
+    pub value: u64,
+    pub allowed: &'static str,
+}
+
 /// What is wrong with a segment's header.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum HeaderProblem {
@@ -122,12 +131,8 @@ pub enum HeaderProblem {
     Version { found: u32, supported: u32 },
     #[error("the checksum does not match")]
     Checksum,
-    #[error("{field} is {value}, allowed is {allowed}")]
-    Shape {
-        field: &'static str,
-        value: u64,
-        allowed: &'static str,
-    },
+    #[error(transparent)]
+    Shape(#[from] OutOfRange),
     #[error("the shape takes {expected} bytes, the file has {found}")]
     Size { expected: u64, found: u64 },
 }
@@ -158,12 +163,8 @@ pub enum ShmError {
     NotOurs { path: PathBuf, problem: String },
     #[error("{} has a bad header: {problem}", path.display())]
     BadHeader { path: PathBuf, problem: HeaderProblem },
-    #[error("{field} is {value}, allowed is {allowed}")]
-    BadShape {
-        field: &'static str,
-        value: u64,
-        allowed: &'static str,
-    },
+    #[error(transparent)]
+    BadShape(#[from] OutOfRange),
     #[error("group name {name:?}: allowed are 1 to 64 of A-Z a-z 0-9 - _")]
     BadName { name: String },
     #[error("{} exists: a group of this name and epoch is alive, or sweep_orphans has not run", path.display())]

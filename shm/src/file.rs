@@ -109,3 +109,37 @@ fn free_bytes(dir: &Path) -> Result<Option<u64>, ShmError> {
     }
     Ok((stat.f_blocks != 0).then(|| stat.f_bavail.saturating_mul(stat.f_frsize)))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Others may fill the volume after it has been looked at.
+    #[test]
+    fn a_volume_that_fills_up_is_an_error() {
+        let directory = tempfile::tempdir_in("/dev/shm").unwrap();
+        assert!(
+            free_bytes(directory.path()).unwrap().is_some(),
+            "/dev/shm without a limit would really be filled"
+        );
+        let file = tempfile::tempfile_in(directory.path()).unwrap();
+        let error = reserve(&file, 1 << 46, directory.path()).unwrap_err();
+        assert!(
+            matches!(error, ShmError::NoSpace { needed, .. } if needed == 1 << 46),
+            "{error}"
+        );
+        assert_eq!(file.metadata().unwrap().blocks(), 0, "nothing is kept");
+    }
+
+    #[test]
+    fn a_name_that_has_passed_to_another_file_is_noticed() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("name");
+        let file = File::create(&path).unwrap();
+        assert!(names(&path, &file).unwrap());
+        std::fs::remove_file(&path).unwrap();
+        assert!(!names(&path, &file).unwrap());
+        let _other = File::create(&path).unwrap();
+        assert!(!names(&path, &file).unwrap());
+    }
+}

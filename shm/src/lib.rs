@@ -10,6 +10,39 @@
 //! [`EnginePort`] or [`RankPort`]. When all have joined, [`Segment::unlink_when_joined`] removes the name, so that
 //! nothing is left behind however the group ends.
 //!
+//! ```
+//! # use std::{sync::Arc, time::Duration};
+//! # use phalanx_shm::{EnginePort, GroupShape, RankPort, Segment, ShmError, Wait};
+//! # let directory = tempfile::tempdir().unwrap();
+//! # let dir = directory.path();
+//! let shape = GroupShape {
+//!     world_size: 1,
+//!     epoch: 1,
+//!     plan_slots: 4,
+//!     plan_slot_bytes: 1 << 16,
+//!     output_slots: 4,
+//!     output_slot_bytes: 1 << 12,
+//!     message_bytes: 1 << 16,
+//!     arena_bytes: 1 << 20,
+//! };
+//! let limit = Duration::from_secs(10);
+//! let segment = Arc::new(Segment::create(dir, "demo", shape)?);
+//! let mut engine = EnginePort::join(Arc::clone(&segment), Wait::ADAPTIVE)?;
+//!
+//! // In the rank's process, which was told the path:
+//! let opened = Arc::new(Segment::open(segment.path())?);
+//! let mut rank = RankPort::join(opened, 0, Wait::ADAPTIVE, limit)?;
+//! segment.unlink_when_joined(limit)?;
+//!
+//! let fill = |slot: &mut [u8]| {
+//!     slot[..4].copy_from_slice(b"plan");
+//!     Ok::<_, ShmError>(4)
+//! };
+//! engine.publish_plan(limit, fill)?;
+//! assert_eq!(rank.next_plan(<[u8]>::to_vec)?, b"plan");
+//! # Ok::<_, ShmError>(())
+//! ```
+//!
 //! # When something goes wrong
 //!
 //! Any party or its supervisor may [`abort`](Segment::abort) the group from any thread: every wait in every process
@@ -24,6 +57,9 @@
 //! makes a typed error; a peer that means harm could still change bytes while they are being read.
 // A model uses the protocol and not all that is around it.
 #![cfg_attr(loom, allow(dead_code))]
+
+#[cfg(not(target_os = "linux"))]
+compile_error!("phalanx-shm needs Linux: futexes that work across processes, and flock");
 
 mod deadline;
 mod futex;
@@ -69,7 +105,7 @@ pub use {
     arena::Arena,
     collective::Element,
     engine_port::EnginePort,
-    error::{AbortReason, Awaited, Corruption, HeaderProblem, Party, ShmError},
+    error::{AbortReason, Awaited, Corruption, HeaderProblem, OutOfRange, Party, ShmError},
     janitor::sweep_orphans,
     mapped_file::MappedFile,
     rank_port::RankPort,

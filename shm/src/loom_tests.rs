@@ -288,7 +288,7 @@ fn a_supervisor_releases_the_survivors_of_a_barrier() {
 #[test]
 fn a_survivor_with_a_deadline_releases_the_others() {
     for death in Death::ALL {
-        model(2, move || {
+        model(1, move || {
             let shared = Shared::<3, 1>::new();
             let alarm = Arc::new(Alarm::default());
             let clock = Arc::clone(&alarm);

@@ -27,6 +27,9 @@ pub struct RankPort {
     outputs: RingWriter,
     num_plans: u64,
     num_outputs: u64,
+    /// A barrier has failed. Who goes on after that may write what a peer still reads, or be counted at a barrier that
+    /// it has no right to be at.
+    finished: bool,
     /// Message rounds so far; see `collective`.
     pub(crate) num_messages: u64,
 }
@@ -52,6 +55,7 @@ impl RankPort {
             outputs: RingWriter::new(shape.output_slots),
             num_plans: 0,
             num_outputs: 0,
+            finished: false,
             num_messages: 0,
         })
     }
@@ -101,7 +105,7 @@ impl RankPort {
             total: 0,
         };
         // SAFETY: the head has been waited for, and the result is gone before `done` gives the slot back.
-        let result = match unsafe { segment.read_slot((&segment.layout().plans, slot), stamp) } {
+        let result = match unsafe { segment.read_slot(&segment.layout().plans, slot, stamp) } {
             Ok(bytes) => read(bytes),
             Err(problem) => return Err(self.out_of_step(Party::Engine, problem)),
         };
@@ -139,7 +143,7 @@ impl RankPort {
         };
         // SAFETY: rank 0's port is unique per segment, so this is the ring's one writer; the slot has been claimed,
         // so the engine is done with it and does not look again before the commit.
-        unsafe { segment.write_slot((&segment.layout().outputs, slot), stamp, fill) }?;
+        unsafe { segment.write_slot(&segment.layout().outputs, slot, stamp, fill) }?;
         self.num_outputs += 1;
         self.outputs
             .commit(segment.output_head())
@@ -152,6 +156,7 @@ impl RankPort {
     /// # Errors
     /// [`ShmError::TimedOut`] with the rank that is missing, which aborts the group; [`ShmError::Aborted`].
     pub fn barrier(&mut self) -> Result<(), ShmError> {
+        self.check_unfinished()?;
         let spins = self.patience.next_budget();
         let mut deadline = Deadline::after(self.limit);
         match self
@@ -163,9 +168,20 @@ impl RankPort {
                 Ok(())
             }
             Err(missing) => {
+                self.finished = true;
                 let party = Party::Rank(missing.gate as u32);
                 Err(self.stopped(missing.stop, party, Awaited::Barrier(self.barrier_count())))
             }
+        }
+    }
+
+    /// # Errors
+    /// [`ShmError::Aborted`] once a barrier has failed.
+    pub(crate) fn check_unfinished(&self) -> Result<(), ShmError> {
+        if self.finished {
+            Err(self.segment.aborted())
+        } else {
+            Ok(())
         }
     }
 

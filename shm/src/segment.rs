@@ -59,31 +59,23 @@ impl Segment {
     /// [`ShmError::BadShape`] and [`ShmError::BadName`] for arguments beyond their limits; [`ShmError::NoSpace`] if the
     /// volume is too small; [`ShmError::Exists`] if there is such a file; [`ShmError::Io`]. Nothing is left behind.
     pub fn create(dir: &Path, group: &str, shape: GroupShape) -> Result<Self, ShmError> {
-        shape.validate().map_err(|problem| match problem {
-            HeaderProblem::Shape {
-                field,
-                value,
-                allowed,
-            } => ShmError::BadShape {
-                field,
-                value,
-                allowed,
-            },
-            problem => ShmError::BadHeader {
-                path: dir.to_owned(),
-                problem,
-            },
-        })?;
+        shape.validate()?;
         let path = dir.join(segment_name(group, shape.epoch)?);
         file::check_free(dir, shape.total_bytes())?;
         let file = create_locked(&path)?;
-        let made = file::reserve(&file, shape.total_bytes(), dir).and_then(|()| {
+        let mapped = file::reserve(&file, shape.total_bytes(), dir).and_then(|()| {
             file.write_all_at(&header::encode(&shape), 0)
                 .map_err(ShmError::io(&path))?;
-            Self::map(file, path.clone(), shape, true)
+            Mapping::new(&file, shape.layout().total, Access::Shared).map_err(ShmError::io(&path))
         });
-        // The first error is the one to report.
-        made.inspect_err(|_| drop(fs::remove_file(&path)))
+        match mapped {
+            Ok(mapping) => Ok(Self::new(mapping, file, path, shape, true)),
+            Err(error) => {
+                // While the lock is held, so that the name is still that of our file. The first error is reported.
+                let _ = fs::remove_file(&path);
+                Err(error)
+            }
+        }
     }
 
     /// Maps a segment that another process has created. Its shape is checked and copied here, once.
@@ -111,13 +103,14 @@ impl Segment {
         let shape = header::decode(&bytes, found).map_err(bad)?;
         // Costs nothing if all pages are there, as they should be; a file with holes must not become a SIGBUS.
         file::reserve(&file, found, path.parent().unwrap_or(path))?;
-        Self::map(file, path.to_owned(), shape, false)
+        let mapping =
+            Mapping::new(&file, shape.layout().total, Access::Shared).map_err(ShmError::io(path))?;
+        Ok(Self::new(mapping, file, path.to_owned(), shape, false))
     }
 
-    fn map(file: File, path: PathBuf, shape: GroupShape, creator: bool) -> Result<Self, ShmError> {
+    fn new(mapping: Mapping, file: File, path: PathBuf, shape: GroupShape, creator: bool) -> Self {
         let layout = shape.layout();
-        let mapping = Mapping::new(&file, layout.total, Access::Shared).map_err(ShmError::io(&path))?;
-        Ok(Self {
+        Self {
             mapping,
             shape,
             layout,
@@ -125,7 +118,7 @@ impl Segment {
             file,
             creator,
             linked: AtomicBool::new(creator),
-        })
+        }
     }
 
     pub fn path(&self) -> &Path {
@@ -345,11 +338,8 @@ fn lock(path: &Path, file: &File) -> Result<(), ShmError> {
             Err(TryLockError::WouldBlock) if start.elapsed() < LIMIT => {
                 std::thread::sleep(Duration::from_millis(1));
             }
-            Err(error) => {
-                // Without its lock the file is an orphan, for a janitor if not for us.
-                drop(fs::remove_file(path));
-                return Err(ShmError::io(path)(error.into()));
-            }
+            // The janitor that holds it removes the file; if locks do not work here, nobody can tell an orphan.
+            Err(error) => return Err(ShmError::io(path)(error.into())),
         }
     }
 }

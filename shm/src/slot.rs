@@ -41,7 +41,8 @@ impl Segment {
     /// The caller is the slot's one writer, and no reader looks at it before the caller's next advance.
     pub(crate) unsafe fn write_slot<E: From<ShmError>>(
         &self,
-        (array, index): (&SlotArray, usize),
+        array: &SlotArray,
+        index: usize,
         stamp: Stamp,
         fill: impl FnOnce(&mut [u8]) -> Result<usize, E>,
     ) -> Result<(), E> {
@@ -73,7 +74,8 @@ impl Segment {
     /// back: until then the writer leaves it alone.
     pub(crate) unsafe fn read_slot(
         &self,
-        (array, index): (&SlotArray, usize),
+        array: &SlotArray,
+        index: usize,
         expected: Stamp,
     ) -> Result<&[u8], Corruption> {
         let at = self.slot(array, index);
@@ -120,14 +122,14 @@ mod tests {
             total: 0,
         };
         // SAFETY: this thread is the only user of the segment.
-        let read = |stamp| unsafe { segment.read_slot((&plans, 1), stamp) };
+        let read = |stamp| unsafe { segment.read_slot(&plans, 1, stamp) };
         assert!(read(stamp).is_err(), "nothing has been written");
         let fill = |payload: &mut [u8]| {
             payload[..3].copy_from_slice(b"abc");
             Ok::<_, ShmError>(3)
         };
         // SAFETY: as above.
-        unsafe { segment.write_slot((&plans, 1), stamp, fill) }.unwrap();
+        unsafe { segment.write_slot(&plans, 1, stamp, fill) }.unwrap();
         assert_eq!(read(stamp).unwrap(), b"abc");
         for other in [
             Stamp {
@@ -152,7 +154,7 @@ mod tests {
             total: 0,
         };
         // SAFETY: this thread is the only user of the segment.
-        let error = unsafe { segment.write_slot((&plans, 0), stamp, |_| Ok::<_, ShmError>(65)) }.unwrap_err();
+        let error = unsafe { segment.write_slot(&plans, 0, stamp, |_| Ok::<_, ShmError>(65)) }.unwrap_err();
         assert!(matches!(error, ShmError::TooLong { len: 65, limit: 64 }));
         let head = Head {
             epoch: SMALL.epoch.into(),
@@ -162,7 +164,7 @@ mod tests {
         // SAFETY: as above; the head is what a broken writer could have left.
         unsafe { segment.slot(&plans, 0).cast::<Head>().write(head) };
         // SAFETY: as above.
-        let problem = unsafe { segment.read_slot((&plans, 0), stamp) }.unwrap_err();
+        let problem = unsafe { segment.read_slot(&plans, 0, stamp) }.unwrap_err();
         assert_eq!(
             problem,
             Corruption::Length {
