@@ -6,25 +6,27 @@ const WEYL: [u32; 2] = [0x9e37_79b9, 0xbb67_ae85];
 const ROUNDS: usize = 10;
 
 /// Four random words of a counter.
+#[inline(always)]
 pub fn philox4x32(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
-    philox4x32_lanes(counter.map(|word| [word]), key).map(|[word]| word)
+    let [mut c0, mut c1, mut c2, mut c3] = counter;
+    let [mut k0, mut k1] = key;
+    for _ in 0..ROUNDS {
+        let a = u64::from(MULTIPLIERS[0]) * u64::from(c0);
+        let b = u64::from(MULTIPLIERS[1]) * u64::from(c2);
+        (c0, c1) = ((b >> 32) as u32 ^ c1 ^ k0, b as u32);
+        (c2, c3) = ((a >> 32) as u32 ^ c3 ^ k1, a as u32);
+        (k0, k1) = (k0.wrapping_add(WEYL[0]), k1.wrapping_add(WEYL[1]));
+    }
+    [c0, c1, c2, c3]
 }
 
-/// Of N counters at once: word `w` of counter `n` is at `[w][n]`, in the argument and in the result.
+/// Of N counters at once: word `w` of counter `n` is at `[w][n]`, in the argument and in the result. A loop that
+/// compilers turn into vectors.
 #[inline(always)]
 pub fn philox4x32_lanes<const N: usize>(counters: [[u32; N]; 4], key: [u32; 2]) -> [[u32; N]; 4] {
     let [mut c0, mut c1, mut c2, mut c3] = counters;
-    let mut k = key;
-    for _ in 0..ROUNDS {
-        for (((c0, c1), c2), c3) in c0.iter_mut().zip(&mut c1).zip(&mut c2).zip(&mut c3) {
-            let a = u64::from(MULTIPLIERS[0]) * u64::from(*c0);
-            let b = u64::from(MULTIPLIERS[1]) * u64::from(*c2);
-            *c0 = (b >> 32) as u32 ^ *c1 ^ k[0];
-            *c1 = b as u32;
-            *c2 = (a >> 32) as u32 ^ *c3 ^ k[1];
-            *c3 = a as u32;
-        }
-        k = [k[0].wrapping_add(WEYL[0]), k[1].wrapping_add(WEYL[1])];
+    for (((c0, c1), c2), c3) in c0.iter_mut().zip(&mut c1).zip(&mut c2).zip(&mut c3) {
+        [*c0, *c1, *c2, *c3] = philox4x32([*c0, *c1, *c2, *c3], key);
     }
     [c0, c1, c2, c3]
 }

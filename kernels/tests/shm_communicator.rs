@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::ops::Range;
 use std::path::Path;
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, Barrier};
 use std::thread;
 use std::time::Duration;
 
@@ -252,14 +252,17 @@ fn an_abort_ends_a_peers_wait() {
     let arena = arena_bytes(1, &[1]).unwrap();
     let segment = Segment::create(dir.path(), "test", shape(2, arena)).unwrap();
     let limit = Duration::from_secs(60);
+    let both_joined = Barrier::new(2);
     thread::scope(|scope| {
         let waiting = scope.spawn(|| {
             let mut comm = communicator(segment.path(), 0, TensorParallelStyle::Gather, limit);
+            both_joined.wait();
             Communicator::<CpuBackend>::exchange(&mut comm, b"anybody?")
                 .unwrap_err()
                 .to_string()
         });
         let comm = communicator(segment.path(), 1, TensorParallelStyle::Gather, limit);
+        both_joined.wait();
         Communicator::<CpuBackend>::abort(&comm);
         let message = waiting.join().unwrap();
         assert!(message.contains("rank 1"), "{message}");
@@ -275,7 +278,7 @@ fn buffers_do_not_exceed_the_arena_and_layouts_are_checked() {
         assert!(matches!(error, KernelError::OutOfMemory { .. }), "{error}");
         assert!(comm.buffer(&backend, usize::MAX, 2).is_err());
         for layout in [
-            GatherLayout::Columns(&[0..HIDDEN]),
+            GatherLayout::Columns(&[0..1, 1..2, 2..HIDDEN]),
             GatherLayout::Columns(&[0..1, 1..HIDDEN + 1]),
             GatherLayout::Rows(&[0]),
             GatherLayout::Rows(&[0, 2]),

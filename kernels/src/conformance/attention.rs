@@ -383,9 +383,8 @@ pub fn attention_is_the_same_however_prompts_are_cut<B: Backend>(make: &impl Fn(
         let alone = Data {
             rows: vec![data.rows[2].clone()],
         };
-        let steps: Vec<Step> = (0..alone.len(&model, 0))
-            .map(|p| Vec::from([(p..p + 1)]))
-            .collect();
+        let row = |p: usize| p..p + 1;
+        let steps: Vec<Step> = (0..alone.len(&model, 0)).map(|p| vec![row(p)]).collect();
         let got = Run::new(&backend, model, model.heads(), &alone, &mut random).all(&alone, &steps);
         let first = (LENGTHS[0] + LENGTHS[1]) * model.num_q * model.head_dim;
         assert_same(

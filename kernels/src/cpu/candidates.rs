@@ -1,6 +1,6 @@
 //! Sampling candidates of rows of logits, in one pass.
 //!
-//! A row is cut into segments, which are independent tasks. The best of the best of the segments are the best of the
+//! A row is cut into segments if there are more threads than rows; they are independent tasks. The best of the best of the segments are the best of the
 //! row, in one order, and statistics are per chunk: the result does not depend on the cut.
 
 use std::cmp::Ordering;
@@ -16,8 +16,6 @@ use crate::candidates::rank;
 use crate::philox::philox4x32_lanes;
 use crate::{Candidate, CandidateRequest, Candidates, ChunkStatistics, Noise, Result, VOCAB_CHUNK};
 
-/// Vocabulary ids of a task.
-const SEGMENT: usize = 8 * VOCAB_CHUNK;
 /// Tokens whose noise comes from one call of the generator: four words of each lane.
 const NOISE_GROUP: usize = 4 * LANES;
 /// No Gumbel noise of a 32-bit uniform is larger: -ln(-ln(1 - 2⁻³³)) = 22.87.
@@ -28,14 +26,24 @@ pub(crate) fn candidates(
     logits: &CpuBuffer,
     requests: &[CandidateRequest<'_>],
 ) -> Result<Vec<Candidates>> {
+    let segments = exec.pool.threads().div_ceil(requests.len().max(1));
+    let segment = |request: &CandidateRequest<'_>| {
+        request
+            .vocab
+            .len()
+            .div_ceil(segments)
+            .next_multiple_of(VOCAB_CHUNK)
+            .max(VOCAB_CHUNK)
+    };
     let mut tasks = Vec::new();
     for request in requests {
         check_request(logits, request)?;
-        let starts = request.vocab.clone().step_by(SEGMENT);
+        let segment = segment(request);
+        let starts = request.vocab.clone().step_by(segment);
         tasks.extend(starts.map(|start| Segment {
             request,
             raw: &logits.row(request.row)[start - request.vocab.start..],
-            ids: start..request.vocab.end.min(start + SEGMENT),
+            ids: start..request.vocab.end.min(start + segment),
         }));
     }
     let parts: Vec<OnceLock<Candidates>> = tasks.iter().map(|_| OnceLock::new()).collect();
@@ -50,7 +58,10 @@ pub(crate) fn candidates(
                 finite: true,
                 ..Candidates::default()
             };
-            for part in parts.by_ref().take(request.vocab.len().div_ceil(SEGMENT)) {
+            for part in parts
+                .by_ref()
+                .take(request.vocab.len().div_ceil(segment(request)))
+            {
                 all.append(part, request);
             }
             all
@@ -292,7 +303,7 @@ impl Best {
     fn new(keep: usize) -> Self {
         Self {
             keep,
-            heap: BinaryHeap::with_capacity(keep.min(SEGMENT)),
+            heap: BinaryHeap::with_capacity(keep),
         }
     }
 

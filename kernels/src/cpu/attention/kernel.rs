@@ -311,13 +311,21 @@ impl<E: KvElement> Tile<'_, E> {
                 let from = &sums[m * n + column..][..2];
                 acc[m] = [simd.load(&from[0]), simd.load(&from[1])];
             }
-            for p in positions.clone() {
-                let v = &self.groups[p / LANES].v[p % LANES * n + column..][..2];
-                let (v0, v1) = (E::load(simd, &v[0]), E::load(simd, &v[1]));
+            for group in positions.start / LANES..positions.end.div_ceil(LANES) {
+                let first = group * LANES;
+                let within = positions.start.max(first) - first..positions.end.min(first + LANES) - first;
+                let mut of_group = [[0.0; LANES]; M];
                 for m in 0..M {
-                    let weight = simd.splat(weights[m][p]);
-                    acc[m][0] = simd.fma(weight, v0, acc[m][0]);
-                    acc[m][1] = simd.fma(weight, v1, acc[m][1]);
+                    of_group[m] = weights[m].as_chunks::<LANES>().0[group];
+                }
+                let rows = self.groups[group].v.chunks_exact(n);
+                for (p, row) in rows.enumerate().take(within.end).skip(within.start) {
+                    let (v0, v1) = (E::load(simd, &row[column]), E::load(simd, &row[column + 1]));
+                    for m in 0..M {
+                        let weight = simd.splat(of_group[m][p]);
+                        acc[m][0] = simd.fma(weight, v0, acc[m][0]);
+                        acc[m][1] = simd.fma(weight, v1, acc[m][1]);
+                    }
                 }
             }
             for m in 0..M {
