@@ -59,9 +59,10 @@ pub(crate) fn spawn(
         drop(ended);
     };
     let thread = thread::Builder::new().name("rank".to_owned()).spawn(live);
-    thread
-        .map(drop)
-        .map_err(|source| WorkerError::System { call: "clone", source })
+    thread.map(drop).map_err(|source| WorkerError::System {
+        call: "clone",
+        source,
+    })
 }
 
 impl RankContext {

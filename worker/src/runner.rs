@@ -44,7 +44,12 @@ impl<B: Backend, C: Communicator<B>> ModelRunner<B, C> {
             };
             return Err((loaded, error));
         }
-        let vocab = assignment.plan.ranks.iter().map(|shard| shard.vocab.clone()).collect();
+        let vocab = assignment
+            .plan
+            .ranks
+            .iter()
+            .map(|shard| shard.vocab.clone())
+            .collect();
         match Workspace::new(&loaded.backend, &mut comm, assignment) {
             Ok(workspace) => Ok(Self {
                 loaded,
@@ -114,7 +119,11 @@ impl<B: Backend, C: Communicator<B>> ModelRunner<B, C> {
         } = &mut self.loaded;
         let (input, sampled) = batch_input(plan, assignment)?;
         if input.num_rows() > 0 {
-            let owners: Vec<u32> = input.token_ids.iter().map(|&id| model.embed_tokens.owner(id)).collect();
+            let owners: Vec<u32> = input
+                .token_ids
+                .iter()
+                .map(|&id| model.embed_tokens.owner(id))
+                .collect();
             let batch = backend.batch(&input)?;
             let mut step = Step {
                 backend: &*backend,
@@ -150,7 +159,12 @@ pub fn batch_input(plan: &StepPlan, assignment: &Assignment) -> Result<(BatchInp
         limit: limit.into(),
     };
     if plan.rows.len() > limits.max_rows as usize {
-        return Err(over(limits.max_rows as usize, "rows", plan.rows.len(), limits.max_rows));
+        return Err(over(
+            limits.max_rows as usize,
+            "rows",
+            plan.rows.len(),
+            limits.max_rows,
+        ));
     }
     let mut input = BatchInput {
         cu_seqlens_q: vec![0],
@@ -219,12 +233,16 @@ fn push_row(input: &mut BatchInput, row: &StepRow, block_size: u32) {
         let block = row.block_table[(position / block_size) as usize].0;
         input.token_ids.push(token_id);
         input.positions.push(position);
-        input.slot_mapping.push(block * block_size + position % block_size);
+        input
+            .slot_mapping
+            .push(block * block_size + position % block_size);
     }
     // Blocks past the last token may be given but hold nothing yet.
     let context_len = row.num_computed_tokens + row.token_ids.len() as u32;
     let used = context_len.div_ceil(block_size) as usize;
-    input.block_tables.extend(row.block_table[..used].iter().map(|block| block.0));
+    input
+        .block_tables
+        .extend(row.block_table[..used].iter().map(|block| block.0));
     input.context_lens.push(context_len);
     input.cu_seqlens_q.push(input.token_ids.len() as u32);
     input.cu_blocks.push(input.block_tables.len() as u32);

@@ -4,7 +4,10 @@ mod support;
 
 use std::io::Cursor;
 
-use candle_core::{Device, Tensor, quantized::{GgmlDType, QTensor, gguf_file}};
+use candle_core::{
+    Device, Tensor,
+    quantized::{GgmlDType, QTensor, gguf_file},
+};
 use candle_transformers::models::quantized_llama::ModelWeights;
 use phalanx_model::{TensorParallelOptions, TensorParallelStyle};
 use support::*;
@@ -26,7 +29,9 @@ fn gather(world_size: usize) -> TensorParallelOptions {
 fn ours(options: &TensorParallelOptions, prompts: &[Vec<u32>]) -> Vec<Vec<f32>> {
     let parts = on_demo_model(options, |runner| {
         let step = |(i, prompt): (usize, &Vec<u32>)| {
-            runner.logits(&plan(i as u64, vec![row(0, 0, prompt, true)])).unwrap()
+            runner
+                .logits(&plan(i as u64, vec![row(0, 0, prompt, true)]))
+                .unwrap()
         };
         prompts.iter().enumerate().map(step).collect::<Vec<_>>()
     });
@@ -59,8 +64,15 @@ fn candle_models() -> (ModelWeights, ModelWeights) {
             (name, tensor)
         })
         .collect();
-    let metadata: Vec<(&str, &gguf_file::Value)> = content.metadata.iter().map(|(key, value)| (key.as_str(), value)).collect();
-    let tensors: Vec<(&str, &QTensor)> = dense.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+    let metadata: Vec<(&str, &gguf_file::Value)> = content
+        .metadata
+        .iter()
+        .map(|(key, value)| (key.as_str(), value))
+        .collect();
+    let tensors: Vec<(&str, &QTensor)> = dense
+        .iter()
+        .map(|(name, tensor)| (name.as_str(), tensor))
+        .collect();
     let mut written = Cursor::new(Vec::new());
     gguf_file::write(&mut written, &metadata, &tensors).unwrap();
     written.set_position(0);
@@ -71,7 +83,9 @@ fn candle_models() -> (ModelWeights, ModelWeights) {
 }
 
 fn argmax(logits: &[f32]) -> usize {
-    (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap()
+    (0..logits.len())
+        .max_by(|&a, &b| logits[a].total_cmp(&logits[b]))
+        .unwrap()
 }
 
 /// Root of the mean square difference, in units of `want`'s standard deviation.
@@ -79,7 +93,12 @@ fn relative_error(got: &[f32], want: &[f32]) -> f64 {
     let n = want.len() as f64;
     let mean = want.iter().map(|&x| f64::from(x)).sum::<f64>() / n;
     let variance = want.iter().map(|&x| (f64::from(x) - mean).powi(2)).sum::<f64>() / n;
-    let error = got.iter().zip(want).map(|(&a, &b)| f64::from(a - b).powi(2)).sum::<f64>() / n;
+    let error = got
+        .iter()
+        .zip(want)
+        .map(|(&a, &b)| f64::from(a - b).powi(2))
+        .sum::<f64>()
+        / n;
     (error / variance).sqrt()
 }
 
@@ -133,7 +152,9 @@ fn neighbours_and_chunks_change_no_bit() {
     let results = on_demo_model(&gather(2), |runner| {
         let alone = runner.logits(&plan(0, vec![row(0, 0, target, true)])).unwrap();
         // Sixteen sequences in one step, the target somewhere among them.
-        let mut batch: Vec<_> = (0..16).map(|i| row(8 * i, 0, &prompts[i % prompts.len()], true)).collect();
+        let mut batch: Vec<_> = (0..16)
+            .map(|i| row(8 * i, 0, &prompts[i % prompts.len()], true))
+            .collect();
         batch[7] = row(8 * 7, 0, target, true);
         let together = runner.logits(&plan(1, batch)).unwrap();
         let together = together[7 * alone.len()..][..alone.len()].to_vec();

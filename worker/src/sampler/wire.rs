@@ -51,7 +51,8 @@ pub(super) fn encode(rows: &[Candidates]) -> Vec<u8> {
         }
         for list in [&row.best, &row.raw_best] {
             out.extend((list.len() as u32).to_le_bytes());
-            list.iter().for_each(|candidate| put_candidate(&mut out, candidate));
+            list.iter()
+                .for_each(|candidate| put_candidate(&mut out, candidate));
         }
         for list in [&row.scaled_statistics, &row.raw_statistics] {
             out.extend((list.len() as u32).to_le_bytes());
@@ -97,7 +98,13 @@ struct RowLimits {
 
 impl RowLimits {
     fn new(request: &CandidateRequest<'_>, vocab: &Range<usize>) -> Self {
-        let chunks = |wanted: bool| if wanted { vocab.len().div_ceil(VOCAB_CHUNK) } else { 0 };
+        let chunks = |wanted: bool| {
+            if wanted {
+                vocab.len().div_ceil(VOCAB_CHUNK)
+            } else {
+                0
+            }
+        };
         Self {
             top: request.top.min(vocab.len()),
             raw_top: request.raw_top.min(vocab.len()),
@@ -114,7 +121,10 @@ struct Reader<'a> {
 
 impl Reader<'_> {
     fn array<const N: usize>(&mut self, field: &'static str) -> Result<[u8; N]> {
-        let (head, rest) = self.bytes.split_first_chunk::<N>().ok_or(WireError::Truncated(field))?;
+        let (head, rest) = self
+            .bytes
+            .split_first_chunk::<N>()
+            .ok_or(WireError::Truncated(field))?;
         self.bytes = rest;
         Ok(*head)
     }
