@@ -5,7 +5,7 @@ use std::{ops::Range, sync::Arc};
 
 use phalanx_kernels::{Backend, Heads, KernelError, KvSpec, WeightSource};
 use phalanx_model::{
-    Checkpoint, CheckpointError, LayerTensor, ModelConfig, RopeScaling, TensorFormat, TensorInfo,
+    Checkpoint, CheckpointError, LayerTensor, ModelConfig, RankShard, RopeScaling, TensorFormat, TensorInfo,
     TensorParallelStyle, TensorRole,
 };
 use phalanx_proto::v1::Phase;
@@ -31,8 +31,8 @@ pub enum LoadError {
     #[error("{field} is {found} in the model file, {assigned} in the assignment")]
     Differs {
         field: &'static str,
-        found: String,
-        assigned: String,
+        found: usize,
+        assigned: usize,
     },
     #[error("tensor {role:?} is missing")]
     Missing { role: TensorRole },
@@ -126,24 +126,26 @@ fn kv_spec(assignment: &Assignment) -> KvSpec {
 
 /// The file must be the model that was assigned. Rotary settings may differ: contexts are extended by configuration.
 fn check_same_model(found: &ModelConfig, assigned: &ModelConfig) -> Result<()> {
-    let sizes: [(&'static str, fn(&ModelConfig) -> usize); 10] = [
-        ("hidden_size", |c| c.hidden_size),
-        ("intermediate_size", |c| c.intermediate_size),
-        ("num_hidden_layers", |c| c.num_hidden_layers),
-        ("num_attention_heads", |c| c.num_attention_heads),
-        ("num_key_value_heads", |c| c.num_key_value_heads),
-        ("head_dim", |c| c.head_dim),
-        ("vocab_size", |c| c.vocab_size),
-        ("tie_word_embeddings", |c| c.tie_word_embeddings.into()),
-        ("attention_bias", |c| c.attention_bias.into()),
-        ("mlp_bias", |c| c.mlp_bias.into()),
-    ];
-    for (field, size) in sizes {
-        if size(found) != size(assigned) {
+    let sizes = |c: &ModelConfig| {
+        [
+            ("hidden_size", c.hidden_size),
+            ("intermediate_size", c.intermediate_size),
+            ("num_hidden_layers", c.num_hidden_layers),
+            ("num_attention_heads", c.num_attention_heads),
+            ("num_key_value_heads", c.num_key_value_heads),
+            ("head_dim", c.head_dim),
+            ("vocab_size", c.vocab_size),
+            ("tie_word_embeddings", c.tie_word_embeddings.into()),
+            ("attention_bias", c.attention_bias.into()),
+            ("mlp_bias", c.mlp_bias.into()),
+        ]
+    };
+    for ((field, found), (_, assigned)) in sizes(found).into_iter().zip(sizes(assigned)) {
+        if found != assigned {
             return Err(LoadError::Differs {
                 field,
-                found: size(found).to_string(),
-                assigned: size(assigned).to_string(),
+                found,
+                assigned,
             });
         }
     }
@@ -252,7 +254,7 @@ impl<'a, B: Backend> Loader<'a, B> {
         Ok(self.backend.kv_cache(kv_spec(self.assignment))?)
     }
 
-    fn split(&self, columns: impl Fn(&phalanx_model::RankShard) -> Range<usize>) -> Split {
+    fn split(&self, columns: impl Fn(&RankShard) -> Range<usize>) -> Split {
         let plan = &self.assignment.plan;
         Split::new(
             plan.ranks.iter().map(columns).collect(),

@@ -1,5 +1,7 @@
 //! One step on one rank: plan in, sampled tokens out.
 
+use std::ops::Range;
+
 use phalanx_kernels::{Backend, BatchInput, Communicator};
 use phalanx_proto::step::{StepOutput, StepPlan, StepRow};
 
@@ -24,50 +26,34 @@ pub struct LoadedModel<B: Backend> {
     pub fingerprint: [u8; 32],
 }
 
-/// A loaded model in a group.
-pub struct ModelRunner<B: Backend, C: Communicator<B>> {
-    loaded: LoadedModel<B>,
+/// A loaded model in a group, for as long as the group lasts.
+pub struct ModelRunner<'a, B: Backend, C: Communicator<B>> {
+    loaded: &'a mut LoadedModel<B>,
     comm: C,
     workspace: Workspace<B>,
     /// Token ids of each rank.
-    vocab: Vec<std::ops::Range<usize>>,
+    vocab: Vec<Range<usize>>,
 }
 
-impl<B: Backend, C: Communicator<B>> ModelRunner<B, C> {
+impl<'a, B: Backend, C: Communicator<B>> ModelRunner<'a, B, C> {
     /// Allocates the group's activations. All ranks do so together.
-    pub fn new(loaded: LoadedModel<B>, mut comm: C) -> Result<Self, (LoadedModel<B>, RunError)> {
+    pub fn new(loaded: &'a mut LoadedModel<B>, mut comm: C) -> Result<Self, RunError> {
         let assignment = &loaded.assignment;
         if comm.world_size() != assignment.world_size() {
-            let error = RunError::WorldSize {
+            return Err(RunError::WorldSize {
                 expected: assignment.world_size(),
                 found: comm.world_size(),
-            };
-            return Err((loaded, error));
+            });
         }
-        let vocab = assignment
-            .plan
-            .ranks
-            .iter()
-            .map(|shard| shard.vocab.clone())
-            .collect();
-        match Workspace::new(&loaded.backend, &mut comm, assignment) {
-            Ok(workspace) => Ok(Self {
-                loaded,
-                comm,
-                workspace,
-                vocab,
-            }),
-            Err(error) => Err((loaded, error.into())),
-        }
-    }
-
-    /// Leaves the group; weights and KV memory stay.
-    pub fn into_model(self) -> LoadedModel<B> {
-        self.loaded
-    }
-
-    pub fn assignment(&self) -> &Assignment {
-        &self.loaded.assignment
+        let workspace = Workspace::new(&loaded.backend, &mut comm, assignment)?;
+        let shards = assignment.plan.ranks.iter();
+        let vocab = shards.map(|shard| shard.vocab.clone()).collect();
+        Ok(Self {
+            loaded,
+            comm,
+            workspace,
+            vocab,
+        })
     }
 
     /// Runs `plan` and samples the rows that ask for it. Every rank returns the same tokens; `forward_us` is left 0.
@@ -116,7 +102,7 @@ impl<B: Backend, C: Communicator<B>> ModelRunner<B, C> {
             assignment,
             model,
             ..
-        } = &mut self.loaded;
+        } = &mut *self.loaded;
         let (input, sampled) = batch_input(plan, assignment)?;
         if input.num_rows() > 0 {
             let owners: Vec<u32> = input

@@ -44,7 +44,9 @@ pub(super) fn message_bound(requests: &[CandidateRequest<'_>], vocab: &Range<usi
 pub(super) fn encode(rows: &[Candidates]) -> Vec<u8> {
     let mut out = Vec::new();
     for row in rows {
-        out.push(u8::from(row.finite) * FINITE | u8::from(row.perturbed.is_some()) * PERTURBED);
+        let finite = if row.finite { FINITE } else { 0 };
+        let perturbed = if row.perturbed.is_some() { PERTURBED } else { 0 };
+        out.push(finite | perturbed);
         if let Some((value, candidate)) = &row.perturbed {
             out.extend(value.to_le_bytes());
             put_candidate(&mut out, candidate);

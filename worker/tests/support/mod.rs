@@ -145,13 +145,6 @@ pub(crate) fn load(assign: &v1::Assign) -> LoadedModel<CpuBackend> {
     phalanx_worker::load(backend, assignment, &mut |_| {}).unwrap()
 }
 
-pub(crate) fn runner(
-    model: LoadedModel<CpuBackend>,
-    comm: ShmCommunicator,
-) -> ModelRunner<CpuBackend, ShmCommunicator> {
-    ModelRunner::new(model, comm).map_err(|(_, error)| error).unwrap()
-}
-
 /// A segment for `world_size` ranks, in a directory that goes with it.
 pub(crate) struct Ranks {
     pub(crate) segment: Arc<Segment>,
@@ -220,14 +213,15 @@ pub(crate) fn join_logits(parts: &[Vec<f32>], rows: usize) -> Vec<f32> {
         .collect()
 }
 
-/// Loads `options.world_size` ranks of the demo model, has each run `body`, and returns the results in rank order.
-pub(crate) fn on_demo_model<T: Send>(
+/// Loads `options.world_size` ranks of a model, has each run `body`, and returns the results in rank order.
+pub(crate) fn on_model<T: Send>(
+    path: &Path,
     options: &TensorParallelOptions,
-    body: impl Fn(&mut ModelRunner<CpuBackend, ShmCommunicator>) -> T + Sync,
+    body: impl Fn(&mut ModelRunner<'_, CpuBackend, ShmCommunicator>) -> T + Sync,
 ) -> Vec<T> {
-    let path = demo_model();
     Ranks::new(options.world_size, options.style).run(|rank, comm| {
-        let mut runner = runner(load(&assign(&path, rank, options)), comm);
+        let mut model = load(&assign(path, rank, options));
+        let mut runner = ModelRunner::new(&mut model, comm).unwrap();
         body(&mut runner)
     })
 }
