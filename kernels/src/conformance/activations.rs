@@ -3,7 +3,9 @@
 use phalanx_model::{RopeLayout, TensorFormat};
 
 use super::random::Random;
-use super::{Tolerances, assert_close, assert_row_wise, bits, filled, poisoned, simple_batch, written};
+use super::{
+    Tolerances, assert_close, assert_row_wise, assert_same, filled, poisoned, simple_batch, written,
+};
 use crate::{Backend, BatchInput, Columns, Heads, Norm, Rope, WeightSource};
 
 const WIDTHS: [usize; 6] = [1, 7, 64, 100, 576, 4096];
@@ -62,7 +64,7 @@ pub fn fused_add_rms_norm<B: Backend>(make: &impl Fn(usize) -> B, tolerances: &T
                 .unwrap();
             let shape = [rows.len() + 1, width];
             let residual = written(backend, &residual, shape, rows.len(), 0..width);
-            assert_eq!(bits(&residual), bits(&sums[values]), "the residual");
+            assert_same("the residual", &residual, &sums[values]);
             written(backend, &out, shape, rows.len(), 0..width)
         });
         let want: Vec<f64> = sums

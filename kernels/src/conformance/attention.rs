@@ -6,7 +6,7 @@ use half::{bf16, f16};
 use phalanx_model::KvDtype;
 
 use super::random::Random;
-use super::{THREADS, Tolerances, assert_close, bits, filled, poisoned, written};
+use super::{THREADS, Tolerances, assert_close, assert_same, filled, poisoned, written};
 use crate::{Backend, BatchInput, Columns, Heads, KvSpec};
 
 /// One layer's attention in a model, and the blocks of its cache.
@@ -377,19 +377,20 @@ pub fn attention_is_the_same_however_prompts_are_cut<B: Backend>(make: &impl Fn(
             for _ in 0..2 {
                 let steps = chunked(&mut random, &model, &data);
                 let got = Run::new(&backend, model, model.heads(), &data, &mut random).all(&data, &steps);
-                assert_eq!(bits(&got), bits(&want), "{model:?}, {threads} threads, {steps:?}");
+                assert_same(&format!("{model:?}, {threads} threads, {steps:?}"), &got, &want);
             }
         }
         let alone = Data {
             rows: vec![data.rows[2].clone()],
         };
-        let steps: Vec<Step> = (0..alone.len(&model, 0)).map(|p| vec![p..p + 1]).collect();
+        let row = |p: usize| p..p + 1;
+        let steps: Vec<Step> = (0..alone.len(&model, 0)).map(|p| vec![row(p)]).collect();
         let got = Run::new(&backend, model, model.heads(), &alone, &mut random).all(&alone, &steps);
         let first = (LENGTHS[0] + LENGTHS[1]) * model.num_q * model.head_dim;
-        assert_eq!(
-            bits(&got),
-            bits(&want[first..first + got.len()]),
-            "{model:?}, row by row"
+        assert_same(
+            &format!("{model:?}, row by row"),
+            &got,
+            &want[first..first + got.len()],
         );
     }
 }
@@ -412,7 +413,7 @@ pub fn attention_is_the_same_on_any_rank<B: Backend>(make: &impl Fn(usize) -> B,
                 .chunks(width)
                 .flat_map(|row| row[columns.clone()].to_vec())
                 .collect();
-            assert_eq!(bits(&got), bits(&want), "{model:?}, q heads {q:?}");
+            assert_same(&format!("{model:?}, q heads {q:?}"), &got, &want);
         }
     }
 }

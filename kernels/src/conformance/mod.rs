@@ -145,8 +145,13 @@ fn assert_close(what: &str, got: &[f32], want: &[f64], width: usize, tolerance: 
     }
 }
 
-fn bits(values: &[f32]) -> Vec<u32> {
-    values.iter().map(|x| x.to_bits()).collect()
+/// Asserts that two results are equal, bit by bit.
+fn assert_same(what: &str, got: &[f32], want: &[f32]) {
+    assert_eq!(got.len(), want.len(), "{what}");
+    let differs = got.iter().zip(want).position(|(a, b)| a.to_bits() != b.to_bits());
+    if let Some(at) = differs {
+        panic!("{what}: value {at} is {}, not {}", got[at], want[at]);
+    }
 }
 
 /// Asserts that `op`, a function of a backend and of the rows it works on, gives a row the same bits alone as among
@@ -159,16 +164,16 @@ fn assert_row_wise<B: Backend>(
     let all = op(&make(1), 0..rows);
     for threads in THREADS {
         let backend = make(threads);
-        assert_eq!(bits(&op(&backend, 0..rows)), bits(&all), "{threads} threads");
+        assert_same(&format!("{threads} threads"), &op(&backend, 0..rows), &all);
         let width = all.len() / rows;
         for first in 0..rows {
             let len = 1 + first % 3;
             let some = first..rows.min(first + len);
             let want = &all[some.start * width..some.end * width];
-            assert_eq!(
-                bits(&op(&backend, some.clone())),
-                bits(want),
-                "rows {some:?} of {rows} alone"
+            assert_same(
+                &format!("rows {some:?} of {rows} alone"),
+                &op(&backend, some.clone()),
+                want,
             );
         }
     }

@@ -19,7 +19,7 @@ impl Random {
 
     /// In `0..n`.
     pub(super) fn below(&mut self, n: usize) -> usize {
-        (u64::from(self.word()) * n as u64 >> 32) as usize
+        ((u64::from(self.word()) * n as u64) >> 32) as usize
     }
 
     /// Bell-shaped, with mean 0 and variance 1.
