@@ -147,7 +147,7 @@ impl PackedWeight {
             if self
                 .parts
                 .iter()
-                .any(|part| part.rows > 0 && Kind::of(part.format) == kind)
+                .any(|part| part.rows > 0 && Kind::of(part.format, scratch.isa) == kind)
             {
                 scratch.quantize(kind, x, self.cols, pool)?;
             }
@@ -161,7 +161,7 @@ impl PackedWeight {
                 panels: part.panels.as_slice(),
                 rows: part.rows,
                 cols: self.cols,
-                activations: scratch.view(Kind::of(part.format), x, self.cols),
+                activations: scratch.view(Kind::of(part.format, scratch.isa), x, self.cols),
                 batch: x.rows,
                 out: OutPtr {
                     start: data.wrapping_add(out.column + start),

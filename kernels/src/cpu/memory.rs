@@ -73,7 +73,7 @@ impl Drop for Mapping {
 }
 
 /// Bytes of memory the machine has free, for error messages.
-fn free_memory() -> usize {
+pub(crate) fn free_memory() -> usize {
     // SAFETY: sysinfo is plain data, for which zeros are valid.
     let mut info: libc::sysinfo = unsafe { std::mem::zeroed() };
     // SAFETY: the pointer is to a live `sysinfo`.

@@ -7,6 +7,7 @@ use phalanx_model::TensorFormat;
 
 use super::Isa;
 use crate::cpu::linear::Rows;
+use crate::cpu::memory::free_memory;
 use crate::cpu::pool::Pool;
 use crate::cpu::quant::{BLOCK, is_dense};
 use crate::{KernelError, Result};
@@ -16,7 +17,7 @@ const TINY: f32 = 1e-36;
 /// Fewer activations than this are quantized by the caller alone.
 const PARALLEL_MIN: usize = 16 << 10;
 
-/// A block for kernels that multiply unsigned codes of up to 6 bits with i8 (`vpmaddubsw`).
+/// A block for kernels that multiply unsigned codes with i8: of up to 6 bits by `vpmaddubsw`, of any by `vpdpbusd`.
 ///
 /// A 16-bit lane of such a product sums K with `k % 4` in {0, 1} (first) or {2, 3} (second); the sums below start the
 /// lanes at minus offset times their activations.
@@ -34,7 +35,7 @@ pub(crate) struct NarrowBlock {
 }
 const _: () = assert!(size_of::<NarrowBlock>() == 48);
 
-/// A block for Q8_0, whose kernel multiplies pairs of i16 (`vpmaddwd`).
+/// A block for Q8_0 without VNNI: the kernel multiplies pairs of i16 (`vpmaddwd`).
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C)]
 pub(crate) struct WideBlock {
@@ -57,9 +58,10 @@ pub(crate) enum Kind {
 }
 
 impl Kind {
-    pub(crate) fn of(format: TensorFormat) -> Self {
+    /// Codes of 8 bits overflow `vpmaddubsw`; VNNI's sums of 32 bits do not.
+    pub(crate) fn of(format: TensorFormat, isa: Isa) -> Self {
         match format {
-            TensorFormat::Q8_0 => Self::Wide,
+            TensorFormat::Q8_0 if !isa.has_vnni() => Self::Wide,
             _ if is_dense(format) => Self::Plain,
             _ => Self::Narrow,
         }
@@ -150,7 +152,7 @@ fn grow<T: Default + Clone>(blocks: &mut Vec<T>, len: usize) -> Result<&mut [T]>
             .map_err(|_| KernelError::OutOfMemory {
                 what: "quantized activations",
                 requested: more.saturating_mul(size_of::<T>()),
-                free: 0,
+                free: free_memory(),
             })?;
         blocks.resize(len, T::default());
     }
@@ -200,7 +202,7 @@ fn narrow_row(isa: Isa, x: &[f32], out: &mut [NarrowBlock]) {
     #[cfg(target_arch = "x86_64")]
     if isa.has_avx2() {
         // SAFETY: AVX2 was detected; `out` has room for all blocks of `x`.
-        unsafe { super::avx2::quantize_narrow(x, out) };
+        unsafe { super::x86::quantize_narrow(x, out) };
         out[blocks..].fill(NarrowBlock::default());
         return;
     }
@@ -233,7 +235,7 @@ fn wide_row(isa: Isa, x: &[f32], out: &mut [WideBlock]) {
     #[cfg(target_arch = "x86_64")]
     if isa.has_avx2() {
         // SAFETY: AVX2 was detected; `out` has room for all blocks of `x`.
-        unsafe { super::avx2::quantize_wide(x, out) };
+        unsafe { super::x86::quantize_wide(x, out) };
         out[blocks..].fill(WideBlock::default());
         return;
     }

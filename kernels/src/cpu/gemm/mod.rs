@@ -7,9 +7,9 @@
 //! sequence, and the portable kernels follow it too.
 
 pub(crate) mod activations;
-#[cfg(target_arch = "x86_64")]
-mod avx2;
 mod portable;
+#[cfg(target_arch = "x86_64")]
+mod x86;
 
 use phalanx_model::TensorFormat;
 
@@ -27,6 +27,9 @@ enum Level {
     /// AVX2, FMA and F16C.
     #[cfg(target_arch = "x86_64")]
     Avx2,
+    /// Also AVX-512 F, BW, VL and VNNI: four products of 8-bit integers summed in 32 bits by one instruction.
+    #[cfg(target_arch = "x86_64")]
+    Vnni,
 }
 
 impl Isa {
@@ -44,17 +47,32 @@ impl Isa {
         let avx2 = is_x86_feature_detected!("avx2")
             && is_x86_feature_detected!("fma")
             && is_x86_feature_detected!("f16c");
+        #[cfg(target_arch = "x86_64")]
+        let vnni = avx2
+            && is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx512vnni");
         let levels = [
             Some(Level::Portable),
             #[cfg(target_arch = "x86_64")]
             avx2.then_some(Level::Avx2),
+            #[cfg(target_arch = "x86_64")]
+            vnni.then_some(Level::Vnni),
         ];
         levels.into_iter().flatten().map(Self)
     }
 
     #[cfg(target_arch = "x86_64")]
     pub(crate) fn has_avx2(self) -> bool {
-        self.0 == Level::Avx2
+        self.0 != Level::Portable
+    }
+
+    pub(crate) fn has_vnni(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return self.0 == Level::Vnni;
+        #[cfg(not(target_arch = "x86_64"))]
+        false
     }
 }
 
@@ -136,7 +154,7 @@ pub(crate) fn run(isa: Isa, pool: &Pool, jobs: &[Job<'_>]) {
                     Level::Portable => portable::run(job, groups),
                     // SAFETY: an `Isa` of this level comes from `detect` only; each group is given to one task.
                     #[cfg(target_arch = "x86_64")]
-                    Level::Avx2 => unsafe { avx2::run(job, groups) },
+                    Level::Avx2 | Level::Vnni => unsafe { x86::run(isa, job, groups) },
                 }
                 return;
             }

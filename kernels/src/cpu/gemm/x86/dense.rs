@@ -50,9 +50,8 @@ impl Numbers for Bf16 {
 }
 
 impl<N: Numbers> Kernel for N {
-    const WIDE_TILES: bool = true;
-    /// A sum is one chain of FMAs: more sums at a time hide their latency.
-    const ALWAYS_WIDE: bool = true;
+    /// Always: a sum is one chain of FMAs, and more sums at a time hide their latency.
+    const PAIRS_FROM: usize = 1;
 
     #[inline(always)]
     unsafe fn tile<const R: usize, const G: usize, const PF: bool>(t: Tile) -> Sums<R, G> {

@@ -13,7 +13,7 @@ use crate::cpu::pack::headers::Q6_K_SCALES;
 pub(super) struct Q6K;
 
 impl Kernel for Q6K {
-    const WIDE_TILES: bool = false;
+    const PAIRS_FROM: usize = usize::MAX;
 
     #[inline(always)]
     unsafe fn tile<const R: usize, const G: usize, const PF: bool>(t: Tile) -> Sums<R, G> {
@@ -27,7 +27,7 @@ impl Kernel for Q6K {
 /// # Safety
 /// AVX2.
 #[inline(always)]
-unsafe fn codes<const HALF: usize, const STEP: usize>(v: __m256i, plane: __m256i) -> __m256i {
+pub(super) unsafe fn codes<const HALF: usize, const STEP: usize>(v: __m256i, plane: __m256i) -> __m256i {
     // SAFETY: the caller's promise. Shifts cross bytes, but the masks keep each byte's own bits.
     unsafe {
         let low = if HALF == 0 { v } else { _mm256_srli_epi16::<4>(v) };

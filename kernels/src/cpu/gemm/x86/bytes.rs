@@ -5,15 +5,21 @@ use std::mem::offset_of;
 
 use phalanx_model::TensorFormat;
 
-use super::{Kernel, Sums, Tile, broadcast, broadcast_f32, half8, keep_order, prefetch};
+use super::codes::Coded;
+use super::{Kernel, Sums, TILE_ROWS, Tile, broadcast, broadcast_f32, half8, keep_order, prefetch};
 use crate::cpu::gemm::activations::WideBlock;
 use crate::cpu::pack::Layout;
 
 #[allow(non_camel_case_types)]
 pub(super) struct Q8_0;
 
+impl Coded for Q8_0 {
+    const FORMAT: TensorFormat = TensorFormat::Q8_0;
+}
+
 impl Kernel for Q8_0 {
-    const WIDE_TILES: bool = true;
+    /// With fewer rows the second group's loads cost more than its broadcasts save.
+    const PAIRS_FROM: usize = 2 * TILE_ROWS;
 
     #[inline(always)]
     unsafe fn tile<const R: usize, const G: usize, const PF: bool>(t: Tile) -> Sums<R, G> {

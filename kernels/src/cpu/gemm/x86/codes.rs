@@ -11,7 +11,7 @@ use crate::cpu::pack::headers::{BLOCK_SCALES, MINS, SUPER_MINS};
 use crate::cpu::pack::{Layout, bits, has_min, is_super, offset};
 
 /// What a format's tile needs to know at compile time.
-trait Coded {
+pub(super) trait Coded {
     const FORMAT: TensorFormat;
     const LAYOUT: Layout = Layout::of(Self::FORMAT);
     const FIVE_BITS: bool = bits(Self::FORMAT) == 5;
@@ -29,7 +29,9 @@ macro_rules! formats {
             const FORMAT: TensorFormat = TensorFormat::$format;
         }
         impl Kernel for $name {
-            const WIDE_TILES: bool = false;
+            /// Never: pairs win on large matrices in cache, but lose 10 to 25 % on small ones.
+            const PAIRS_FROM: usize = usize::MAX;
+
             #[inline(always)]
             unsafe fn tile<const R: usize, const G: usize, const PF: bool>(t: Tile) -> Sums<R, G> {
                 // SAFETY: the caller's promise.
@@ -47,31 +49,47 @@ formats!(
     Q5K = Q5_K
 );
 
-/// Scales and mins of block `block` of a chunk, for 8 rows. The products of super-scales and integers are exact.
+/// Eight bytes as f32.
+///
+/// # Safety
+/// AVX2; 8 bytes at `p` are readable.
+#[inline(always)]
+unsafe fn integers(p: *const u8) -> __m256 {
+    // SAFETY: the caller's promise.
+    unsafe { _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(p.cast()))) }
+}
+
+/// Scales of block `block` of a chunk, for 8 rows. The product of a super-scale and an integer is exact.
 ///
 /// # Safety
 /// AVX2 and F16C; `chunk` is a chunk of the format.
 #[inline(always)]
-unsafe fn scale_and_min<F: Coded>(chunk: *const u8, block: usize) -> (__m256, __m256) {
+pub(super) unsafe fn scale<F: Coded>(chunk: *const u8, block: usize) -> __m256 {
     // SAFETY: header offsets of the format.
     unsafe {
         if F::SUPER {
-            let integers = |at: usize| {
-                let bytes = _mm_loadl_epi64(chunk.add(BLOCK_SCALES + block * 16 + at).cast());
-                _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes))
-            };
-            let scale = _mm256_mul_ps(half8(chunk), integers(0));
-            (scale, _mm256_mul_ps(half8(chunk.add(SUPER_MINS)), integers(8)))
+            _mm256_mul_ps(half8(chunk), integers(chunk.add(BLOCK_SCALES + block * 16)))
         } else {
-            let scale = half8(chunk.add(block * 16));
-            (
-                scale,
-                if F::MIN {
-                    half8(chunk.add(MINS + block * 16))
-                } else {
-                    scale
-                },
+            half8(chunk.add(block * 16))
+        }
+    }
+}
+
+/// Mins of block `block` of a chunk of a format that has them; else as [`scale`].
+///
+/// # Safety
+/// As [`scale`].
+#[inline(always)]
+pub(super) unsafe fn min<F: Coded>(chunk: *const u8, block: usize) -> __m256 {
+    // SAFETY: header offsets of the format.
+    unsafe {
+        if F::SUPER {
+            _mm256_mul_ps(
+                half8(chunk.add(SUPER_MINS)),
+                integers(chunk.add(BLOCK_SCALES + block * 16 + 8)),
             )
+        } else {
+            half8(chunk.add(MINS + block * 16))
         }
     }
 }
@@ -81,7 +99,7 @@ unsafe fn scale_and_min<F: Coded>(chunk: *const u8, block: usize) -> (__m256, __
 /// # Safety
 /// AVX2.
 #[inline(always)]
-unsafe fn fifth_bits<const STEP: usize>(plane: __m256i) -> (__m256i, __m256i) {
+pub(super) unsafe fn fifth_bits<const STEP: usize>(plane: __m256i) -> (__m256i, __m256i) {
     // SAFETY: the caller's promise. Shifts cross bytes, but the mask keeps one bit of each byte's own.
     unsafe {
         let mask = _mm256_set1_epi8(16);
@@ -166,7 +184,8 @@ unsafe fn tile<F: Coded, const R: usize, const G: usize, const PF: bool>(t: Tile
                     std::arch::asm!("", options(nostack, preserves_flags));
                 });
                 for g in 0..G {
-                    let (scale, min) = scale_and_min::<F>(w.add(g * t.group_bytes), block);
+                    let chunk = w.add(g * t.group_bytes);
+                    let w_scale = scale::<F>(chunk, block);
                     for r in 0..R {
                         let row = a.add(r * t.row_bytes);
                         let mut dot = _mm256_madd_epi16(sum[r][g], ones);
@@ -174,11 +193,16 @@ unsafe fn tile<F: Coded, const R: usize, const G: usize, const PF: bool>(t: Tile
                             dot = _mm256_sub_epi32(dot, _mm256_madd_epi16(start::<F>(row), ones));
                         }
                         let x_scale = broadcast_f32(row.add(offset_of!(NarrowBlock, scale)));
-                        let scale = _mm256_mul_ps(scale, x_scale);
+                        let scale = _mm256_mul_ps(w_scale, x_scale);
                         acc[r][g] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), scale, acc[r][g]);
-                        if F::MIN {
-                            let x_sum = broadcast_f32(row.add(offset_of!(NarrowBlock, scaled_sum)));
-                            acc[r][g] = _mm256_fmadd_ps(min, x_sum, acc[r][g]);
+                    }
+                    if F::MIN {
+                        // A loop of its own: together with the dots it spills (30 % slower).
+                        let w_min = min::<F>(chunk, block);
+                        for r in 0..R {
+                            let x_sum =
+                                broadcast_f32(a.add(r * t.row_bytes + offset_of!(NarrowBlock, scaled_sum)));
+                            acc[r][g] = _mm256_fmadd_ps(w_min, x_sum, acc[r][g]);
                         }
                     }
                 }

@@ -1,4 +1,4 @@
-//! The kernels for AVX2 + FMA + F16C.
+//! The kernels for AVX2 + FMA + F16C, and those that also use AVX-512 VNNI on vectors of the same width.
 //!
 //! A register tile is R activation rows times G groups of 8 outputs; one vector of weights holds 4 consecutive K of 8
 //! outputs, one broadcast 4 int8 activations.
@@ -9,8 +9,10 @@
 mod bytes;
 mod codes;
 mod dense;
+mod pairs;
 mod quantize;
 mod sixes;
+mod vnni;
 
 pub(super) use quantize::{quantize_narrow, quantize_wide};
 
@@ -19,10 +21,10 @@ use std::ops::Range;
 
 use phalanx_model::TensorFormat;
 
-use super::{Job, TILE_ROWS};
+use super::{Isa, Job, TILE_ROWS};
 use crate::cpu::pack::GROUP;
 
-/// Software prefetch distance in bytes: 16 to 21 GB/s with one thread where a matrix comes from memory.
+/// Software prefetch distance in bytes. On Zen 3 it takes one thread from 16 to 21 GB/s where a matrix comes from memory.
 const PREFETCH: usize = 1536;
 
 /// Everything a register tile reads.
@@ -42,37 +44,42 @@ type Sums<const R: usize, const G: usize> = [[__m256; G]; R];
 
 /// A format's tile. Implementors are markers; `tile` is inlined into code compiled for the features.
 trait Kernel {
-    /// Whether tiles of 4 rows by 2 groups are faster than 4 by 1 once there are 8 rows. (Measured: for 4-bit codes
-    /// they win in cache and lose 10 to 25 % on small matrices.)
-    const WIDE_TILES: bool;
-    /// Whether two groups at a time are faster for any number of rows: kernels with one short dependency chain per sum.
-    const ALWAYS_WIDE: bool = false;
+    /// Activation rows from which on tiles take two groups instead of one.
+    const PAIRS_FROM: usize;
 
     /// # Safety
-    /// AVX2, FMA and F16C; `t` describes `R` rows and `G` groups of the format in readable memory.
+    /// AVX2, FMA and F16C, and AVX-512 for the kernels that use it; `t` describes `R` rows and `G` groups of the format in readable memory.
     unsafe fn tile<const R: usize, const G: usize, const PF: bool>(t: Tile) -> Sums<R, G>;
 }
 
 /// Computes the outputs of `groups` for all activation rows.
 ///
 /// # Safety
-/// AVX2, FMA and F16C are there, `job.out` is as promised, and no other task has one of `groups`.
-pub(super) unsafe fn run(job: &Job<'_>, groups: Range<usize>) {
+/// `isa` has AVX2 at least and was detected, `job.out` is as promised, and no other task has one of `groups`.
+pub(super) unsafe fn run(isa: Isa, job: &Job<'_>, groups: Range<usize>) {
     use TensorFormat::*;
     // SAFETY: the caller's promise.
     unsafe {
-        match job.format {
-            F32 => run_format::<dense::F32>(job, groups),
-            F16 => run_format::<dense::F16>(job, groups),
-            BF16 => run_format::<dense::Bf16>(job, groups),
-            Q4_0 => run_format::<codes::Q4_0>(job, groups),
-            Q4_1 => run_format::<codes::Q4_1>(job, groups),
-            Q5_0 => run_format::<codes::Q5_0>(job, groups),
-            Q5_1 => run_format::<codes::Q5_1>(job, groups),
-            Q8_0 => run_format::<bytes::Q8_0>(job, groups),
-            Q4_K => run_format::<codes::Q4K>(job, groups),
-            Q5_K => run_format::<codes::Q5K>(job, groups),
-            Q6_K => run_format::<sixes::Q6K>(job, groups),
+        match (job.format, isa.has_vnni()) {
+            (F32, _) => run_format::<dense::F32>(job, groups),
+            (F16, _) => run_format::<dense::F16>(job, groups),
+            (BF16, _) => run_format::<dense::Bf16>(job, groups),
+            (Q4_0, false) => run_format::<codes::Q4_0>(job, groups),
+            (Q4_1, false) => run_format::<codes::Q4_1>(job, groups),
+            (Q5_0, false) => run_format::<codes::Q5_0>(job, groups),
+            (Q5_1, false) => run_format::<codes::Q5_1>(job, groups),
+            (Q8_0, false) => run_format::<bytes::Q8_0>(job, groups),
+            (Q4_K, false) => run_format::<codes::Q4K>(job, groups),
+            (Q5_K, false) => run_format::<codes::Q5K>(job, groups),
+            (Q6_K, false) => run_format::<sixes::Q6K>(job, groups),
+            (Q4_0, true) => run_format::<vnni::Vnni<codes::Q4_0>>(job, groups),
+            (Q4_1, true) => run_format::<vnni::Vnni<codes::Q4_1>>(job, groups),
+            (Q5_0, true) => run_format::<vnni::Vnni<codes::Q5_0>>(job, groups),
+            (Q5_1, true) => run_format::<vnni::Vnni<codes::Q5_1>>(job, groups),
+            (Q8_0, true) => run_format::<vnni::Vnni<bytes::Q8_0>>(job, groups),
+            (Q4_K, true) => run_format::<vnni::Vnni<codes::Q4K>>(job, groups),
+            (Q5_K, true) => run_format::<vnni::Vnni<codes::Q5K>>(job, groups),
+            (Q6_K, true) => run_format::<vnni::Vnni<sixes::Q6K>>(job, groups),
         }
     }
 }
@@ -80,7 +87,7 @@ pub(super) unsafe fn run(job: &Job<'_>, groups: Range<usize>) {
 /// # Safety
 /// As [`run`], for the kernel of the job's format.
 unsafe fn run_format<K: Kernel>(job: &Job<'_>, groups: Range<usize>) {
-    let wide = K::ALWAYS_WIDE || (K::WIDE_TILES && job.batch >= 2 * TILE_ROWS);
+    let wide = job.batch >= K::PAIRS_FROM;
     for first in (0..job.batch).step_by(job.row_block()) {
         let rows = first..(first + job.row_block()).min(job.batch);
         let mut group = groups.start;
