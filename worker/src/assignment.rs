@@ -156,7 +156,9 @@ fn rope_config(spec: &v1::ModelSpec) -> Result<RopeConfig> {
     };
     let scaling = match &spec.rope_scaling {
         None => RopeScaling::None,
-        Some(Wire::Linear(linear)) => RopeScaling::Linear { factor: linear.factor },
+        Some(Wire::Linear(linear)) => RopeScaling::Linear {
+            factor: linear.factor,
+        },
         Some(Wire::Llama3(llama3)) => RopeScaling::Llama3 {
             factor: llama3.factor,
             low_freq_factor: llama3.low_freq_factor,

@@ -47,8 +47,23 @@ pub struct WorkerConfig {
     pub expected_parent: Option<u32>,
     /// Instead of the assignment's number of threads.
     pub threads: Option<usize>,
-    /// How long to look for the coordinator.
+    /// How long to look for the coordinator before giving up.
     pub connect_limit: Duration,
+}
+
+impl WorkerConfig {
+    /// With every optional setting off.
+    pub fn new(coordinator: impl Into<String>, rank: u32, join_token: impl Into<String>) -> Self {
+        Self {
+            coordinator: coordinator.into(),
+            rank,
+            join_token: join_token.into(),
+            cpus: None,
+            expected_parent: None,
+            threads: None,
+            connect_limit: Duration::from_secs(60),
+        }
+    }
 }
 
 /// Runs one rank as this whole process: ties it to its parent, pins it, makes a panic end it, and serves until the
@@ -83,7 +98,9 @@ async fn attach(config: &WorkerConfig, group: Arc<GroupSlot>) -> Result<(), Work
     // The queue is empty and its receiver at hand.
     let _ = events.try_send(event(Event::Hello(hello(config))));
     let response = client.attach(ReceiverStream::new(queue)).await;
-    let mut commands = response.map_err(|status| WorkerError::Refused(Box::new(status)))?.into_inner();
+    let mut commands = response
+        .map_err(|status| WorkerError::Refused(Box::new(status)))?
+        .into_inner();
     tracing::info!(rank = config.rank, coordinator = config.coordinator, "attached");
     let (tasks, todo) = thread_mpsc::channel();
     let (reports, heard) = mpsc::channel(EVENT_QUEUE);
@@ -126,9 +143,14 @@ fn event(event: Event) -> WorkerEvent {
 enum State {
     Attached,
     /// Told what to load; groups may follow.
-    Assigned { world_size: u32 },
+    Assigned {
+        world_size: u32,
+    },
     /// In the group of this epoch, or on the way into it.
-    Grouped { world_size: u32, epoch: u32 },
+    Grouped {
+        world_size: u32,
+        epoch: u32,
+    },
 }
 
 struct Session<'a> {
@@ -190,7 +212,11 @@ impl Session<'_> {
                 });
             }
             (Command::JoinGroup(join), State::Grouped { epoch, .. }) => {
-                tracing::warn!(epoch, late = join.epoch, "ignored a JoinGroup of an epoch that is over");
+                tracing::warn!(
+                    epoch,
+                    late = join.epoch,
+                    "ignored a JoinGroup of an epoch that is over"
+                );
             }
         }
         Ok(true)
@@ -250,7 +276,12 @@ impl Session<'_> {
     }
 
     /// Releases the group, and tells the coordinator why if that is not its own wish.
-    async fn leave(self, result: &Result<(), WorkerError>, mut commands: Streaming<WorkerCommand>, end: oneshot::Receiver<()>) {
+    async fn leave(
+        self,
+        result: &Result<(), WorkerError>,
+        mut commands: Streaming<WorkerCommand>,
+        end: oneshot::Receiver<()>,
+    ) {
         self.group.close();
         let Self { events, tasks, .. } = self;
         drop(tasks);

@@ -72,7 +72,9 @@ async fn attempt(address: &str) -> Result<Channel, ConnectError> {
         return Ok(endpoint.connect_with_connector(connector).await?);
     }
     if !address.starts_with("http://") {
-        return Err(ConnectError::Address("expected http://host:port or unix:/path".to_owned()));
+        return Err(ConnectError::Address(
+            "expected http://host:port or unix:/path".to_owned(),
+        ));
     }
     let endpoint = Endpoint::from_shared(address.to_owned());
     let endpoint = endpoint.map_err(|error| ConnectError::Address(error.to_string()))?;
@@ -93,7 +95,9 @@ mod tests {
 
     #[tokio::test]
     async fn other_schemes_are_refused_at_once() {
-        let error = connect("ftp://example", Duration::from_secs(60)).await.unwrap_err();
+        let error = connect("ftp://example", Duration::from_secs(60))
+            .await
+            .unwrap_err();
         assert!(matches!(error, WorkerError::BadAddress { .. }), "{error}");
     }
 

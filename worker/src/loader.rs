@@ -5,7 +5,7 @@ use std::{ops::Range, sync::Arc};
 
 use phalanx_kernels::{Backend, Heads, KernelError, KvSpec, WeightSource};
 use phalanx_model::{
-    Checkpoint, CheckpointError, LayerTensor, ModelConfig, RopeScaling, TensorFormat, TensorInfo,
+    Checkpoint, CheckpointError, LayerTensor, ModelConfig, RankShard, RopeScaling, TensorFormat, TensorInfo,
     TensorParallelStyle, TensorRole,
 };
 use phalanx_proto::v1::Phase;
@@ -14,8 +14,8 @@ use phalanx_shm::{MappedFile, ShmError};
 use crate::{
     assignment::Assignment,
     layers::{
-        Dense, MergedColumnParallelLinear, ParallelLmHead, QkvParallelLinear, RotaryEmbedding, RowParallelLinear,
-        Split, VocabParallelEmbedding,
+        Dense, MergedColumnParallelLinear, ParallelLmHead, QkvParallelLinear, RotaryEmbedding,
+        RowParallelLinear, Split, VocabParallelEmbedding,
     },
     models::llama::{LlamaAttention, LlamaDecoderLayer, LlamaForCausalLm, LlamaMlp, RmsNorm},
     runner::LoadedModel,
@@ -31,8 +31,8 @@ pub enum LoadError {
     #[error("{field} is {found} in the model file, {assigned} in the assignment")]
     Differs {
         field: &'static str,
-        found: String,
-        assigned: String,
+        found: usize,
+        assigned: usize,
     },
     #[error("tensor {role:?} is missing")]
     Missing { role: TensorRole },
@@ -126,24 +126,26 @@ fn kv_spec(assignment: &Assignment) -> KvSpec {
 
 /// The file must be the model that was assigned. Rotary settings may differ: contexts are extended by configuration.
 fn check_same_model(found: &ModelConfig, assigned: &ModelConfig) -> Result<()> {
-    let sizes: [(&'static str, fn(&ModelConfig) -> usize); 10] = [
-        ("hidden_size", |c| c.hidden_size),
-        ("intermediate_size", |c| c.intermediate_size),
-        ("num_hidden_layers", |c| c.num_hidden_layers),
-        ("num_attention_heads", |c| c.num_attention_heads),
-        ("num_key_value_heads", |c| c.num_key_value_heads),
-        ("head_dim", |c| c.head_dim),
-        ("vocab_size", |c| c.vocab_size),
-        ("tie_word_embeddings", |c| c.tie_word_embeddings.into()),
-        ("attention_bias", |c| c.attention_bias.into()),
-        ("mlp_bias", |c| c.mlp_bias.into()),
-    ];
-    for (field, size) in sizes {
-        if size(found) != size(assigned) {
+    let sizes = |c: &ModelConfig| {
+        [
+            ("hidden_size", c.hidden_size),
+            ("intermediate_size", c.intermediate_size),
+            ("num_hidden_layers", c.num_hidden_layers),
+            ("num_attention_heads", c.num_attention_heads),
+            ("num_key_value_heads", c.num_key_value_heads),
+            ("head_dim", c.head_dim),
+            ("vocab_size", c.vocab_size),
+            ("tie_word_embeddings", c.tie_word_embeddings.into()),
+            ("attention_bias", c.attention_bias.into()),
+            ("mlp_bias", c.mlp_bias.into()),
+        ]
+    };
+    for ((field, found), (_, assigned)) in sizes(found).into_iter().zip(sizes(assigned)) {
+        if found != assigned {
             return Err(LoadError::Differs {
                 field,
-                found: size(found).to_string(),
-                assigned: size(assigned).to_string(),
+                found,
+                assigned,
             });
         }
     }
@@ -173,7 +175,9 @@ struct Cut<'a> {
 
 impl<'a, B: Backend> Loader<'a, B> {
     fn model(&mut self) -> Result<LlamaForCausalLm<B>> {
-        let Assignment { config, plan, rank, .. } = self.assignment;
+        let Assignment {
+            config, plan, rank, ..
+        } = self.assignment;
         let vocab = plan.ranks.iter().map(|shard| shard.vocab.clone()).collect();
         let table = Arc::new(self.weight(&[TensorRole::TokenEmbedding])?);
         let layers = (0..config.num_hidden_layers)
@@ -206,14 +210,18 @@ impl<'a, B: Backend> Loader<'a, B> {
 
     fn layer(&mut self, layer: usize) -> Result<LlamaDecoderLayer<B>> {
         use LayerTensor::{
-            Down, DownBias, Gate, GateBias, InputNorm, K, KBias, O, OBias, PostAttentionNorm, Q, QBias, Up, UpBias, V,
-            VBias,
+            Down, DownBias, Gate, GateBias, InputNorm, K, KBias, O, OBias, PostAttentionNorm, Q, QBias, Up,
+            UpBias, V, VBias,
         };
         let role = |tensor| TensorRole::Layer { layer, tensor };
         let qkv = self.dense(&[Q, K, V].map(role), &[QBias, KBias, VBias].map(role))?;
         let o = self.row_parallel(role(O), role(OBias), self.q_split())?;
         let gate_up = self.dense(&[Gate, Up].map(role), &[GateBias, UpBias].map(role))?;
-        let down = self.row_parallel(role(Down), role(DownBias), self.split(|shard| shard.intermediate.clone()))?;
+        let down = self.row_parallel(
+            role(Down),
+            role(DownBias),
+            self.split(|shard| shard.intermediate.clone()),
+        )?;
         Ok(LlamaDecoderLayer {
             input_norm: self.norm(role(InputNorm))?,
             attention: LlamaAttention {
@@ -246,9 +254,13 @@ impl<'a, B: Backend> Loader<'a, B> {
         Ok(self.backend.kv_cache(kv_spec(self.assignment))?)
     }
 
-    fn split(&self, columns: impl Fn(&phalanx_model::RankShard) -> Range<usize>) -> Split {
+    fn split(&self, columns: impl Fn(&RankShard) -> Range<usize>) -> Split {
         let plan = &self.assignment.plan;
-        Split::new(plan.ranks.iter().map(columns).collect(), self.assignment.rank, plan.style)
+        Split::new(
+            plan.ranks.iter().map(columns).collect(),
+            self.assignment.rank,
+            plan.style,
+        )
     }
 
     fn q_split(&self) -> Split {
@@ -256,7 +268,12 @@ impl<'a, B: Backend> Loader<'a, B> {
         self.split(|shard| shard.q_heads.start * head_dim..shard.q_heads.end * head_dim)
     }
 
-    fn row_parallel(&mut self, weight: TensorRole, bias: TensorRole, input: Split) -> Result<RowParallelLinear<B>> {
+    fn row_parallel(
+        &mut self,
+        weight: TensorRole,
+        bias: TensorRole,
+        input: Split,
+    ) -> Result<RowParallelLinear<B>> {
         // Products of all ranks are summed in reduce style, so only one of them has the bias.
         let adds_bias = match self.assignment.plan.style {
             TensorParallelStyle::Gather => true,
@@ -276,7 +293,11 @@ impl<'a, B: Backend> Loader<'a, B> {
                 bias.extend(self.values(role)?);
             }
         }
-        let bias = if bias.is_empty() { None } else { Some(self.vector(&bias)?) };
+        let bias = if bias.is_empty() {
+            None
+        } else {
+            Some(self.vector(&bias)?)
+        };
         Ok(Dense { weight, bias })
     }
 
@@ -289,7 +310,10 @@ impl<'a, B: Backend> Loader<'a, B> {
     }
 
     fn weight(&mut self, roles: &[TensorRole]) -> Result<B::Weight> {
-        let cuts = roles.iter().map(|&role| self.cut(role)).collect::<Result<Vec<_>>>()?;
+        let cuts = roles
+            .iter()
+            .map(|&role| self.cut(role))
+            .collect::<Result<Vec<_>>>()?;
         let sources: Vec<WeightSource<'_>> = cuts.iter().map(|cut| cut.source).collect();
         let weight = self.backend.weight(&sources)?;
         self.weight_bytes += self.backend.weight_bytes(&weight) as u64;
@@ -319,10 +343,14 @@ impl<'a, B: Backend> Loader<'a, B> {
 
     /// What this rank reads of a tensor: whole rows, or the same bytes of every row.
     fn cut(&self, role: TensorRole) -> Result<Cut<'a>> {
-        let Assignment { config, plan, rank, .. } = self.assignment;
+        let Assignment {
+            config, plan, rank, ..
+        } = self.assignment;
         let checkpoint = self.checkpoint;
         let info: &TensorInfo = checkpoint.tensor(role).ok_or(LoadError::Missing { role })?;
-        let slice = plan.slice(config, *rank, role).ok_or(LoadError::Missing { role })?;
+        let slice = plan
+            .slice(config, *rank, role)
+            .ok_or(LoadError::Missing { role })?;
         let cut = || {
             let row_stride = info.format.row_bytes(info.cols)?;
             let before = info.format.row_bytes(slice.cols.start)?;
@@ -333,7 +361,9 @@ impl<'a, B: Backend> Loader<'a, B> {
                 0 => 0,
                 rows => (rows - 1).checked_mul(row_stride)?.checked_add(row_bytes)?,
             };
-            let data = checkpoint.tensor_bytes(role)?.get(start..start.checked_add(len)?)?;
+            let data = checkpoint
+                .tensor_bytes(role)?
+                .get(start..start.checked_add(len)?)?;
             let offset = info.offset.checked_add(start)?;
             Some(Cut {
                 source: WeightSource {

@@ -49,7 +49,10 @@ pub(crate) fn pin_to(cpus: &[usize]) -> Result<(), WorkerError> {
 /// Resident set of this process in bytes; 0 where `/proc` does not tell.
 pub(crate) fn resident_bytes() -> u64 {
     let statm = fs::read_to_string("/proc/self/statm").unwrap_or_default();
-    let pages: Option<u64> = statm.split_whitespace().nth(1).and_then(|field| field.parse().ok());
+    let pages: Option<u64> = statm
+        .split_whitespace()
+        .nth(1)
+        .and_then(|field| field.parse().ok());
     pages.unwrap_or(0) * rustix::param::page_size() as u64
 }
 

@@ -59,9 +59,10 @@ pub(crate) fn spawn(
         drop(ended);
     };
     let thread = thread::Builder::new().name("rank".to_owned()).spawn(live);
-    thread
-        .map(drop)
-        .map_err(|source| WorkerError::System { call: "clone", source })
+    thread.map(drop).map_err(|source| WorkerError::System {
+        call: "clone",
+        source,
+    })
 }
 
 impl RankContext {
@@ -75,7 +76,7 @@ impl RankContext {
         };
         let mut model = self.load(*assignment)?;
         while let Ok(Task::Join(segment)) = tasks.recv() {
-            model = self.serve(model, segment)?;
+            self.serve(&mut model, &segment)?;
         }
         Ok(())
     }
@@ -106,48 +107,46 @@ impl RankContext {
         Ok(model)
     }
 
-    /// Serves the group of `segment` until it ends. If it ended under this rank, the model comes back for the next one.
-    fn serve(
-        &self,
-        model: LoadedModel<CpuBackend>,
-        segment: Arc<Segment>,
-    ) -> Result<LoadedModel<CpuBackend>, WorkerError> {
+    /// Serves the group of `segment` until it ends. That is an error only if this rank is why.
+    fn serve(&self, model: &mut LoadedModel<CpuBackend>, segment: &Arc<Segment>) -> Result<(), WorkerError> {
         let epoch = segment.shape().epoch;
-        let (model, error) = match self.join(model, &segment) {
+        let error = match self.join(model, segment) {
             Ok(mut steps) => {
                 self.report(Report::Event(Event::GroupJoined(v1::GroupJoined { epoch })));
-                let error = steps.run();
-                (steps.runner.into_model(), error)
+                steps.run()
             }
-            Err(failed) => failed,
+            Err(error) => error,
         };
         // Whoever waits for this rank must not wait longer. If the group has been aborted, the first reason stays.
-        let to_blame = match &error {
+        segment.abort(match &error {
             RunError::Peer { rank, .. } => AbortReason::OutOfStep(Party::Rank(*rank as u32)),
             _ => AbortReason::Lost(Party::Rank(self.rank)),
-        };
-        segment.abort(to_blame);
+        });
         if error.is_group_end() {
             tracing::info!(rank = self.rank, epoch, reason = %error, "the group ended");
-            Ok(model)
+            Ok(())
         } else {
             Err(error.into())
         }
     }
 
-    fn join(
+    fn join<'a>(
         &self,
-        model: LoadedModel<CpuBackend>,
+        model: &'a mut LoadedModel<CpuBackend>,
         segment: &Arc<Segment>,
-    ) -> Result<StepLoop, (LoadedModel<CpuBackend>, RunError)> {
-        let limit = model.assignment.step_timeout;
-        let port = match RankPort::join(Arc::clone(segment), self.rank, Wait::calibrated(), limit) {
-            Ok(port) => Rc::new(RefCell::new(port)),
-            Err(error) => return Err((model, error.into())),
-        };
-        let comm = ShmCommunicator::new(Rc::clone(&port), model.assignment.plan.style);
+    ) -> Result<StepLoop<'a>, RunError> {
+        let Assignment {
+            limits,
+            plan,
+            step_timeout,
+            ..
+        } = &model.assignment;
+        let (limits, style) = (*limits, plan.style);
+        let port = RankPort::join(Arc::clone(segment), self.rank, Wait::calibrated(), *step_timeout)?;
+        let port = Rc::new(RefCell::new(port));
+        let comm = ShmCommunicator::new(Rc::clone(&port), style);
         Ok(StepLoop {
-            limits: model.assignment.limits,
+            limits,
             epoch: segment.shape().epoch,
             last_step: None,
             port,
@@ -162,17 +161,17 @@ impl RankContext {
 }
 
 /// Plans in, outputs out, for one epoch.
-struct StepLoop {
+struct StepLoop<'a> {
     limits: StepLimits,
     epoch: u32,
     /// None before the first step.
     last_step: Option<u64>,
     /// The communicator's port, between steps.
     port: Rc<RefCell<RankPort>>,
-    runner: ModelRunner<CpuBackend, ShmCommunicator>,
+    runner: ModelRunner<'a, CpuBackend, ShmCommunicator>,
 }
 
-impl StepLoop {
+impl StepLoop<'_> {
     /// Returns what ended the group.
     fn run(&mut self) -> RunError {
         loop {

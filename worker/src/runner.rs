@@ -1,5 +1,7 @@
 //! One step on one rank: plan in, sampled tokens out.
 
+use std::ops::Range;
+
 use phalanx_kernels::{Backend, BatchInput, Communicator};
 use phalanx_proto::step::{StepOutput, StepPlan, StepRow};
 
@@ -24,45 +26,34 @@ pub struct LoadedModel<B: Backend> {
     pub fingerprint: [u8; 32],
 }
 
-/// A loaded model in a group.
-pub struct ModelRunner<B: Backend, C: Communicator<B>> {
-    loaded: LoadedModel<B>,
+/// A loaded model in a group, for as long as the group lasts.
+pub struct ModelRunner<'a, B: Backend, C: Communicator<B>> {
+    loaded: &'a mut LoadedModel<B>,
     comm: C,
     workspace: Workspace<B>,
     /// Token ids of each rank.
-    vocab: Vec<std::ops::Range<usize>>,
+    vocab: Vec<Range<usize>>,
 }
 
-impl<B: Backend, C: Communicator<B>> ModelRunner<B, C> {
+impl<'a, B: Backend, C: Communicator<B>> ModelRunner<'a, B, C> {
     /// Allocates the group's activations. All ranks do so together.
-    pub fn new(loaded: LoadedModel<B>, mut comm: C) -> Result<Self, (LoadedModel<B>, RunError)> {
+    pub fn new(loaded: &'a mut LoadedModel<B>, mut comm: C) -> Result<Self, RunError> {
         let assignment = &loaded.assignment;
         if comm.world_size() != assignment.world_size() {
-            let error = RunError::WorldSize {
+            return Err(RunError::WorldSize {
                 expected: assignment.world_size(),
                 found: comm.world_size(),
-            };
-            return Err((loaded, error));
+            });
         }
-        let vocab = assignment.plan.ranks.iter().map(|shard| shard.vocab.clone()).collect();
-        match Workspace::new(&loaded.backend, &mut comm, assignment) {
-            Ok(workspace) => Ok(Self {
-                loaded,
-                comm,
-                workspace,
-                vocab,
-            }),
-            Err(error) => Err((loaded, error.into())),
-        }
-    }
-
-    /// Leaves the group; weights and KV memory stay.
-    pub fn into_model(self) -> LoadedModel<B> {
-        self.loaded
-    }
-
-    pub fn assignment(&self) -> &Assignment {
-        &self.loaded.assignment
+        let workspace = Workspace::new(&loaded.backend, &mut comm, assignment)?;
+        let shards = assignment.plan.ranks.iter();
+        let vocab = shards.map(|shard| shard.vocab.clone()).collect();
+        Ok(Self {
+            loaded,
+            comm,
+            workspace,
+            vocab,
+        })
     }
 
     /// Runs `plan` and samples the rows that ask for it. Every rank returns the same tokens; `forward_us` is left 0.
@@ -111,10 +102,14 @@ impl<B: Backend, C: Communicator<B>> ModelRunner<B, C> {
             assignment,
             model,
             ..
-        } = &mut self.loaded;
+        } = &mut *self.loaded;
         let (input, sampled) = batch_input(plan, assignment)?;
         if input.num_rows() > 0 {
-            let owners: Vec<u32> = input.token_ids.iter().map(|&id| model.embed_tokens.owner(id)).collect();
+            let owners: Vec<u32> = input
+                .token_ids
+                .iter()
+                .map(|&id| model.embed_tokens.owner(id))
+                .collect();
             let batch = backend.batch(&input)?;
             let mut step = Step {
                 backend: &*backend,
@@ -150,7 +145,12 @@ pub fn batch_input(plan: &StepPlan, assignment: &Assignment) -> Result<(BatchInp
         limit: limit.into(),
     };
     if plan.rows.len() > limits.max_rows as usize {
-        return Err(over(limits.max_rows as usize, "rows", plan.rows.len(), limits.max_rows));
+        return Err(over(
+            limits.max_rows as usize,
+            "rows",
+            plan.rows.len(),
+            limits.max_rows,
+        ));
     }
     let mut input = BatchInput {
         cu_seqlens_q: vec![0],
@@ -219,12 +219,16 @@ fn push_row(input: &mut BatchInput, row: &StepRow, block_size: u32) {
         let block = row.block_table[(position / block_size) as usize].0;
         input.token_ids.push(token_id);
         input.positions.push(position);
-        input.slot_mapping.push(block * block_size + position % block_size);
+        input
+            .slot_mapping
+            .push(block * block_size + position % block_size);
     }
     // Blocks past the last token may be given but hold nothing yet.
     let context_len = row.num_computed_tokens + row.token_ids.len() as u32;
     let used = context_len.div_ceil(block_size) as usize;
-    input.block_tables.extend(row.block_table[..used].iter().map(|block| block.0));
+    input
+        .block_tables
+        .extend(row.block_table[..used].iter().map(|block| block.0));
     input.context_lens.push(context_len);
     input.cu_seqlens_q.push(input.token_ids.len() as u32);
     input.cu_blocks.push(input.block_tables.len() as u32);

@@ -49,7 +49,10 @@ impl Attached {
     async fn event(&mut self) -> (Option<Event>, Vec<v1::Progress>) {
         let mut progress = Vec::new();
         loop {
-            let event = timeout(LIMIT, self.events.message()).await.expect("an event in time").unwrap_or(None);
+            let event = timeout(LIMIT, self.events.message())
+                .await
+                .expect("an event in time")
+                .unwrap_or(None);
             match event.and_then(|event| event.event) {
                 Some(Event::Progress(at)) => progress.push(at),
                 event => return (event, progress),
@@ -69,7 +72,10 @@ impl Cluster for Coordinator {
     async fn attach(&self, request: Request<Streaming<WorkerEvent>>) -> Result<Response<Commands>, Status> {
         let (commands, queue) = mpsc::channel(8);
         let events = request.into_inner();
-        self.attached.send(Attached { commands, events }).await.map_err(|_| Status::unavailable("over"))?;
+        self.attached
+            .send(Attached { commands, events })
+            .await
+            .map_err(|_| Status::unavailable("over"))?;
         Ok(Response::new(Box::pin(ReceiverStream::new(queue))))
     }
 }
@@ -85,40 +91,57 @@ impl Scene {
     async fn start() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("coordinator.sock");
-        let config = WorkerConfig {
-            coordinator: format!("unix:{}", path.display()),
-            rank: 0,
-            join_token: "secret".to_owned(),
-            cpus: None,
-            expected_parent: None,
-            threads: None,
-            connect_limit: LIMIT,
-        };
+        let config = WorkerConfig::new(format!("unix:{}", path.display()), 0, "secret");
         // The worker dials first: it must try again.
         let worker = tokio::spawn(phalanx_worker::serve(config));
         tokio::task::yield_now().await;
         let (sender, mut waiting) = mpsc::channel(1);
         let listener = UnixListenerStream::new(UnixListener::bind(path).unwrap());
         let service = ClusterServer::new(Coordinator { attached: sender });
-        tokio::spawn(Server::builder().add_service(service).serve_with_incoming(listener));
+        tokio::spawn(
+            Server::builder()
+                .add_service(service)
+                .serve_with_incoming(listener),
+        );
         let attached = timeout(LIMIT, waiting.recv()).await.unwrap().unwrap();
-        Self { worker, attached, dir }
+        Self {
+            worker,
+            attached,
+            dir,
+        }
     }
 
     /// Takes the rank through `Hello` and loading.
     async fn loaded(&mut self) -> v1::Assign {
         let (hello, _) = self.attached.event().await;
-        let Some(Event::Hello(hello)) = hello else { panic!("{hello:?}") };
-        assert_eq!((hello.rank, hello.join_token.as_str(), hello.pid), (0, "secret", std::process::id()));
+        let Some(Event::Hello(hello)) = hello else {
+            panic!("{hello:?}")
+        };
+        assert_eq!(
+            (hello.rank, hello.join_token.as_str(), hello.pid),
+            (0, "secret", std::process::id())
+        );
         let options = TensorParallelOptions::equal(1, TensorParallelStyle::Gather);
         let assign = assign(&demo_model(), 0, &options);
         self.attached.order(Command::Assign(assign.clone())).await;
         let (loaded, progress) = self.attached.event().await;
-        let Some(Event::Loaded(loaded)) = loaded else { panic!("{loaded:?}") };
-        assert!(loaded.weight_bytes > 80 << 20 && loaded.rss_bytes > loaded.weight_bytes / 2, "{loaded:?}");
+        let Some(Event::Loaded(loaded)) = loaded else {
+            panic!("{loaded:?}")
+        };
+        assert!(
+            loaded.weight_bytes > 80 << 20 && loaded.rss_bytes > loaded.weight_bytes / 2,
+            "{loaded:?}"
+        );
         let last = progress.last().unwrap();
-        assert!(last.bytes_total > 90 << 20 && last.bytes_done == last.bytes_total, "{last:?}");
-        assert!(progress.windows(2).all(|pair| pair[0].bytes_done <= pair[1].bytes_done));
+        assert!(
+            last.bytes_total > 90 << 20 && last.bytes_done == last.bytes_total,
+            "{last:?}"
+        );
+        assert!(
+            progress
+                .windows(2)
+                .all(|pair| pair[0].bytes_done <= pair[1].bytes_done)
+        );
         assign
     }
 
@@ -139,7 +162,10 @@ impl Scene {
 
     /// The worker is over, soon and well.
     async fn ends(self) -> Result<(), WorkerError> {
-        timeout(PROMPT, self.worker).await.expect("the worker ends promptly").unwrap()
+        timeout(PROMPT, self.worker)
+            .await
+            .expect("the worker ends promptly")
+            .unwrap()
     }
 }
 
@@ -148,7 +174,9 @@ fn run_step(port: &mut EnginePort, assign: &v1::Assign, plan: phalanx_proto::ste
     let encode = |slot: &mut [u8]| Ok::<_, ShmError>(encode_plan(&plan, slot).unwrap());
     port.publish_plan(LIMIT, encode).unwrap();
     let limits = step_limits(assign).unwrap();
-    port.wait_output(LIMIT, |bytes| decode_output(bytes, &limits)).unwrap().unwrap()
+    port.wait_output(LIMIT, |bytes| decode_output(bytes, &limits))
+        .unwrap()
+        .unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -179,7 +207,11 @@ async fn the_end_of_the_stream_ends_a_rank_that_waits_for_work() {
     let mut scene = Scene::start().await;
     scene.loaded().await;
     let port = scene.group(1).await;
-    let Scene { worker, attached, dir } = scene;
+    let Scene {
+        worker,
+        attached,
+        dir,
+    } = scene;
     drop(attached);
     timeout(PROMPT, worker).await.expect("promptly").unwrap().unwrap();
     assert!(port.segment().abort_reason().is_some(), "the group knows");
@@ -196,12 +228,15 @@ async fn a_plan_of_another_epoch_is_a_failure_that_is_told() {
     let limits = step_limits(&assign).unwrap();
     let refused = tokio::task::spawn_blocking(move || {
         port.publish_plan(LIMIT, encode).unwrap();
-        port.wait_output(LIMIT, |bytes| decode_output(bytes, &limits).map(drop)).map(drop)
+        port.wait_output(LIMIT, |bytes| decode_output(bytes, &limits).map(drop))
+            .map(drop)
     });
     let error = timeout(LIMIT, refused).await.unwrap().unwrap().unwrap_err();
     assert!(matches!(error, ShmError::Aborted { .. }), "{error}");
     let (failure, _) = scene.attached.event().await;
-    let Some(Event::Failure(failure)) = failure else { panic!("{failure:?}") };
+    let Some(Event::Failure(failure)) = failure else {
+        panic!("{failure:?}")
+    };
     assert_eq!(failure.message, "step: plan of epoch 1, the group's is 7");
     let error = scene.ends().await.unwrap_err();
     assert!(matches!(error, WorkerError::Run(_)), "{error}");
@@ -216,7 +251,9 @@ async fn an_assignment_that_makes_no_sense_is_refused_by_name() {
     assign.block_size = 0;
     scene.attached.order(Command::Assign(assign)).await;
     let (failure, _) = scene.attached.event().await;
-    let Some(Event::Failure(failure)) = failure else { panic!("{failure:?}") };
+    let Some(Event::Failure(failure)) = failure else {
+        panic!("{failure:?}")
+    };
     assert_eq!(failure.phase(), v1::Phase::Starting);
     assert!(failure.message.contains("block_size is 0"), "{}", failure.message);
     assert!(matches!(scene.ends().await, Err(WorkerError::Assignment(_))));
@@ -232,7 +269,9 @@ async fn a_missing_model_is_a_failure_of_loading() {
     assign.model_path = absent.to_str().unwrap().to_owned();
     scene.attached.order(Command::Assign(assign)).await;
     let (failure, _) = scene.attached.event().await;
-    let Some(Event::Failure(failure)) = failure else { panic!("{failure:?}") };
+    let Some(Event::Failure(failure)) = failure else {
+        panic!("{failure:?}")
+    };
     assert_eq!(failure.phase(), v1::Phase::LoadingWeights);
     assert!(failure.message.contains("absent.gguf"), "{}", failure.message);
     assert!(matches!(scene.ends().await, Err(WorkerError::Load(_))));

@@ -2,9 +2,16 @@
 
 mod support;
 
-use std::io::Cursor;
+use std::{
+    fs::File,
+    io::{BufReader, BufWriter},
+    path::Path,
+};
 
-use candle_core::{Device, Tensor, quantized::{GgmlDType, QTensor, gguf_file}};
+use candle_core::{
+    Device, Tensor,
+    quantized::{GgmlDType, QTensor, gguf_file},
+};
 use candle_transformers::models::quantized_llama::ModelWeights;
 use phalanx_model::{TensorParallelOptions, TensorParallelStyle};
 use support::*;
@@ -23,10 +30,12 @@ fn gather(world_size: usize) -> TensorParallelOptions {
 }
 
 /// Last-token logits of each prompt, each run alone.
-fn ours(options: &TensorParallelOptions, prompts: &[Vec<u32>]) -> Vec<Vec<f32>> {
-    let parts = on_demo_model(options, |runner| {
+fn ours(path: &Path, options: &TensorParallelOptions, prompts: &[Vec<u32>]) -> Vec<Vec<f32>> {
+    let parts = on_model(path, options, |runner| {
         let step = |(i, prompt): (usize, &Vec<u32>)| {
-            runner.logits(&plan(i as u64, vec![row(0, 0, prompt, true)])).unwrap()
+            runner
+                .logits(&plan(i as u64, vec![row(0, 0, prompt, true)]))
+                .unwrap()
         };
         prompts.iter().enumerate().map(step).collect::<Vec<_>>()
     });
@@ -44,34 +53,40 @@ fn candle(model: &mut ModelWeights, prompt: &[u32]) -> Vec<f32> {
     logits.flatten_all().unwrap().to_vec1().unwrap()
 }
 
-/// The demo model in candle: as it is, and with every weight dequantized to f32.
-fn candle_models() -> (ModelWeights, ModelWeights) {
-    let file = std::fs::read(demo_model()).unwrap();
-    let mut file = Cursor::new(file);
+/// Writes the demo model with every weight dequantized to f32.
+fn write_dense(to: &Path) {
+    let mut file = BufReader::new(File::open(demo_model()).unwrap());
     let content = gguf_file::Content::read(&mut file).unwrap();
-    let names: Vec<String> = content.tensor_infos.keys().cloned().collect();
-    let dense: Vec<(String, QTensor)> = names
-        .into_iter()
-        .map(|name| {
-            let tensor = content.tensor(&mut file, &name, &Device::Cpu).unwrap();
-            let values = tensor.dequantize(&Device::Cpu).unwrap();
-            let tensor = QTensor::quantize(&values, GgmlDType::F32).unwrap();
-            (name, tensor)
-        })
+    let dense = |name: &String| {
+        let tensor = content.tensor(&mut file, name, &Device::Cpu).unwrap();
+        let values = tensor.dequantize(&Device::Cpu).unwrap();
+        (name.clone(), QTensor::quantize(&values, GgmlDType::F32).unwrap())
+    };
+    let dense: Vec<(String, QTensor)> = content.tensor_infos.keys().map(dense).collect();
+    let tensors: Vec<_> = dense
+        .iter()
+        .map(|(name, tensor)| (name.as_str(), tensor))
         .collect();
-    let metadata: Vec<(&str, &gguf_file::Value)> = content.metadata.iter().map(|(key, value)| (key.as_str(), value)).collect();
-    let tensors: Vec<(&str, &QTensor)> = dense.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
-    let mut written = Cursor::new(Vec::new());
-    gguf_file::write(&mut written, &metadata, &tensors).unwrap();
-    written.set_position(0);
-    let dense = gguf_file::Content::read(&mut written).unwrap();
-    let dense = ModelWeights::from_gguf(dense, &mut written, &Device::Cpu).unwrap();
-    let quantized = ModelWeights::from_gguf(content, &mut file, &Device::Cpu).unwrap();
-    (quantized, dense)
+    let metadata: Vec<_> = content
+        .metadata
+        .iter()
+        .map(|(key, value)| (key.as_str(), value))
+        .collect();
+    let mut out = BufWriter::new(File::create(to).unwrap());
+    gguf_file::write(&mut out, &metadata, &tensors).unwrap();
+    out.into_inner().unwrap();
+}
+
+fn candle_model(path: &Path) -> ModelWeights {
+    let mut file = BufReader::new(File::open(path).unwrap());
+    let content = gguf_file::Content::read(&mut file).unwrap();
+    ModelWeights::from_gguf(content, &mut file, &Device::Cpu).unwrap()
 }
 
 fn argmax(logits: &[f32]) -> usize {
-    (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap()
+    (0..logits.len())
+        .max_by(|&a, &b| logits[a].total_cmp(&logits[b]))
+        .unwrap()
 }
 
 /// Root of the mean square difference, in units of `want`'s standard deviation.
@@ -79,48 +94,75 @@ fn relative_error(got: &[f32], want: &[f32]) -> f64 {
     let n = want.len() as f64;
     let mean = want.iter().map(|&x| f64::from(x)).sum::<f64>() / n;
     let variance = want.iter().map(|&x| (f64::from(x) - mean).powi(2)).sum::<f64>() / n;
-    let error = got.iter().zip(want).map(|(&a, &b)| f64::from(a - b).powi(2)).sum::<f64>() / n;
+    let error = got
+        .iter()
+        .zip(want)
+        .map(|(&a, &b)| f64::from(a - b).powi(2))
+        .sum::<f64>()
+        / n;
     (error / variance).sqrt()
 }
 
+/// Weights in f32: the same arithmetic as candle's, up to the order of sums. Weights as they are: candle and this
+/// backend round activations to 8 bits, each in its own way, which moves this small model's logits by several percent;
+/// ours must not be further from f32 than candle's.
 #[test]
 fn logits_are_candles() {
     let prompts: Vec<Vec<u32>> = PROMPTS.iter().map(|text| tokens(text)).collect();
-    let ours = ours(&gather(1), &prompts);
-    let (mut quantized, mut dense) = candle_models();
-    for ((prompt, text), got) in prompts.iter().zip(PROMPTS).zip(&ours) {
-        let exact = candle(&mut dense, prompt);
-        let theirs = candle(&mut quantized, prompt);
-        let (error, their_error) = (relative_error(got, &exact), relative_error(&theirs, &exact));
-        println!("{text}: error {error:.4}, candle's quantized path {their_error:.4}");
-        assert_eq!(argmax(got), argmax(&exact), "{text}");
-        assert_eq!(argmax(got), argmax(&theirs), "{text}");
-        // Both quantize activations to 8 bits, in blocks; the weights are the same.
-        assert!(error < 0.05, "{text}: {error} from f32 arithmetic");
-        assert!(relative_error(got, &theirs) < 0.07, "{text}");
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("dense.gguf");
+    write_dense(&path);
+    let mut model = candle_model(&path);
+    let exact: Vec<Vec<f32>> = prompts.iter().map(|prompt| candle(&mut model, prompt)).collect();
+    drop(model);
+    for ((got, want), text) in ours(&path, &gather(1), &prompts).iter().zip(&exact).zip(PROMPTS) {
+        let error = relative_error(got, want);
+        assert!(error < 1e-3, "{text}: {error}");
+        assert_eq!(argmax(got), argmax(want), "{text}");
     }
+
+    let quantized = ours(&demo_model(), &gather(1), &prompts);
+    let mut model = candle_model(&demo_model());
+    let (mut errors, mut their_errors, mut agreed) = (0.0, 0.0, 0);
+    for ((got, want), prompt) in quantized.iter().zip(&exact).zip(&prompts) {
+        errors += relative_error(got, want);
+        their_errors += relative_error(&candle(&mut model, prompt), want);
+        agreed += usize::from(argmax(got) == argmax(want));
+    }
+    assert!(errors < 1.2 * their_errors, "{errors} against {their_errors}");
+    assert!(
+        agreed + 1 >= prompts.len(),
+        "{agreed} of {} first choices",
+        prompts.len()
+    );
 }
 
 #[test]
 fn ranks_change_no_bit() {
     let prompts: Vec<Vec<u32>> = PROMPTS[..3].iter().map(|text| tokens(text)).collect();
-    let alone = ours(&gather(1), &prompts);
+    let alone = ours(&demo_model(), &gather(1), &prompts);
     for world_size in [2, 3] {
-        assert!(ours(&gather(world_size), &prompts) == alone, "{world_size} ranks");
+        assert!(
+            ours(&demo_model(), &gather(world_size), &prompts) == alone,
+            "{world_size} ranks"
+        );
     }
     let unequal = TensorParallelOptions {
         rank_weights: Some(vec![2.0, 1.0]),
         ..gather(2)
     };
-    assert!(ours(&unequal, &prompts) == alone, "ranks of weight 2 and 1");
+    assert!(
+        ours(&demo_model(), &unequal, &prompts) == alone,
+        "ranks of weight 2 and 1"
+    );
 }
 
 #[test]
 fn reduce_style_is_close() {
     let prompts = [tokens(PROMPTS[1])];
-    let alone = ours(&gather(1), &prompts).swap_remove(0);
+    let alone = ours(&demo_model(), &gather(1), &prompts).swap_remove(0);
     let reduce = TensorParallelOptions::equal(3, TensorParallelStyle::Reduce);
-    let reduced = ours(&reduce, &prompts).swap_remove(0);
+    let reduced = ours(&demo_model(), &reduce, &prompts).swap_remove(0);
     assert_eq!(argmax(&reduced), argmax(&alone));
     let error = relative_error(&reduced, &alone);
     assert!(error < 0.05, "{error}");
@@ -130,10 +172,12 @@ fn reduce_style_is_close() {
 fn neighbours_and_chunks_change_no_bit() {
     let prompts: Vec<Vec<u32>> = PROMPTS.iter().map(|text| tokens(text)).collect();
     let target = &prompts[1];
-    let results = on_demo_model(&gather(2), |runner| {
+    let results = on_model(&demo_model(), &gather(2), |runner| {
         let alone = runner.logits(&plan(0, vec![row(0, 0, target, true)])).unwrap();
         // Sixteen sequences in one step, the target somewhere among them.
-        let mut batch: Vec<_> = (0..16).map(|i| row(8 * i, 0, &prompts[i % prompts.len()], true)).collect();
+        let mut batch: Vec<_> = (0..16)
+            .map(|i| row(8 * i, 0, &prompts[i % prompts.len()], true))
+            .collect();
         batch[7] = row(8 * 7, 0, target, true);
         let together = runner.logits(&plan(1, batch)).unwrap();
         let together = together[7 * alone.len()..][..alone.len()].to_vec();
@@ -157,7 +201,7 @@ fn neighbours_and_chunks_change_no_bit() {
 #[test]
 fn greedy_decoding_continues_as_one_long_prompt_would() {
     let prompt = tokens(PROMPTS[0]);
-    let outputs = on_demo_model(&gather(2), |runner| {
+    let outputs = on_model(&demo_model(), &gather(2), |runner| {
         let mut sequence = prompt.clone();
         let mut computed = 0;
         for step in 0..8 {

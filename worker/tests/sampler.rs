@@ -15,19 +15,36 @@ const VOCAB: usize = 1300;
 
 /// `(id, raw logit, scaled logit)` of the tokens that may be drawn, best first.
 fn reference(logits: &[f32], sampling: &RowSampling) -> Vec<(u32, f64, f32)> {
-    let history: BTreeMap<u32, u32> = sampling.penalties.iter().flat_map(|p| p.history.iter().copied()).collect();
+    let history: BTreeMap<u32, u32> = sampling
+        .penalties
+        .iter()
+        .flat_map(|p| p.history.iter().copied())
+        .collect();
     let mut all: Vec<(u32, f64, f32)> = (0..logits.len() as u32)
         .map(|id| {
             let raw = logits[id as usize];
             let mut value = raw;
             if let (Some(p), Some(&count)) = (&sampling.penalties, history.get(&id)) {
-                value = if value > 0.0 { value / p.repetition } else { value * p.repetition };
+                value = if value > 0.0 {
+                    value / p.repetition
+                } else {
+                    value * p.repetition
+                };
                 if count > 0 {
                     value -= p.presence + p.frequency * count as f32;
                 }
             }
-            value += sampling.bias.iter().filter(|(b, _)| *b == id).map(|(_, add)| add).sum::<f32>();
-            let temperature = if sampling.temperature == 0.0 { 1.0 } else { sampling.temperature };
+            value += sampling
+                .bias
+                .iter()
+                .filter(|(b, _)| *b == id)
+                .map(|(_, add)| add)
+                .sum::<f32>();
+            let temperature = if sampling.temperature == 0.0 {
+                1.0
+            } else {
+                sampling.temperature
+            };
             (id, raw.into(), value / temperature)
         })
         .collect();
@@ -45,7 +62,8 @@ fn reference(logits: &[f32], sampling: &RowSampling) -> Vec<(u32, f64, f32)> {
     let total: f64 = all.iter().map(weight).sum();
     let mut before = 0.0;
     all.retain(|entry| {
-        let keep = before < f64::from(sampling.top_p) * total;
+        // At least one token stays.
+        let keep = before == 0.0 || before < f64::from(sampling.top_p) * total;
         before += weight(entry);
         keep
     });
@@ -71,7 +89,8 @@ fn log_softmax(logits: &[f32], id: u32) -> f64 {
 fn model_like(seed: u32) -> Vec<f32> {
     (0..VOCAB as u32)
         .map(|id| {
-            let hash = (id.wrapping_mul(2_654_435_761) ^ seed.wrapping_mul(40_503)).wrapping_mul(2_246_822_519);
+            let hash =
+                (id.wrapping_mul(2_654_435_761) ^ seed.wrapping_mul(40_503)).wrapping_mul(2_246_822_519);
             let unit = (hash >> 8) as f32 / (1 << 24) as f32;
             -2.0 * unit.max(1e-6).ln() - 4.0
         })
@@ -87,7 +106,12 @@ fn sampled(temperature: f32) -> RowSampling {
 }
 
 /// What `ranks` ranks draw from `rows`, row `i` at position `positions[i]`.
-fn draw(world_size: usize, logits: &[f32], samplings: &[RowSampling], positions: &[u64]) -> Vec<SampledToken> {
+fn draw(
+    world_size: usize,
+    logits: &[f32],
+    samplings: &[RowSampling],
+    positions: &[u64],
+) -> Vec<SampledToken> {
     let ranks = Ranks::new(world_size, TensorParallelStyle::Gather);
     let vocab = split(logits.len(), world_size);
     let mut results = ranks.run(|rank, mut comm| {
@@ -116,7 +140,9 @@ fn split(vocab: usize, world_size: usize) -> Vec<Range<usize>> {
     let chunk = phalanx_kernels::VOCAB_CHUNK;
     let chunks = vocab.div_ceil(chunk);
     let start = |rank: usize| (rank * chunks / world_size * chunk).min(vocab);
-    (0..world_size).map(|rank| start(rank)..start(rank + 1).min(vocab)).collect()
+    (0..world_size)
+        .map(|rank| start(rank)..start(rank + 1).min(vocab))
+        .collect()
 }
 
 #[test]
@@ -125,21 +151,55 @@ fn filters_and_draws_are_the_references() {
     let cases = [
         sampled(1.0),
         sampled(0.3),
-        RowSampling { top_k: 5, ..sampled(1.0) },
-        RowSampling { top_p: 0.9, ..sampled(1.0) },
-        RowSampling { top_p: 0.9999, ..sampled(2.0) },
-        RowSampling { min_p: 0.05, ..sampled(1.0) },
-        RowSampling { min_p: 0.0001, top_p: 0.95, ..sampled(1.5) },
-        RowSampling { top_k: 40, top_p: 0.8, min_p: 0.02, ..sampled(0.8) },
-        RowSampling { top_k: 800, top_p: 0.99, ..sampled(3.0) },
-        RowSampling { top_p: 0.0, ..sampled(1.0) },
+        RowSampling {
+            top_k: 5,
+            ..sampled(1.0)
+        },
+        RowSampling {
+            top_p: 0.9,
+            ..sampled(1.0)
+        },
+        RowSampling {
+            top_p: 0.9999,
+            ..sampled(2.0)
+        },
+        RowSampling {
+            min_p: 0.05,
+            ..sampled(1.0)
+        },
+        RowSampling {
+            min_p: 0.0001,
+            top_p: 0.95,
+            ..sampled(1.5)
+        },
+        RowSampling {
+            top_k: 40,
+            top_p: 0.8,
+            min_p: 0.02,
+            ..sampled(0.8)
+        },
+        RowSampling {
+            top_k: 800,
+            top_p: 0.99,
+            ..sampled(3.0)
+        },
+        RowSampling {
+            top_p: 0.0,
+            ..sampled(1.0)
+        },
         RowSampling::GREEDY,
     ];
     for position in 0..20 {
         let got = draw(1, &logits, &cases, &vec![position; cases.len()]);
         for (case, token) in cases.iter().zip(&got) {
             let kept = reference(&logits, case);
-            let want = reference_draw(&kept, Noise { seed: case.seed, position });
+            let want = reference_draw(
+                &kept,
+                Noise {
+                    seed: case.seed,
+                    position,
+                },
+            );
             assert_eq!(token.token, want, "{case:?} at {position} keeps {}", kept.len());
         }
     }
@@ -150,8 +210,14 @@ fn draws_follow_the_distribution() {
     let logits = model_like(2);
     let cases = [
         sampled(1.0),
-        RowSampling { top_k: 8, ..sampled(1.0) },
-        RowSampling { top_p: 0.5, ..sampled(0.7) },
+        RowSampling {
+            top_k: 8,
+            ..sampled(1.0)
+        },
+        RowSampling {
+            top_p: 0.5,
+            ..sampled(0.7)
+        },
     ];
     const DRAWS: u64 = 4000;
     for case in cases {
@@ -180,14 +246,20 @@ fn draws_follow_the_distribution() {
         }
         assert!(counts.is_empty(), "drew tokens that {case:?} excludes");
         let freedom = f64::from(cells);
-        assert!(chi2 < freedom + 4.0 * (2.0 * freedom).sqrt() + 8.0, "{case:?}: chi2 {chi2:.1} of {cells} cells");
+        assert!(
+            chi2 < freedom + 4.0 * (2.0 * freedom).sqrt() + 8.0,
+            "{case:?}: chi2 {chi2:.1} of {cells} cells"
+        );
     }
 }
 
 #[test]
 fn a_flat_distribution_makes_the_candidate_set_grow() {
     let logits = vec![0.5; VOCAB];
-    let case = RowSampling { top_p: 0.995, ..sampled(1.0) };
+    let case = RowSampling {
+        top_p: 0.995,
+        ..sampled(1.0)
+    };
     let kept = reference(&logits, &case);
     assert!(kept.len() > 1200);
     for position in 0..8 {
@@ -211,13 +283,23 @@ fn logprobs_are_of_the_raw_logits() {
     assert!(close(token.logprob.unwrap(), 17));
     let plain = reference(&logits, &sampled(1.0));
     let best: Vec<u32> = plain[..5].iter().map(|entry| entry.0).collect();
-    assert_eq!(token.top_logprobs.iter().map(|entry| entry.0).collect::<Vec<_>>(), best);
+    assert_eq!(
+        token.top_logprobs.iter().map(|entry| entry.0).collect::<Vec<_>>(),
+        best
+    );
     assert!(token.top_logprobs.iter().all(|&(id, got)| close(got, id)));
 }
 
 #[test]
 fn what_cannot_be_drawn_is_not_finite() {
-    let strategies = [RowSampling::GREEDY, sampled(1.0), RowSampling { top_p: 0.5, ..sampled(1.0) }];
+    let strategies = [
+        RowSampling::GREEDY,
+        sampled(1.0),
+        RowSampling {
+            top_p: 0.5,
+            ..sampled(1.0)
+        },
+    ];
     for broken in [f32::NAN, f32::INFINITY] {
         let mut logits = model_like(4);
         logits[700] = broken;
@@ -239,8 +321,18 @@ fn what_cannot_be_drawn_is_not_finite() {
 fn a_ban_holds_whatever_the_strategy() {
     let logits = model_like(5);
     let best = reference(&logits, &RowSampling::GREEDY)[0].0;
-    let ban = |sampling: RowSampling| RowSampling { bias: vec![(best, f32::NEG_INFINITY)], ..sampling };
-    let cases = [ban(RowSampling::GREEDY), ban(sampled(0.2)), ban(RowSampling { top_k: 2, ..sampled(0.2) })];
+    let ban = |sampling: RowSampling| RowSampling {
+        bias: vec![(best, f32::NEG_INFINITY)],
+        ..sampling
+    };
+    let cases = [
+        ban(RowSampling::GREEDY),
+        ban(sampled(0.2)),
+        ban(RowSampling {
+            top_k: 2,
+            ..sampled(0.2)
+        }),
+    ];
     for position in 0..20 {
         let got = draw(1, &logits, &cases, &[position; 3]);
         assert!(got.iter().all(|token| token.finite && token.token != best));
@@ -253,7 +345,12 @@ fn a_step_without_rows_is_still_a_meeting() {
 }
 
 fn any_sampling() -> impl Strategy<Value = RowSampling> {
-    let penalties = (0.5f32..2.0, -1.0f32..1.0, -1.0f32..1.0, prop::collection::btree_map(0..VOCAB as u32, 0..4u32, 0..30));
+    let penalties = (
+        0.5f32..2.0,
+        -1.0f32..1.0,
+        -1.0f32..1.0,
+        prop::collection::btree_map(0..VOCAB as u32, 0..4u32, 0..30),
+    );
     let penalties = penalties.prop_map(|(repetition, presence, frequency, history)| Penalties {
         repetition,
         presence,
@@ -272,20 +369,22 @@ fn any_sampling() -> impl Strategy<Value = RowSampling> {
         prop::option::of(penalties),
         bias,
     )
-        .prop_map(|(temperature, top_p, top_k, min_p, seed, logprobs, penalties, bias)| RowSampling {
-            temperature,
-            top_p,
-            top_k,
-            min_p,
-            seed,
-            logprobs,
-            penalties,
-            bias,
-        })
+        .prop_map(
+            |(temperature, top_p, top_k, min_p, seed, logprobs, penalties, bias)| RowSampling {
+                temperature,
+                top_p,
+                top_k,
+                min_p,
+                seed,
+                logprobs,
+                penalties,
+                bias,
+            },
+        )
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(40))]
+    #![proptest_config(ProptestConfig { cases: 40, failure_persistence: None, ..ProptestConfig::default() })]
 
     /// One rank, two or three: the same bits.
     #[test]

@@ -37,7 +37,8 @@ impl<B: Backend> VocabParallelEmbedding<B> {
         out: &mut B::Buffer,
         owners: &[u32],
     ) -> Result<()> {
-        step.backend.embedding(out, &self.table, self.vocab(), step.batch)?;
+        step.backend
+            .embedding(out, &self.table, self.vocab(), step.batch)?;
         step.comm.all_gather(out, step.rows, GatherLayout::Rows(owners))
     }
 }
@@ -54,14 +55,11 @@ impl<B: Backend> ParallelLmHead<B> {
     }
 
     /// `out[i, t - vocab.start]` = the logit of token `t` after the hidden state `x[i]`.
-    pub fn forward(
-        &self,
-        backend: &B,
-        out: &mut B::Buffer,
-        x: &B::Buffer,
-        rows: usize,
-    ) -> Result<()> {
-        let out = Columns { buffer: out, start: 0 };
+    pub fn forward(&self, backend: &B, out: &mut B::Buffer, x: &B::Buffer, rows: usize) -> Result<()> {
+        let out = Columns {
+            buffer: out,
+            start: 0,
+        };
         let linear = Linear {
             weight: self.weight.as_ref(),
             bias: None,

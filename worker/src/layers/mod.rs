@@ -5,7 +5,9 @@ mod linear;
 mod rotary;
 
 pub use embedding::{ParallelLmHead, VocabParallelEmbedding};
-pub use linear::{ColumnParallelLinear, Dense, MergedColumnParallelLinear, QkvParallelLinear, RowParallelLinear};
+pub use linear::{
+    ColumnParallelLinear, Dense, MergedColumnParallelLinear, QkvParallelLinear, RowParallelLinear,
+};
 pub use rotary::RotaryEmbedding;
 
 use std::ops::Range;

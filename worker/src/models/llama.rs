@@ -4,8 +4,8 @@ use phalanx_kernels::{Backend, Columns, Communicator, Norm, Result};
 
 use crate::{
     layers::{
-        MergedColumnParallelLinear, ParallelLmHead, QkvParallelLinear, RotaryEmbedding, RowParallelLinear, Step,
-        VocabParallelEmbedding,
+        MergedColumnParallelLinear, ParallelLmHead, QkvParallelLinear, RotaryEmbedding, RowParallelLinear,
+        Step, VocabParallelEmbedding,
     },
     workspace::Workspace,
 };
@@ -64,7 +64,12 @@ impl<B: Backend> LlamaForCausalLm<B> {
         self.embed_tokens.forward(step, &mut ws.hidden, owners)?;
         let (backend, rows) = (step.backend, step.rows);
         backend.select_rows(&mut ws.residual, &ws.hidden, &ws.row_numbers[..rows])?;
-        backend.rms_norm(&mut ws.normed, &ws.residual, &self.layers[0].input_norm.view(), rows)?;
+        backend.rms_norm(
+            &mut ws.normed,
+            &ws.residual,
+            &self.layers[0].input_norm.view(),
+            rows,
+        )?;
         for i in 0..self.layers.len() {
             self.layers[i].forward(step, ws, &self.rotary)?;
             // The sum that closes a layer is one pass with the norm that opens the next.
@@ -106,7 +111,8 @@ impl<B: Backend> LlamaAttention<B> {
         rotary: &RotaryEmbedding<B>,
     ) -> Result<()> {
         let (backend, heads) = (step.backend, &self.qkv_proj.heads);
-        self.qkv_proj.forward(backend, &mut ws.qkv, &ws.normed, step.rows)?;
+        self.qkv_proj
+            .forward(backend, &mut ws.qkv, &ws.normed, step.rows)?;
         backend.rotary_embedding(&mut ws.qkv, &rotary.view(), heads, step.batch)?;
         backend.reshape_and_cache(&mut self.kv_cache, &ws.qkv, heads, step.batch)?;
         let part = Columns {

@@ -105,7 +105,11 @@ impl Row {
         let perturbed = |candidate: &Candidate| candidate.scaled + self.noise.gumbel(candidate.id);
         let all = kept.iter().map(|candidate| (perturbed(candidate), *candidate));
         let better = |(a, x): (f32, Candidate), (b, y): (f32, Candidate)| {
-            if b > a || (b == a && y.id < x.id) { (b, y) } else { (a, x) }
+            if b > a || (b == a && y.id < x.id) {
+                (b, y)
+            } else {
+                (a, x)
+            }
         };
         all.reduce(better).map(|(_, candidate)| candidate)
     }
@@ -132,7 +136,10 @@ impl Row {
 /// `ln(sum(exp(x)))` from the statistics of every chunk of the vocabulary. Chunks are added by rising id, so the result
 /// does not depend on which rank holds which.
 fn log_sum_exp(chunks: &[ChunkStatistics]) -> f64 {
-    let max = chunks.iter().map(|chunk| chunk.max).fold(f32::NEG_INFINITY, f32::max);
+    let max = chunks
+        .iter()
+        .map(|chunk| chunk.max)
+        .fold(f32::NEG_INFINITY, f32::max);
     // A chunk whose tokens are all banned has no mass, and no finite maximum to scale it by.
     let masses = chunks
         .iter()

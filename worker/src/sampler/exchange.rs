@@ -71,7 +71,10 @@ fn exchange_long<B: Backend, C: Communicator<B>>(
                 .split_first_chunk::<FRAGMENT_HEADER>()
                 .ok_or_else(|| peer(WireError::Truncated("fragment")))?;
             let left = u32::from_le_bytes(*left) as usize;
-            let announced = whole[rank].len().saturating_add(fragment.len()).saturating_add(left);
+            let announced = whole[rank]
+                .len()
+                .saturating_add(fragment.len())
+                .saturating_add(left);
             if announced > bounds[rank] {
                 return Err(peer(WireError::OverLimit {
                     field: "message",

@@ -59,10 +59,8 @@ pub fn sample<B: Backend, C: Communicator<B>>(
     let mut sampled: Vec<Option<SampledToken>> = vec![None; rows.len()];
     let mut open: Vec<usize> = (0..rows.len()).collect();
     loop {
-        let requests: Vec<CandidateRequest<'_>> = open
-            .iter()
-            .map(|&i| states[i].request(i, vocab.own()))
-            .collect();
+        let requests: Vec<CandidateRequest<'_>> =
+            open.iter().map(|&i| states[i].request(i, vocab.own())).collect();
         let local = backend.candidates(logits, &requests)?;
         // Without rows, too: this is what keeps a fast rank's next step off the buffers of a slow one's last.
         let merged = exchange::merge_all(comm, vocab, &requests, &local)?;
@@ -83,4 +81,3 @@ pub fn sample<B: Backend, C: Communicator<B>>(
         }
     }
 }
-

@@ -75,7 +75,9 @@ impl Row {
     /// What to ask the kernels of the rank whose columns are `vocab`. The numbers of candidates are those wanted of all
     /// ranks together, as any one may hold them all.
     pub(super) fn request(&self, row: usize, vocab: Range<usize>) -> CandidateRequest<'_> {
-        let first = self.edits.partition_point(|edit| (edit.id as usize) < vocab.start);
+        let first = self
+            .edits
+            .partition_point(|edit| (edit.id as usize) < vocab.start);
         let last = self.edits.partition_point(|edit| (edit.id as usize) < vocab.end);
         CandidateRequest {
             row,
@@ -201,8 +203,14 @@ mod tests {
         };
         assert_eq!(with(0, 1.0, 0.0), Strategy::Unfiltered);
         assert_eq!(with(100, 1.0, 0.0), Strategy::Unfiltered);
-        assert!(matches!(with(99, 1.0, 0.0), Strategy::Filtered(Filter { top_k: Some(99), .. })));
-        assert!(matches!(with(0, 0.9, 0.0), Strategy::Filtered(Filter { top_k: None, .. })));
+        assert!(matches!(
+            with(99, 1.0, 0.0),
+            Strategy::Filtered(Filter { top_k: Some(99), .. })
+        ));
+        assert!(matches!(
+            with(0, 0.9, 0.0),
+            Strategy::Filtered(Filter { top_k: None, .. })
+        ));
         assert_eq!(Strategy::of(&RowSampling::GREEDY, 100), Strategy::Greedy);
     }
 }

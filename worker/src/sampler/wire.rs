@@ -44,14 +44,17 @@ pub(super) fn message_bound(requests: &[CandidateRequest<'_>], vocab: &Range<usi
 pub(super) fn encode(rows: &[Candidates]) -> Vec<u8> {
     let mut out = Vec::new();
     for row in rows {
-        out.push(u8::from(row.finite) * FINITE | u8::from(row.perturbed.is_some()) * PERTURBED);
+        let finite = if row.finite { FINITE } else { 0 };
+        let perturbed = if row.perturbed.is_some() { PERTURBED } else { 0 };
+        out.push(finite | perturbed);
         if let Some((value, candidate)) = &row.perturbed {
             out.extend(value.to_le_bytes());
             put_candidate(&mut out, candidate);
         }
         for list in [&row.best, &row.raw_best] {
             out.extend((list.len() as u32).to_le_bytes());
-            list.iter().for_each(|candidate| put_candidate(&mut out, candidate));
+            list.iter()
+                .for_each(|candidate| put_candidate(&mut out, candidate));
         }
         for list in [&row.scaled_statistics, &row.raw_statistics] {
             out.extend((list.len() as u32).to_le_bytes());
@@ -97,7 +100,13 @@ struct RowLimits {
 
 impl RowLimits {
     fn new(request: &CandidateRequest<'_>, vocab: &Range<usize>) -> Self {
-        let chunks = |wanted: bool| if wanted { vocab.len().div_ceil(VOCAB_CHUNK) } else { 0 };
+        let chunks = |wanted: bool| {
+            if wanted {
+                vocab.len().div_ceil(VOCAB_CHUNK)
+            } else {
+                0
+            }
+        };
         Self {
             top: request.top.min(vocab.len()),
             raw_top: request.raw_top.min(vocab.len()),
@@ -114,7 +123,10 @@ struct Reader<'a> {
 
 impl Reader<'_> {
     fn array<const N: usize>(&mut self, field: &'static str) -> Result<[u8; N]> {
-        let (head, rest) = self.bytes.split_first_chunk::<N>().ok_or(WireError::Truncated(field))?;
+        let (head, rest) = self
+            .bytes
+            .split_first_chunk::<N>()
+            .ok_or(WireError::Truncated(field))?;
         self.bytes = rest;
         Ok(*head)
     }

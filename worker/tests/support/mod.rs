@@ -10,11 +10,7 @@ use std::{
     time::Duration,
 };
 
-use phalanx_kernels::{
-    Backend, BatchInput, WeightSource,
-    comm::ShmCommunicator,
-    cpu::CpuBackend,
-};
+use phalanx_kernels::{Backend, BatchInput, WeightSource, comm::ShmCommunicator, cpu::CpuBackend};
 use phalanx_model::{
     Checkpoint, ModelConfig, RopeLayout, RopeScaling, ShardPlan, TensorFormat, TensorParallelOptions,
     TensorParallelStyle,
@@ -35,12 +31,18 @@ pub(crate) const MAX_ROWS: usize = 32;
 pub(crate) fn demo_model() -> PathBuf {
     let path = std::env::var_os("PHALANX_DEMO_MODEL").map_or_else(
         || {
-            let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace");
+            let root = Path::new(env!("CARGO_MANIFEST_DIR"))
+                .parent()
+                .expect("the workspace");
             root.join(".cache/models/SmolLM2-135M-Instruct.Q4_1.gguf")
         },
         PathBuf::from,
     );
-    assert!(path.is_file(), "{} is absent: run ./scripts/fetch-demo-model", path.display());
+    assert!(
+        path.is_file(),
+        "{} is absent: run ./scripts/fetch-demo-model",
+        path.display()
+    );
     path
 }
 
@@ -55,7 +57,15 @@ pub(crate) fn tokens(text: &str) -> Vec<u32> {
         found.unwrap_or_else(|| panic!("{piece:?} is not one token")) as u32
     };
     let words = text.split(' ').enumerate();
-    words.map(|(i, word)| id(if i == 0 { word.to_owned() } else { format!("Ġ{word}") })).collect()
+    words
+        .map(|(i, word)| {
+            id(if i == 0 {
+                word.to_owned()
+            } else {
+                format!("Ġ{word}")
+            })
+        })
+        .collect()
 }
 
 /// The wire form of an assignment of the model at `path`.
@@ -195,32 +205,44 @@ pub(crate) fn group_shape(world_size: usize, epoch: u32) -> GroupShape {
 pub(crate) fn join_logits(parts: &[Vec<f32>], rows: usize) -> Vec<f32> {
     let widths: Vec<usize> = parts.iter().map(|part| part.len() / rows.max(1)).collect();
     (0..rows)
-        .flat_map(|row| parts.iter().zip(&widths).flat_map(move |(part, width)| &part[row * width..][..*width]))
+        .flat_map(|row| {
+            parts
+                .iter()
+                .zip(&widths)
+                .flat_map(move |(part, width)| &part[row * width..][..*width])
+        })
         .copied()
         .collect()
 }
 
-/// Loads `options.world_size` ranks of the demo model, has each run `body`, and returns the results in rank order.
-pub(crate) fn on_demo_model<T: Send>(
+/// Loads `options.world_size` ranks of a model, has each run `body`, and returns the results in rank order.
+pub(crate) fn on_model<T: Send>(
+    path: &Path,
     options: &TensorParallelOptions,
-    body: impl Fn(&mut ModelRunner<CpuBackend, ShmCommunicator>) -> T + Sync,
+    body: impl Fn(&mut ModelRunner<'_, CpuBackend, ShmCommunicator>) -> T + Sync,
 ) -> Vec<T> {
-    let path = demo_model();
     Ranks::new(options.world_size, options.style).run(|rank, comm| {
-        let model = load(&assign(&path, rank, options));
-        let mut runner = ModelRunner::new(model, comm).map_err(|(_, error)| error).unwrap();
+        let mut model = load(&assign(path, rank, options));
+        let mut runner = ModelRunner::new(&mut model, comm).unwrap();
         body(&mut runner)
     })
 }
 
 /// A sequence whose blocks start at `first_block`: the tokens of one step.
-pub(crate) fn row(first_block: usize, num_computed_tokens: usize, token_ids: &[u32], sampled: bool) -> StepRow {
+pub(crate) fn row(
+    first_block: usize,
+    num_computed_tokens: usize,
+    token_ids: &[u32],
+    sampled: bool,
+) -> StepRow {
     let blocks = (num_computed_tokens + token_ids.len()).div_ceil(BLOCK_SIZE);
     StepRow {
         sequence: SequenceId(first_block as u64),
         token_ids: token_ids.to_vec(),
         num_computed_tokens: num_computed_tokens as u32,
-        block_table: (first_block..first_block + blocks).map(|block| BlockId(block as u32)).collect(),
+        block_table: (first_block..first_block + blocks)
+            .map(|block| BlockId(block as u32))
+            .collect(),
         sampling: sampled.then_some(RowSampling::GREEDY),
     }
 }
@@ -241,7 +263,11 @@ pub(crate) fn logits_buffer(backend: &CpuBackend, rows: &[Vec<f32>]) -> <CpuBack
     if rows.is_empty() {
         return buffer;
     }
-    let data: Vec<u8> = rows.iter().flatten().flat_map(|value| value.to_le_bytes()).collect();
+    let data: Vec<u8> = rows
+        .iter()
+        .flatten()
+        .flat_map(|value| value.to_le_bytes())
+        .collect();
     let table = WeightSource {
         format: TensorFormat::F32,
         rows: rows.len(),
@@ -261,6 +287,8 @@ pub(crate) fn logits_buffer(backend: &CpuBackend, rows: &[Vec<f32>]) -> <CpuBack
         token_ids: ids,
     };
     let batch = backend.batch(&input).unwrap();
-    backend.embedding(&mut buffer, &table, 0..rows.len(), &batch).unwrap();
+    backend
+        .embedding(&mut buffer, &table, 0..rows.len(), &batch)
+        .unwrap();
     buffer
 }
