@@ -12,7 +12,7 @@ use phalanx_proto::{
         worker_event::Event,
     },
 };
-use phalanx_shm::Segment;
+use phalanx_shm::{GroupShape, Segment};
 use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status, Streaming};
@@ -24,6 +24,7 @@ use crate::{
     group::GroupSlot,
     process,
     rank::{self, RankContext, Report, Task},
+    sampler::MESSAGE_BYTES,
 };
 
 /// Commands are small; the largest is an assignment with its shard table.
@@ -246,20 +247,7 @@ impl Session<'_> {
         let opened = tokio::task::spawn_blocking(move || Segment::open(join.segment_path.as_ref())).await;
         let segment = opened.map_err(|_| WorkerError::ThreadLost)?;
         let segment = Arc::new(segment.map_err(|error| failed(JoinError::Segment(error)))?);
-        let shape = segment.shape();
-        for (field, found, expected) in [
-            ("epoch", shape.epoch, epoch),
-            ("world_size", shape.world_size, world_size),
-        ] {
-            if found != expected {
-                let (found, expected) = (found.into(), expected.into());
-                return Err(failed(JoinError::Shape {
-                    field,
-                    found,
-                    expected,
-                }));
-            }
-        }
+        check_shape(segment.shape(), world_size, epoch).map_err(failed)?;
         self.state = State::Grouped { world_size, epoch };
         // Ends the step loop of the last group, whose thread then takes up this task.
         self.group.replace(Arc::clone(&segment));
@@ -301,6 +289,24 @@ impl Session<'_> {
         }
         // A thread that loads weights does not look up; the process ends without it.
         let _ = tokio::time::timeout(FAREWELL, end).await;
+    }
+}
+
+/// The segment must be the one that was announced, and large enough for what the sampler exchanges.
+fn check_shape(shape: &GroupShape, world_size: u32, epoch: u32) -> Result<(), JoinError> {
+    let least = MESSAGE_BYTES as u64;
+    let fields = [
+        ("epoch", u64::from(shape.epoch), u64::from(epoch)),
+        ("world_size", shape.world_size.into(), world_size.into()),
+        ("message_bytes", shape.message_bytes.min(least), least),
+    ];
+    match fields.into_iter().find(|(_, found, expected)| found != expected) {
+        None => Ok(()),
+        Some((field, found, expected)) => Err(JoinError::Shape {
+            field,
+            found,
+            expected,
+        }),
     }
 }
 

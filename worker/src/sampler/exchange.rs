@@ -8,8 +8,8 @@ use super::{
 };
 use crate::error::RunError;
 
-/// Bytes of one exchanged message: what every communicator carries at least.
-const MESSAGE_BYTES: usize = 16 << 10;
+/// Bytes of one exchanged message: what every communicator must carry.
+pub const MESSAGE_BYTES: usize = 16 << 10;
 /// In front of each fragment: the bytes that are still to come after it.
 const FRAGMENT_HEADER: usize = 4;
 const FRAGMENT_BYTES: usize = MESSAGE_BYTES - FRAGMENT_HEADER;

@@ -11,6 +11,7 @@ mod exchange;
 mod row;
 mod wire;
 
+pub use exchange::MESSAGE_BYTES;
 pub use wire::WireError;
 
 use std::ops::Range;

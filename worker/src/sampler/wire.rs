@@ -185,3 +185,77 @@ impl Reader<'_> {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const VOCAB: Range<usize> = 512..1300;
+
+    fn request() -> CandidateRequest<'static> {
+        CandidateRequest {
+            row: 0,
+            vocab: 0..512,
+            edits: &[],
+            inverse_temperature: 1.0,
+            noise: None,
+            top: 3,
+            raw_top: 2,
+            scaled_statistics: true,
+            raw_statistics: false,
+        }
+    }
+
+    fn candidate(id: u32) -> Candidate {
+        Candidate {
+            id,
+            raw: 0.5,
+            scaled: -1.5,
+        }
+    }
+
+    fn answer() -> Candidates {
+        Candidates {
+            best: vec![candidate(512), candidate(1299), candidate(700)],
+            raw_best: vec![candidate(600)],
+            perturbed: Some((2.5, candidate(513))),
+            scaled_statistics: vec![ChunkStatistics { max: 1.0, sum: 2.0 }; 2],
+            raw_statistics: Vec::new(),
+            finite: true,
+        }
+    }
+
+    #[test]
+    fn answers_arrive_whole_within_their_bound() {
+        let (requests, rows) = ([request(), request()], [answer(), Candidates::default()]);
+        let bytes = encode(&rows);
+        assert!(bytes.len() <= message_bound(&requests, &VOCAB));
+        assert_eq!(decode(&bytes, &requests, &VOCAB).unwrap(), rows);
+        for end in 0..bytes.len() {
+            assert!(decode(&bytes[..end], &requests, &VOCAB).is_err());
+        }
+        let longer = [&bytes[..], &[0]].concat();
+        assert_eq!(decode(&longer, &requests, &VOCAB), Err(WireError::Trailing(1)));
+    }
+
+    #[test]
+    fn a_peer_answers_what_it_was_asked_about_its_own_tokens() {
+        let mut foreign = answer();
+        foreign.best[1].id = 1300;
+        let error = decode(&encode(&[foreign]), &[request()], &VOCAB).unwrap_err();
+        assert_eq!(error.to_string(), "token 1300 lies outside the rank's 512..1300");
+        let mut wordy = answer();
+        wordy.raw_statistics.push(ChunkStatistics { max: 0.0, sum: 1.0 });
+        let error = decode(&encode(&[wordy]), &[request()], &VOCAB).unwrap_err();
+        assert_eq!(error.to_string(), "raw_statistics is 1, limit 0");
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_whatever_panic(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+            let _ = decode(&bytes, &[request()], &VOCAB);
+        }
+    }
+}
