@@ -5,11 +5,12 @@ use phalanx_proto::{
     v1::{self, FinishReason, admin_client::AdminClient, choice::StopReason, generate_request::Prompt},
 };
 
+use tokio::time::timeout;
 use tonic::Streaming;
 
 use crate::{
     ranks::{FILLER, Permit},
-    server::{MAX_MODEL_LEN, Server, Setup, next, open, piece, request, rest, tokens},
+    server::{DEADLINE, MAX_MODEL_LEN, Server, Setup, next, open, piece, request, rest, tokens},
 };
 
 const EOS: u32 = 2;
@@ -197,6 +198,7 @@ async fn a_client_that_drops_its_stream_aborts_its_sequence() {
     let mut stream = open(&mut client, request(1, |_| {})).await;
     server.permit(Permit::Step);
     piece(&mut stream).await;
+    server.running(1).await;
     drop(stream);
     assert!(server.steps_until_idle().await < SELF_ENDING);
 }
@@ -207,21 +209,22 @@ async fn a_client_that_gives_up_a_unary_call_aborts_its_sequence() {
     let mut client = server.inference().await;
     let call = tokio::spawn(async move { client.generate(request(1, |_| {})).await });
     server.permit(Permit::Step);
-    while server.engine.status().snapshot.num_running == 0 {
-        tokio::task::yield_now().await;
-    }
+    server.running(1).await;
     call.abort();
     assert!(server.steps_until_idle().await < SELF_ENDING);
 }
 
 #[tokio::test]
 async fn abort_request_ends_every_choice_and_frees_the_id() {
-    let mut server = Server::start(Setup::default());
+    let server = Server::start(Setup::default());
     let mut client = server.inference().await;
     let mut admin = AdminClient::new(server.channel().await);
     let mut ask = request(1, |sampling| sampling.n = Some(2));
     ask.request_id = "r1".into();
     let mut stream = open(&mut client, ask.clone()).await;
+    server.permit(Permit::Step);
+    server.permit(Permit::Step);
+    server.running(2).await;
 
     let taken = client.generate_stream(ask.clone()).await;
     let taken = RpcError::from(&taken.expect_err("the id is taken"));
@@ -234,23 +237,23 @@ async fn abort_request_ends_every_choice_and_frees_the_id() {
     assert!(!reply.into_inner().found);
     let reply = admin.abort_request(abort("r1")).await.expect("a reply");
     assert!(reply.into_inner().found);
-    for index in 0..2 {
-        let choice = piece(&mut stream).await;
-        assert_eq!(
-            (choice.index, choice.finish_reason()),
-            (index, FinishReason::Abort)
-        );
+    let mut ends = Vec::new();
+    while let Some(chunk) = next(&mut stream).await.expect("no error") {
+        let choice = chunk.choice.expect("no usage was asked for");
+        if choice.finish_reason() != FinishReason::Unspecified {
+            ends.push((choice.index, choice.finish_reason()));
+        }
     }
-    assert_eq!(next(&mut stream).await, Ok(None));
+    assert_eq!(ends, [(0, FinishReason::Abort), (1, FinishReason::Abort)]);
     drop(stream);
-    server.run_free();
-    server.idle().await;
+    assert!(server.steps_until_idle().await < SELF_ENDING);
     ask.sampling = request(1, |sampling| sampling.max_tokens = Some(1)).sampling;
+    server.permit(Permit::Step);
     client.generate(ask).await.expect("the id is free again");
 }
 
 #[tokio::test]
-async fn a_lost_group_and_a_full_queue_reach_the_client_with_their_kind() {
+async fn a_request_that_does_not_fit_the_queue_leaves_nothing_there() {
     let server = Server::start(Setup {
         max_num_queued_reqs: 1,
         ..Setup::default()
@@ -261,12 +264,27 @@ async fn a_lost_group_and_a_full_queue_reach_the_client_with_their_kind() {
     let full = RpcError::from(&full);
     assert_eq!(full.kind, ErrorKind::QueueFull);
     assert!(full.kind.is_retryable());
-    // The one that was admitted goes with its request.
-    server.permit(Permit::Step);
-    server.permit(Permit::Step);
-    server.idle().await;
+    // The place of the one that fitted is free as soon as the engine has heard of its end.
+    let retry = async {
+        loop {
+            server.permit(Permit::Step);
+            match client.generate_stream(request(1, |_| {})).await {
+                Ok(stream) => return stream,
+                Err(status) => assert_eq!(RpcError::from(&status).kind, ErrorKind::QueueFull),
+            }
+        }
+    };
+    timeout(DEADLINE, retry).await.expect("accepted in time");
+    assert!(server.engine.status().snapshot.num_steps < SELF_ENDING);
+}
 
+#[tokio::test]
+async fn a_lost_group_reaches_the_client_with_its_kind() {
+    let server = Server::start(Setup::default());
+    let mut client = server.inference().await;
     let mut stream = open(&mut client, request(1, |_| {})).await;
+    server.permit(Permit::Step);
+    piece(&mut stream).await;
     server.permit(Permit::LoseRank);
     let error = failure(&mut stream).await;
     assert_eq!(error.kind, ErrorKind::WorkerLost);

@@ -149,6 +149,17 @@ impl Server {
         InferenceClient::new(self.channel().await)
     }
 
+    /// Returns once the engine says that `count` sequences hold blocks. What it says lags behind what it does, so this
+    /// comes before any wait for it to be idle.
+    pub(crate) async fn running(&self, count: usize) {
+        let running = async {
+            while self.engine.status().snapshot.num_running != count {
+                sleep(PAUSE).await;
+            }
+        };
+        timeout(DEADLINE, running).await.expect("running in time");
+    }
+
     /// Returns once the engine has no sequence left.
     pub(crate) async fn idle(&self) {
         let idle = async {
