@@ -55,7 +55,12 @@ pub(crate) struct ModelArgs {
     #[arg(long, env = "PHALANX_MODEL", conflicts_with = "model_tag")]
     pub(crate) model: Option<PathBuf>,
     /// Number of ranks the model is cut into; any number up to the number of attention heads.
-    #[arg(long, visible_alias = "tp", env = "PHALANX_TENSOR_PARALLEL_SIZE", default_value_t = 1)]
+    #[arg(
+        long,
+        visible_alias = "tp",
+        env = "PHALANX_TENSOR_PARALLEL_SIZE",
+        default_value_t = 1
+    )]
     pub(crate) tensor_parallel_size: usize,
     /// Relative capacity of the ranks, e.g. `2,1`.
     #[arg(long, env = "PHALANX_RANK_WEIGHTS", value_delimiter = ',')]
@@ -200,7 +205,12 @@ pub(crate) struct CoordinatorArgs {
     #[arg(long, env = "PHALANX_DISTRIBUTED_EXECUTOR_BACKEND", default_value = "mp")]
     pub(crate) distributed_executor_backend: ExecutorBackend,
     /// What an external worker must know to join.
-    #[arg(long, env = "PHALANX_JOIN_TOKEN", hide_env_values = true, required_if_eq("distributed_executor_backend", "external_launcher"))]
+    #[arg(
+        long,
+        env = "PHALANX_JOIN_TOKEN",
+        hide_env_values = true,
+        required_if_eq("distributed_executor_backend", "external_launcher")
+    )]
     pub(crate) join_token: Option<String>,
     /// YAML file of flags.
     #[arg(long, env = "PHALANX_CONFIG")]
@@ -270,8 +280,12 @@ pub(crate) fn parse_bytes(text: &str) -> Result<u64, String> {
         "Gi" => 1 << 30,
         _ => return Err(format!("unknown suffix {suffix:?}; use K, M, G, Ki, Mi or Gi")),
     };
-    let number: u64 = number.parse().map_err(|_| "expected a whole number of bytes".to_owned())?;
-    number.checked_mul(unit).ok_or_else(|| "more bytes than a 64-bit number holds".to_owned())
+    let number: u64 = number
+        .parse()
+        .map_err(|_| "expected a whole number of bytes".to_owned())?;
+    number
+        .checked_mul(unit)
+        .ok_or_else(|| "more bytes than a 64-bit number holds".to_owned())
 }
 
 #[cfg(test)]

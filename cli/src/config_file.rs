@@ -1,7 +1,11 @@
 //! `--config file.yaml`: the file's keys become the defaults of the flags they name, so that an environment variable or
 //! the command line wins, as with vLLM.
 
-use std::{ffi::OsString, fs, path::PathBuf};
+use std::{
+    ffi::OsString,
+    fs,
+    path::{Path, PathBuf},
+};
 
 use clap::{ArgAction, Command};
 use serde_yaml_ng::Value;
@@ -14,7 +18,11 @@ pub(crate) enum ConfigFileError {
     #[error("{path}: {message}", path = path.display())]
     File { path: PathBuf, message: String },
     #[error("{path}: `{key}` is not a flag of `phalanx {command}`", path = path.display())]
-    UnknownKey { path: PathBuf, key: String, command: String },
+    UnknownKey {
+        path: PathBuf,
+        key: String,
+        command: String,
+    },
     #[error("{path}: `{key}` must be a number, a string, a boolean or a list of those", path = path.display())]
     BadValue { path: PathBuf, key: String },
 }
@@ -30,16 +38,26 @@ pub(crate) fn normalize(argument: OsString) -> OsString {
 
 /// Gives the flags of the chosen subcommand the defaults of the file that `--config` or `PHALANX_CONFIG` names.
 pub(crate) fn apply(command: Command, arguments: &[OsString]) -> Result<Command, ConfigFileError> {
-    let names: Vec<String> = command.get_subcommands().map(|sub| sub.get_name().to_owned()).collect();
+    let names: Vec<String> = command
+        .get_subcommands()
+        .map(|sub| sub.get_name().to_owned())
+        .collect();
     let chosen = arguments.iter().skip(1).filter_map(|argument| argument.to_str());
-    let Some(chosen) = chosen.into_iter().find(|argument| names.iter().any(|name| name == argument)) else {
+    let Some(chosen) = chosen
+        .into_iter()
+        .find(|argument| names.iter().any(|name| name == argument))
+    else {
         return Ok(command);
     };
-    let Some(path) = config_path(arguments) else { return Ok(command) };
+    let Some(path) = config_path(arguments) else {
+        return Ok(command);
+    };
     let values = read(&path)?;
     let mut failure = None;
     let command = command.mut_subcommand(chosen, |sub| {
-        let defaults = values.into_iter().map(|(key, value)| default_for(&sub, &path, key, value));
+        let defaults = values
+            .into_iter()
+            .map(|(key, value)| default_for(&sub, &path, key, value));
         match defaults.collect::<Result<Vec<_>, _>>() {
             Ok(defaults) => defaults.into_iter().fold(sub, |sub, (id, values)| {
                 sub.mut_arg(id, |argument| argument.default_values(values))
@@ -66,9 +84,14 @@ fn config_path(arguments: &[OsString]) -> Option<PathBuf> {
     std::env::var_os("PHALANX_CONFIG").map(PathBuf::from)
 }
 
-fn read(path: &PathBuf) -> Result<Vec<(String, Value)>, ConfigFileError> {
-    let failed = |message: String| ConfigFileError::File { path: path.clone(), message };
-    let length = fs::metadata(path).map_err(|error| failed(error.to_string()))?.len();
+fn read(path: &Path) -> Result<Vec<(String, Value)>, ConfigFileError> {
+    let failed = |message: String| ConfigFileError::File {
+        path: path.clone(),
+        message,
+    };
+    let length = fs::metadata(path)
+        .map_err(|error| failed(error.to_string()))?
+        .len();
     if length > MAX_BYTES {
         return Err(failed(format!("{length} bytes, limit {MAX_BYTES}")));
     }
@@ -79,22 +102,35 @@ fn read(path: &PathBuf) -> Result<Vec<(String, Value)>, ConfigFileError> {
         Ok(_) => return Err(failed("expected a mapping of flags to values".into())),
         Err(error) => return Err(failed(error.to_string())),
     };
-    let key = |key: Value| key.as_str().map(str::to_owned).ok_or_else(|| failed("keys must be strings".into()));
-    mapping.into_iter().map(|(name, value)| Ok((key(name)?, value))).collect()
+    let key = |key: Value| {
+        key.as_str()
+            .map(str::to_owned)
+            .ok_or_else(|| failed("keys must be strings".into()))
+    };
+    mapping
+        .into_iter()
+        .map(|(name, value)| Ok((key(name)?, value)))
+        .collect()
 }
 
 /// The flag's id and its values as clap parses them.
 fn default_for(
     command: &Command,
-    path: &PathBuf,
+    path: &Path,
     key: String,
     value: Value,
 ) -> Result<(String, Vec<String>), ConfigFileError> {
     let id = key.trim_start_matches("--").replace('-', "_");
-    let known = command.get_arguments().find(|argument| argument.get_id() == id.as_str() && id != "config");
+    let known = command
+        .get_arguments()
+        .find(|argument| argument.get_id() == id.as_str() && id != "config");
     let Some(argument) = known else {
         let command = command.get_name().to_owned();
-        return Err(ConfigFileError::UnknownKey { path: path.clone(), key, command });
+        return Err(ConfigFileError::UnknownKey {
+            path: path.clone(),
+            key,
+            command,
+        });
     };
     let flag = matches!(argument.get_action(), ArgAction::SetTrue | ArgAction::SetFalse);
     let values = match value {
@@ -102,7 +138,10 @@ fn default_for(
         single if flag && !single.is_bool() => None,
         single => scalar(&single).map(|value| vec![value]),
     };
-    let values = values.ok_or_else(|| ConfigFileError::BadValue { path: path.clone(), key })?;
+    let values = values.ok_or_else(|| ConfigFileError::BadValue {
+        path: path.clone(),
+        key,
+    })?;
     Ok((id, values))
 }
 
@@ -128,10 +167,14 @@ mod tests {
         let mut file = tempfile::NamedTempFile::new().expect("a temporary file");
         file.write_all(yaml.as_bytes()).expect("written");
         let path = file.path().to_str().expect("utf-8");
-        let arguments = ["phalanx", "serve", "--config", path].into_iter().chain(extra.iter().copied());
+        let arguments = ["phalanx", "serve", "--config", path]
+            .into_iter()
+            .chain(extra.iter().copied());
         let arguments: Vec<OsString> = arguments.map(|argument| normalize(argument.into())).collect();
         let command = apply(Cli::command(), &arguments).map_err(|error| error.to_string())?;
-        let matches = command.try_get_matches_from(&arguments).map_err(|error| error.to_string())?;
+        let matches = command
+            .try_get_matches_from(&arguments)
+            .map_err(|error| error.to_string())?;
         Cli::from_arg_matches(&matches).map_err(|error| error.to_string())
     }
 
@@ -155,8 +198,15 @@ mod tests {
     #[test]
     fn mistakes_are_named() {
         let error = parse("tensor-paralel-size: 2\n", &[]).unwrap_err();
-        assert!(error.contains("`tensor-paralel-size` is not a flag of `phalanx serve`"), "{error}");
-        assert!(parse("port: {a: 1}\n", &[]).unwrap_err().contains("`port` must be"));
+        assert!(
+            error.contains("`tensor-paralel-size` is not a flag of `phalanx serve`"),
+            "{error}"
+        );
+        assert!(
+            parse("port: {a: 1}\n", &[])
+                .unwrap_err()
+                .contains("`port` must be")
+        );
         assert!(parse("port: many\n", &[]).unwrap_err().contains("many"));
         assert!(parse("- a\n", &[]).unwrap_err().contains("expected a mapping"));
     }

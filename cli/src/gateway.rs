@@ -15,7 +15,10 @@ pub(crate) fn run(args: GatewayArgs) -> anyhow::Result<()> {
     if let Some(parent) = args.parent_pid {
         die_with(parent)?;
     }
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()?;
     runtime.block_on(serve(args))
 }
 
@@ -41,7 +44,11 @@ async fn serve(args: GatewayArgs) -> anyhow::Result<()> {
 }
 
 /// The gateway's settings from the flags.
-fn config(frontend: FrontendArgs, coordinator: String, drain_timeout: Duration) -> anyhow::Result<GatewayConfig> {
+fn config(
+    frontend: FrontendArgs,
+    coordinator: String,
+    drain_timeout: Duration,
+) -> anyhow::Result<GatewayConfig> {
     let mut config = GatewayConfig::new(format!("{}:{}", frontend.host, frontend.port), coordinator);
     if frontend.uds.is_some() {
         config.listen.clear();

@@ -24,7 +24,10 @@ pub(crate) fn run(args: &PlanArgs) -> anyhow::Result<()> {
     );
     println!("context  {} tokens", deployment.max_model_len);
     let blocks = u64::from(deployment.num_blocks);
-    println!("KV cache {blocks} blocks of {} tokens", deployment.options.block_size);
+    println!(
+        "KV cache {blocks} blocks of {} tokens",
+        deployment.options.block_size
+    );
     println!("/dev/shm {}\n", HumanBytes(deployment.shape(1).total_bytes()));
     println!("{}", deployment.memory.table(blocks));
     Ok(())

@@ -17,7 +17,9 @@ pub(crate) async fn show(mut status: watch::Receiver<GetStatusResponse>) {
     let mut view: Box<dyn View + Send> = if std::io::stderr().is_terminal() {
         Box::new(Bars::default())
     } else {
-        Box::new(Lines { logged: Instant::now() })
+        Box::new(Lines {
+            logged: Instant::now(),
+        })
     };
     loop {
         let ranks = status.borrow_and_update().ranks.clone();
@@ -42,8 +44,14 @@ impl View for Bars {
     fn update(&mut self, ranks: &[RankStatus]) {
         const TEMPLATE: &str = "rank {prefix} {msg:24} {bar:30} {bytes}/{total_bytes} {bytes_per_sec} {eta}";
         for rank in ranks.iter().skip(self.bars.len()) {
-            let style = ProgressStyle::with_template(TEMPLATE).unwrap_or_else(|_| ProgressStyle::default_bar());
-            self.bars.push(self.all.add(ProgressBar::new(0)).with_style(style).with_prefix(rank.rank.to_string()));
+            let style =
+                ProgressStyle::with_template(TEMPLATE).unwrap_or_else(|_| ProgressStyle::default_bar());
+            self.bars.push(
+                self.all
+                    .add(ProgressBar::new(0))
+                    .with_style(style)
+                    .with_prefix(rank.rank.to_string()),
+            );
         }
         for (bar, rank) in self.bars.iter().zip(ranks) {
             bar.set_length(rank.bytes_total);
@@ -68,7 +76,13 @@ impl View for Lines {
         self.logged = Instant::now();
         for rank in ranks {
             let (done, total) = (rank.bytes_done, rank.bytes_total);
-            tracing::info!(rank = rank.rank, bytes_done = done, bytes_total = total, "{}", words(rank.phase()));
+            tracing::info!(
+                rank = rank.rank,
+                bytes_done = done,
+                bytes_total = total,
+                "{}",
+                words(rank.phase())
+            );
         }
     }
 }

@@ -77,10 +77,17 @@ pub(crate) fn workers(args: &EngineArgs, model: &ModelArgs, source: WorkerSource
 /// `default_uds` is used when no socket was named.
 pub(crate) fn api(args: &EngineArgs, host: &str, default_uds: PathBuf) -> anyhow::Result<ApiOptions> {
     let tcp = args.grpc_port.map(|port| address(host, port)).transpose()?;
-    Ok(ApiOptions { tcp, uds: Some(args.grpc_uds.clone().unwrap_or(default_uds)) })
+    Ok(ApiOptions {
+        tcp,
+        uds: Some(args.grpc_uds.clone().unwrap_or(default_uds)),
+    })
 }
 
 fn address(host: &str, port: u16) -> anyhow::Result<SocketAddr> {
-    let mut addresses = (host, port).to_socket_addrs().with_context(|| format!("--host {host:?}"))?;
-    addresses.next().with_context(|| format!("--host {host:?} has no address"))
+    let mut addresses = (host, port)
+        .to_socket_addrs()
+        .with_context(|| format!("--host {host:?}"))?;
+    addresses
+        .next()
+        .with_context(|| format!("--host {host:?} has no address"))
 }

@@ -14,7 +14,9 @@ pub(crate) struct RuntimeDir(PathBuf);
 impl RuntimeDir {
     /// Makes it, and removes those of processes that are gone.
     pub(crate) fn create() -> io::Result<Self> {
-        let parent = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).filter(|path| path.is_dir());
+        let parent = std::env::var_os("XDG_RUNTIME_DIR")
+            .map(PathBuf::from)
+            .filter(|path| path.is_dir());
         let parent = parent.unwrap_or_else(std::env::temp_dir);
         sweep(&parent);
         let path = parent.join(format!("{PREFIX}{}", std::process::id()));
@@ -38,7 +40,10 @@ impl Drop for RuntimeDir {
 fn sweep(parent: &Path) {
     for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
         let name = entry.file_name();
-        let pid = name.to_str().and_then(|name| name.strip_prefix(PREFIX)).and_then(|pid| pid.parse::<u32>().ok());
+        let pid = name
+            .to_str()
+            .and_then(|name| name.strip_prefix(PREFIX))
+            .and_then(|pid| pid.parse::<u32>().ok());
         if pid.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists()) {
             // Fails for other users' directories, which is right.
             let _ = fs::remove_dir_all(entry.path());

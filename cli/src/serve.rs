@@ -36,7 +36,13 @@ pub(crate) fn serve(args: ServeArgs, logging: &LoggingArgs) -> anyhow::Result<()
         engine: resolve::engine(&args.engine, &model),
         model,
         api: resolve::api(&args.engine, &args.frontend.host, directory.socket())?,
-        workers: resolve::workers(&args.engine, &args.model, WorkerSource::Local { program: program.clone() }),
+        workers: resolve::workers(
+            &args.engine,
+            &args.model,
+            WorkerSource::Local {
+                program: program.clone(),
+            },
+        ),
     };
     let gateway = GatewayCommand::new(&args, logging, &program, config.api.uds.as_deref());
     run(config, args.engine.shutdown_timeout, Some(gateway))
@@ -47,7 +53,9 @@ pub(crate) fn coordinator(args: CoordinatorArgs) -> anyhow::Result<()> {
     let model = resolve::model(&args.model)?;
     let source = match (args.distributed_executor_backend, args.join_token) {
         (ExecutorBackend::ExternalLauncher, Some(join_token)) => WorkerSource::External { join_token },
-        _ => WorkerSource::Local { program: std::env::current_exe().context("cannot find this program's own binary")? },
+        _ => WorkerSource::Local {
+            program: std::env::current_exe().context("cannot find this program's own binary")?,
+        },
     };
     let config = CoordinatorConfig {
         engine: resolve::engine(&args.engine, &model),
@@ -58,8 +66,15 @@ pub(crate) fn coordinator(args: CoordinatorArgs) -> anyhow::Result<()> {
     run(config, args.engine.shutdown_timeout, None)
 }
 
-fn run(config: CoordinatorConfig, shutdown_timeout: u64, gateway: Option<GatewayCommand>) -> anyhow::Result<()> {
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+fn run(
+    config: CoordinatorConfig,
+    shutdown_timeout: u64,
+    gateway: Option<GatewayCommand>,
+) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()?;
     let drain = Duration::from_secs(shutdown_timeout);
     let result = runtime.block_on(supervise(config, drain, gateway));
     // Tokenization of a request that was given up may still run; nobody waits for it.
@@ -103,7 +118,10 @@ async fn supervise(
     outcome
 }
 
-async fn serve_until_failure(coordinator: &Coordinator, gateway: &mut Option<GatewayProcess>) -> anyhow::Result<()> {
+async fn serve_until_failure(
+    coordinator: &Coordinator,
+    gateway: &mut Option<GatewayProcess>,
+) -> anyhow::Result<()> {
     let ready = async {
         tokio::select! {
             result = coordinator.wait_ready() => result,
@@ -115,7 +133,9 @@ async fn serve_until_failure(coordinator: &Coordinator, gateway: &mut Option<Gat
         ready.await?;
         tracing::info!("ready");
         coordinator.failed().await;
-        Err(anyhow::Error::from(coordinator.wait_ready().await.err().context("the group ended")?))
+        Err(anyhow::Error::from(
+            coordinator.wait_ready().await.err().context("the group ended")?,
+        ))
     };
     match gateway {
         Some(gateway) => tokio::select! {
@@ -145,7 +165,9 @@ struct GatewayCommand {
 impl GatewayCommand {
     fn new(args: &ServeArgs, logging: &LoggingArgs, program: &Path, socket: Option<&Path>) -> Self {
         let frontend = &args.frontend;
-        let socket = socket.map(|path| format!("unix:{}", path.display())).unwrap_or_default();
+        let socket = socket
+            .map(|path| format!("unix:{}", path.display()))
+            .unwrap_or_default();
         let mut arguments = vec!["gateway".to_owned(), "--coordinator".into(), socket];
         let mut flag = |name: &str, value: String| arguments.extend([name.to_owned(), value]);
         flag("--host", frontend.host.clone());
@@ -156,13 +178,28 @@ impl GatewayCommand {
         flag("--shutdown-timeout", args.engine.shutdown_timeout.to_string());
         flag("--parent-pid", std::process::id().to_string());
         flag("--log-level", logging.log_level.clone());
-        flag("--log-format", if logging.log_format == LogFormat::Json { "json" } else { "text" }.into());
-        Self { program: program.to_owned(), arguments, api_keys: frontend.api_key.join(",") }
+        flag(
+            "--log-format",
+            if logging.log_format == LogFormat::Json {
+                "json"
+            } else {
+                "text"
+            }
+            .into(),
+        );
+        Self {
+            program: program.to_owned(),
+            arguments,
+            api_keys: frontend.api_key.join(","),
+        }
     }
 
     fn spawn(&self) -> anyhow::Result<Child> {
         let mut command = Command::new(&self.program);
-        command.args(&self.arguments).stdin(Stdio::null()).kill_on_drop(true);
+        command
+            .args(&self.arguments)
+            .stdin(Stdio::null())
+            .kill_on_drop(true);
         if !self.api_keys.is_empty() {
             // Not an argument: those are readable by everybody on the machine.
             command.env("PHALANX_API_KEY", &self.api_keys);
@@ -181,7 +218,11 @@ struct GatewayProcess {
 
 impl GatewayProcess {
     fn start(command: GatewayCommand) -> anyhow::Result<Self> {
-        Ok(Self { child: command.spawn()?, command, started: time::Instant::now() })
+        Ok(Self {
+            child: command.spawn()?,
+            command,
+            started: time::Instant::now(),
+        })
     }
 
     /// Starts it again whenever it ends. Returns only when that is hopeless.
@@ -199,12 +240,18 @@ impl GatewayProcess {
 
     /// SIGTERM, so that running streams end; SIGKILL when they do not.
     async fn stop(&mut self, drain: Duration) {
-        let pid = self.child.id().and_then(|pid| rustix::process::Pid::from_raw(pid as i32));
+        let pid = self
+            .child
+            .id()
+            .and_then(|pid| rustix::process::Pid::from_raw(pid as i32));
         if let Some(pid) = pid {
             // The pid is ours until the child has been waited for.
             let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
         }
-        if time::timeout(drain + GATEWAY_GRACE, self.child.wait()).await.is_err() {
+        if time::timeout(drain + GATEWAY_GRACE, self.child.wait())
+            .await
+            .is_err()
+        {
             self.kill().await;
         }
     }

@@ -10,7 +10,10 @@ pub(crate) struct Signals {
 impl Signals {
     /// From here on neither signal kills the process by itself.
     pub(crate) fn install() -> std::io::Result<Self> {
-        Ok(Self { interrupt: signal(SignalKind::interrupt())?, terminate: signal(SignalKind::terminate())? })
+        Ok(Self {
+            interrupt: signal(SignalKind::interrupt())?,
+            terminate: signal(SignalKind::terminate())?,
+        })
     }
 
     /// Waits for either; returns its name.

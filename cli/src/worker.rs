@@ -20,7 +20,9 @@ pub(crate) fn run(args: WorkerArgs) -> anyhow::Result<()> {
         connect_limit: CONNECT_LIMIT,
     };
     // The step loop has a thread of its own; this runtime only carries the attach stream.
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
     runtime.block_on(phalanx_worker::run(config))?;
     Ok(())
 }

@@ -97,9 +97,16 @@ impl Coordinator {
         let plan = WorkerPlan::new(&config.workers, deployment.memory.shards.ranks.len());
         let assigns = deployment.assigns(&plan.threads, config.engine.step_timeout);
         let cluster = Cluster::new(assigns, &plan.join_token);
-        let launcher = plan.launch(&config, tcp, &cluster).map_err(CoordinatorError::Launch)?;
+        let launcher = plan
+            .launch(&config, tcp, &cluster)
+            .map_err(CoordinatorError::Launch)?;
         let text = Arc::new(text_processor(&deployment, &config)?);
-        let name = config.engine.served_model_names.first().cloned().unwrap_or_default();
+        let name = config
+            .engine
+            .served_model_names
+            .first()
+            .cloned()
+            .unwrap_or_default();
         let coordinator = Self {
             metrics: Arc::new(Metrics::new(&name, deployment.max_model_len)),
             status: StatusHandle::new(),
@@ -141,7 +148,11 @@ impl Coordinator {
             }
         });
         *lock(&self.services) = Some(services);
-        tokio::spawn(follow(self.cluster.clone(), self.status.clone(), self.shutdown.subscribe()));
+        tokio::spawn(follow(
+            self.cluster.clone(),
+            self.status.clone(),
+            self.shutdown.subscribe(),
+        ));
     }
 
     /// Where gRPC is served over TCP.
@@ -165,10 +176,15 @@ impl Coordinator {
         if self.running.get().is_some() {
             return Ok(());
         }
-        self.cluster.wait_loaded(self.config.workers.ready_timeout).await?;
+        self.cluster
+            .wait_loaded(self.config.workers.ready_timeout)
+            .await?;
         let engine = self.start_engine(FIRST_EPOCH).await?;
         if let Err(error) = warm_up(&engine).await {
-            return Err(self.cluster.failure().map_or(CoordinatorError::WarmUp(error), CoordinatorError::from));
+            return Err(self
+                .cluster
+                .failure()
+                .map_or(CoordinatorError::WarmUp(error), CoordinatorError::from));
         }
         self.cluster.mark_serving();
         self.engine.set(engine.clone());
@@ -201,8 +217,10 @@ impl Coordinator {
             prefix_cache_seed: random_seed(),
             ..self.deployment.engine_config()
         };
-        let thread =
-            EngineThreadConfig { max_num_queued_reqs: options.max_num_queued_reqs, ..EngineThreadConfig::new(engine) };
+        let thread = EngineThreadConfig {
+            max_num_queued_reqs: options.max_num_queued_reqs,
+            ..EngineThreadConfig::new(engine)
+        };
         let (engine, _thread) = spawn_engine(thread, executor, self.metrics.clone())?;
         tokio::spawn(tell_losses(self.cluster.clone(), engine.clone(), epoch));
         Ok(engine)
@@ -237,7 +255,10 @@ impl Coordinator {
         self.begin_drain();
         let Some(engine) = self.running.get() else { return };
         if tokio::time::timeout(limit, engine.drained()).await.is_err() {
-            tracing::warn!(?limit, "requests still run after the drain time, they are aborted");
+            tracing::warn!(
+                ?limit,
+                "requests still run after the drain time, they are aborted"
+            );
         }
     }
 
@@ -280,7 +301,11 @@ impl WorkerPlan {
             WorkerSource::External { join_token } => join_token.clone(),
             WorkerSource::Local { .. } => format!("{:016x}{:016x}", random_u64(), random_u64()),
         };
-        Self { cpus, threads, join_token }
+        Self {
+            cpus,
+            threads,
+            join_token,
+        }
     }
 
     fn launch(
@@ -289,14 +314,25 @@ impl WorkerPlan {
         tcp: Option<SocketAddr>,
         cluster: &Cluster,
     ) -> std::io::Result<Option<Launcher>> {
-        let WorkerSource::Local { program } = &config.workers.source else { return Ok(None) };
+        let WorkerSource::Local { program } = &config.workers.source else {
+            return Ok(None);
+        };
         let coordinator = match (&config.api.uds, tcp) {
             (Some(path), _) => format!("unix:{}", path.display()),
             (None, Some(address)) => format!("http://{address}"),
             (None, None) => return Err(std::io::Error::other("no address for workers to attach to")),
         };
         let (program, join_token, cpus) = (program.clone(), self.join_token.clone(), self.cpus.clone());
-        Launcher::start(&LaunchSpec { program, coordinator, join_token, cpus }, cluster).map(Some)
+        Launcher::start(
+            &LaunchSpec {
+                program,
+                coordinator,
+                join_token,
+                cpus,
+            },
+            cluster,
+        )
+        .map(Some)
     }
 }
 
@@ -304,7 +340,9 @@ impl WorkerPlan {
 fn own_cpus() -> Vec<usize> {
     let all = || (0..thread::available_parallelism().map_or(1, usize::from)).collect();
     match rustix::thread::sched_getaffinity(None) {
-        Ok(set) => (0..rustix::thread::CpuSet::MAX_CPU).filter(|cpu| set.is_set(*cpu)).collect(),
+        Ok(set) => (0..rustix::thread::CpuSet::MAX_CPU)
+            .filter(|cpu| set.is_set(*cpu))
+            .collect(),
         Err(_) => all(),
     }
 }
@@ -317,21 +355,31 @@ fn random_seed() -> [u8; 32] {
     seed
 }
 
-fn text_processor(deployment: &Deployment, config: &CoordinatorConfig) -> Result<TextProcessor, CoordinatorError> {
+fn text_processor(
+    deployment: &Deployment,
+    config: &CoordinatorConfig,
+) -> Result<TextProcessor, CoordinatorError> {
     let model = match deployment.checkpoint.gguf() {
         Some(gguf) => TextModel::from_gguf(gguf)?,
         None => TextModel::from_dir(deployment.checkpoint.path())?,
     };
     let template = config.engine.chat_template.as_ref().map(|path| {
         let read = std::fs::read_to_string(path);
-        read.map_err(|source| CoordinatorError::ChatTemplate { path: path.clone(), source })
+        read.map_err(|source| CoordinatorError::ChatTemplate {
+            path: path.clone(),
+            source,
+        })
     });
     let limits = ModelLimits {
         max_model_len: deployment.max_model_len,
         vocab_size: deployment.limits.vocab_size,
         max_logprobs: deployment.limits.max_logprobs,
     };
-    let options = TextOptions { limits, chat_template: template.transpose()?, threads: None };
+    let options = TextOptions {
+        limits,
+        chat_template: template.transpose()?,
+        threads: None,
+    };
     Ok(TextProcessor::new(model, options)?)
 }
 
@@ -340,7 +388,11 @@ async fn warm_up(engine: &EngineHandle) -> Result<(), RpcError> {
     let sequence = NewSequence {
         prompt: vec![0],
         sampling: SamplingParams::GREEDY,
-        stop: StopRules { max_tokens: 1, min_tokens: 0, stop_token_ids: Vec::new() },
+        stop: StopRules {
+            max_tokens: 1,
+            min_tokens: 0,
+            stop_token_ids: Vec::new(),
+        },
         priority: 0,
         cache_salt: Some("warm-up".into()),
     };

@@ -40,9 +40,19 @@ pub enum DeploymentError {
         "KV cache: {blocks} blocks of {block_size} tokens, but one sequence of max_model_len {max_model_len} needs \
          {needed}; give it more memory or lower --max-model-len to {fitting}"
     )]
-    KvCacheTooSmall { blocks: u64, block_size: usize, max_model_len: usize, needed: u64, fitting: u64 },
+    KvCacheTooSmall {
+        blocks: u64,
+        block_size: usize,
+        max_model_len: usize,
+        needed: u64,
+        fitting: u64,
+    },
     #[error("{field} is {value}, limit {limit}")]
-    OverLimit { field: &'static str, value: usize, limit: usize },
+    OverLimit {
+        field: &'static str,
+        value: usize,
+        limit: usize,
+    },
     #[error("cannot read {what}: {source}")]
     Host { what: String, source: std::io::Error },
 }
@@ -74,14 +84,29 @@ impl Deployment {
         };
         memory.check(&request, &budget)?;
         let num_blocks = num_blocks(&options, &memory, &budget)?;
-        let limits = limits(&options, max_model_len, num_blocks, checkpoint.config().vocab_size);
-        Ok(Self { options, memory, num_blocks, max_model_len: max_model_len as u32, limits, checkpoint })
+        let limits = limits(
+            &options,
+            max_model_len,
+            num_blocks,
+            checkpoint.config().vocab_size,
+        );
+        Ok(Self {
+            options,
+            memory,
+            num_blocks,
+            max_model_len: max_model_len as u32,
+            limits,
+            checkpoint,
+        })
     }
 
     /// The shared segment of the group of `epoch`.
     pub fn shape(&self, epoch: u32) -> GroupShape {
         let arena = arena_bytes(&self.options, &self.checkpoint);
-        GroupShape { epoch, ..control_shape(&self.options, &self.limits, arena) }
+        GroupShape {
+            epoch,
+            ..control_shape(&self.options, &self.limits, arena)
+        }
     }
 
     /// The engine's view of it, with everything else at its default.
@@ -157,7 +182,8 @@ fn control_shape(options: &ModelOptions, limits: &StepLimits, arena_bytes: u64) 
 fn arena_bytes(options: &ModelOptions, checkpoint: &Checkpoint<MappedFile>) -> u64 {
     let config = checkpoint.config();
     let wide = config.q_dim().max(config.intermediate_size);
-    let bytes = |width: usize| ((options.max_num_batched_tokens * width * 4) as u64).next_multiple_of(ARENA_ALIGN);
+    let bytes =
+        |width: usize| ((options.max_num_batched_tokens * width * 4) as u64).next_multiple_of(ARENA_ALIGN);
     match options.style {
         TensorParallelStyle::Gather => bytes(config.hidden_size) + bytes(wide),
         TensorParallelStyle::Reduce => 0,
@@ -174,7 +200,9 @@ fn num_blocks(
         KvCacheSize::Blocks(blocks) => (blocks as u64, true),
         KvCacheSize::BytesPerRank(bytes) => (memory.num_blocks_for_kv(bytes), true),
         KvCacheSize::Auto => {
-            let RankBudget::Pooled(free) = budget.ranks else { unreachable!("ranks of one host share its memory") };
+            let RankBudget::Pooled(free) = budget.ranks else {
+                unreachable!("ranks of one host share its memory")
+            };
             let per_block: u64 = memory.ranks.iter().map(|rank| rank.kv_bytes_per_block).sum();
             let share = (free / AUTO_KV_SHARE).min(AUTO_KV_BYTES) / per_block.max(1);
             (share.max(needed), false)
@@ -183,14 +211,24 @@ fn num_blocks(
     if blocks < needed {
         let (block_size, max_model_len) = (memory.block_size, memory.max_model_len);
         let fitting = blocks * block_size as u64;
-        return Err(DeploymentError::KvCacheTooSmall { blocks, block_size, max_model_len, needed, fitting });
+        return Err(DeploymentError::KvCacheTooSmall {
+            blocks,
+            block_size,
+            max_model_len,
+            needed,
+            fitting,
+        });
     }
     // Slots are numbered in u32 on the ranks.
     let most = u64::from(u32::MAX) / memory.block_size as u64;
     let available = memory.num_blocks(budget)?;
     if asked && (blocks > most || blocks > available) {
         let limit = most.min(available) as usize;
-        return Err(DeploymentError::OverLimit { field: "number of KV blocks", value: blocks as usize, limit });
+        return Err(DeploymentError::OverLimit {
+            field: "number of KV blocks",
+            value: blocks as usize,
+            limit,
+        });
     }
     Ok(blocks.min(most) as u32)
 }

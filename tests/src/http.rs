@@ -26,7 +26,10 @@ impl Reply {
         String::from_utf8_lossy(&self.body).into_owned()
     }
     pub fn header(&self, name: &str) -> Option<&str> {
-        self.headers.iter().find(|(key, _)| key == name).map(|(_, value)| value.as_str())
+        self.headers
+            .iter()
+            .find(|(key, _)| key == name)
+            .map(|(_, value)| value.as_str())
     }
 }
 
@@ -77,11 +80,21 @@ fn send(address: &str, method: &str, path: &str, body: Option<&[u8]>) -> io::Res
     loop {
         line.clear();
         reader.read_line(&mut line)?;
-        let Some((name, value)) = line.trim_end().split_once(':') else { break };
+        let Some((name, value)) = line.trim_end().split_once(':') else {
+            break;
+        };
         headers.push((name.to_lowercase(), value.trim().to_owned()));
     }
-    let chunked = headers.iter().any(|(name, value)| name == "transfer-encoding" && value == "chunked");
-    Ok(Stream { status, headers, reader, chunk: chunked.then_some(0), ended: false })
+    let chunked = headers
+        .iter()
+        .any(|(name, value)| name == "transfer-encoding" && value == "chunked");
+    Ok(Stream {
+        status,
+        headers,
+        reader,
+        chunk: chunked.then_some(0),
+        ended: false,
+    })
 }
 
 impl Read for Stream {
@@ -97,7 +110,8 @@ impl Read for Stream {
                 self.reader.read_line(&mut line)?;
             }
             let size = usize::from_str_radix(line.trim(), 16);
-            let size = size.map_err(|_| io::Error::new(io::ErrorKind::UnexpectedEof, "the reply was cut off"))?;
+            let size =
+                size.map_err(|_| io::Error::new(io::ErrorKind::UnexpectedEof, "the reply was cut off"))?;
             if size == 0 {
                 self.ended = true;
                 return Ok(0);
@@ -108,7 +122,10 @@ impl Read for Stream {
         let read = self.reader.read(&mut buffer[..room])?;
         if let Some(left) = &mut self.chunk {
             if read == 0 {
-                return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the reply was cut off"));
+                return Err(io::Error::new(
+                    io::ErrorKind::UnexpectedEof,
+                    "the reply was cut off",
+                ));
             }
             *left -= read;
         }
@@ -120,7 +137,11 @@ impl Stream {
     pub fn finish(mut self) -> io::Result<Reply> {
         let mut body = Vec::new();
         self.read_to_end(&mut body)?;
-        Ok(Reply { status: self.status, headers: self.headers, body })
+        Ok(Reply {
+            status: self.status,
+            headers: self.headers,
+            body,
+        })
     }
 
     /// The next server-sent event's data; none at the end of the reply.

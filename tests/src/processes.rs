@@ -14,10 +14,17 @@ pub fn family(root: u32) -> Vec<u32> {
     let mut next = 0;
     while next < found.len() {
         let pid = found[next];
-        let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+        let tasks = fs::read_dir(format!("/proc/{pid}/task"))
+            .into_iter()
+            .flatten()
+            .flatten();
         for task in tasks {
             let children = fs::read_to_string(task.path().join("children")).unwrap_or_default();
-            found.extend(children.split_whitespace().filter_map(|pid| pid.parse::<u32>().ok()));
+            found.extend(
+                children
+                    .split_whitespace()
+                    .filter_map(|pid| pid.parse::<u32>().ok()),
+            );
         }
         next += 1;
     }
@@ -28,7 +35,8 @@ pub fn family(root: u32) -> Vec<u32> {
 pub fn with_argument(pids: &[u32], word: &str) -> Vec<u32> {
     let has = |pid: &u32| {
         let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        line.split(|byte| *byte == 0).any(|argument| argument == word.as_bytes())
+        line.split(|byte| *byte == 0)
+            .any(|argument| argument == word.as_bytes())
     };
     pids.iter().copied().filter(has).collect()
 }
@@ -37,7 +45,9 @@ pub fn with_argument(pids: &[u32], word: &str) -> Vec<u32> {
 pub fn is_alive(pid: u32) -> bool {
     let status = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     // The name in parentheses may hold anything; the state follows the last one.
-    status.rsplit_once(')').is_some_and(|(_, rest)| !rest.trim_start().starts_with(['Z', 'X']))
+    status
+        .rsplit_once(')')
+        .is_some_and(|(_, rest)| !rest.trim_start().starts_with(['Z', 'X']))
 }
 
 pub fn kill(pid: u32, signal: Signal) {
@@ -48,8 +58,17 @@ pub fn kill(pid: u32, signal: Signal) {
 /// User and system time a process has used so far.
 pub fn cpu_time(pid: u32) -> Duration {
     let status = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    let fields: Vec<&str> = status.rsplit_once(')').map_or("", |(_, rest)| rest).split_whitespace().collect();
-    let ticks = |field: usize| fields.get(field).and_then(|ticks| ticks.parse::<u64>().ok()).unwrap_or(0);
+    let fields: Vec<&str> = status
+        .rsplit_once(')')
+        .map_or("", |(_, rest)| rest)
+        .split_whitespace()
+        .collect();
+    let ticks = |field: usize| {
+        fields
+            .get(field)
+            .and_then(|ticks| ticks.parse::<u64>().ok())
+            .unwrap_or(0)
+    };
     // Fields 14 and 15 of proc(5), counted behind the name; a tick is 10 ms on every Linux we run on.
     Duration::from_millis((ticks(11) + ticks(12)) * 10)
 }
@@ -59,7 +78,8 @@ pub fn rss(pid: u32) -> (u64, u64) {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     let kib = |key: &str| {
         let line = status.lines().find(|line| line.starts_with(key));
-        line.and_then(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok()).unwrap_or(0)
+        line.and_then(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok())
+            .unwrap_or(0)
     };
     (kib("VmRSS:") * 1024, kib("VmHWM:") * 1024)
 }

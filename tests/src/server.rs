@@ -44,21 +44,43 @@ impl Server {
         let log = directory.path().join("log");
         let output = std::fs::File::create(&log).expect("a log file");
         let child = Command::new(phalanx())
-            .args(["serve", model, "--host", "127.0.0.1", "--port", &port.to_string(), "--served-model-name", "demo"])
+            .args([
+                "serve",
+                model,
+                "--host",
+                "127.0.0.1",
+                "--port",
+                &port.to_string(),
+                "--served-model-name",
+                "demo",
+            ])
             .args(extra)
             .stdin(Stdio::null())
             .stdout(output.try_clone().expect("a second handle"))
             .stderr(output)
             .spawn()
             .expect("phalanx starts");
-        Self { child, address: format!("127.0.0.1:{port}"), log, _directory: directory }
+        Self {
+            child,
+            address: format!("127.0.0.1:{port}"),
+            log,
+            _directory: directory,
+        }
     }
 
     pub fn wait_ready(&self) {
         let deadline = Instant::now() + READY_LIMIT;
         while !http::get(&self.address, "/health").is_ok_and(|reply| reply.status == 200) {
-            assert!(processes::is_alive(self.pid()), "phalanx ended:\n{}", self.log_text());
-            assert!(Instant::now() < deadline, "not ready within {READY_LIMIT:?}:\n{}", self.log_text());
+            assert!(
+                processes::is_alive(self.pid()),
+                "phalanx ended:\n{}",
+                self.log_text()
+            );
+            assert!(
+                Instant::now() < deadline,
+                "not ready within {READY_LIMIT:?}:\n{}",
+                self.log_text()
+            );
             std::thread::sleep(Duration::from_millis(20));
         }
     }
@@ -83,7 +105,9 @@ impl Server {
 
     /// Waits for the end of the main process, which something else has caused.
     pub fn wait(&mut self, limit: Duration) -> ExitStatus {
-        eventually("the end of phalanx", limit, || !processes::is_alive(self.child.id()));
+        eventually("the end of phalanx", limit, || {
+            !processes::is_alive(self.child.id())
+        });
         self.child.wait().expect("it can be waited for")
     }
 
@@ -101,7 +125,10 @@ impl Server {
         let body = json!({"model": "demo", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0});
         let reply = http::post(&self.address, "/v1/completions", &body).expect("a reply");
         assert_eq!(reply.status, 200, "{}", reply.text());
-        reply.json()["choices"][0]["text"].as_str().expect("text").to_owned()
+        reply.json()["choices"][0]["text"]
+            .as_str()
+            .expect("text")
+            .to_owned()
     }
 
     /// The value of a metric (summed over its label sets); none if it is not exposed.
@@ -113,16 +140,27 @@ impl Server {
     pub fn metric_where(&self, name: &str, label: &str) -> Option<f64> {
         let text = http::get(&self.address, "/metrics").expect("metrics").text();
         let values = text.lines().filter(|line| {
-            line.contains(label) && line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' ']))
+            line.contains(label)
+                && line
+                    .strip_prefix(name)
+                    .is_some_and(|rest| rest.starts_with(['{', ' ']))
         });
-        let values: Vec<f64> = values.filter_map(|line| line.rsplit(' ').next()?.parse().ok()).collect();
+        let values: Vec<f64> = values
+            .filter_map(|line| line.rsplit(' ').next()?.parse().ok())
+            .collect();
         (!values.is_empty()).then(|| values.iter().sum())
     }
 
     /// Waits until nothing runs, nothing waits and no block is held.
     pub fn wait_idle(&self) {
-        let names = ["vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"];
-        eventually("idle gauges", Duration::from_secs(10), || names.iter().all(|name| self.metric(name) == Some(0.0)));
+        let names = [
+            "vllm:num_requests_running",
+            "vllm:num_requests_waiting",
+            "vllm:kv_cache_usage_perc",
+        ];
+        eventually("idle gauges", Duration::from_secs(10), || {
+            names.iter().all(|name| self.metric(name) == Some(0.0))
+        });
     }
 }
 
@@ -146,12 +184,17 @@ fn eprint_log(text: &str) {
 
 /// None of these processes is left.
 pub fn assert_gone(family: &[u32]) {
-    eventually("every process gone", Duration::from_secs(10), || family.iter().all(|pid| !processes::is_alive(*pid)));
+    eventually("every process gone", Duration::from_secs(10), || {
+        family.iter().all(|pid| !processes::is_alive(*pid))
+    });
 }
 
 /// A port that was free a moment ago.
 pub fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("a free port").port()
+    TcpListener::bind("127.0.0.1:0")
+        .and_then(|listener| listener.local_addr())
+        .expect("a free port")
+        .port()
 }
 
 /// A chat request of one user turn.

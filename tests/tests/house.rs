@@ -13,7 +13,10 @@ const MAX_FUNCTION_LINES: usize = 70;
 const MAX_MODEL_LINES: usize = 250;
 
 fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the tests crate lies in the workspace").to_owned()
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .expect("the tests crate lies in the workspace")
+        .to_owned()
 }
 
 /// What each crate may use of the others.
@@ -26,20 +29,56 @@ fn allowed() -> BTreeMap<&'static str, BTreeSet<&'static str>> {
         ("worker", &["proto", "shm", "model", "kernels"]),
         ("coordinator", &["proto", "shm", "model"]),
         ("gateway", &["proto"]),
-        ("cli", &["proto", "shm", "model", "kernels", "worker", "coordinator", "gateway"]),
-        ("tests", &["proto", "shm", "model", "kernels", "worker", "coordinator", "gateway"]),
+        (
+            "cli",
+            &[
+                "proto",
+                "shm",
+                "model",
+                "kernels",
+                "worker",
+                "coordinator",
+                "gateway",
+            ],
+        ),
+        (
+            "tests",
+            &[
+                "proto",
+                "shm",
+                "model",
+                "kernels",
+                "worker",
+                "coordinator",
+                "gateway",
+            ],
+        ),
     ];
-    rules.into_iter().map(|(name, uses)| (name, uses.iter().copied().collect())).collect()
+    rules
+        .into_iter()
+        .map(|(name, uses)| (name, uses.iter().copied().collect()))
+        .collect()
 }
 
 #[test]
 fn dependencies_point_one_way() {
-    let metadata = MetadataCommand::new().manifest_path(root().join("Cargo.toml")).exec().expect("cargo metadata");
+    let metadata = MetadataCommand::new()
+        .manifest_path(root().join("Cargo.toml"))
+        .exec()
+        .expect("cargo metadata");
     let mut allowed = allowed();
     for package in metadata.workspace_packages() {
-        let name = package.name.strip_prefix("phalanx-").expect("our crates are called phalanx-*");
-        let may = allowed.remove(name).unwrap_or_else(|| panic!("{name}: a new crate needs a rule here"));
-        let normal = package.dependencies.iter().filter(|dependency| dependency.kind != DependencyKind::Development);
+        let name = package
+            .name
+            .strip_prefix("phalanx-")
+            .expect("our crates are called phalanx-*");
+        let may = allowed
+            .remove(name)
+            .unwrap_or_else(|| panic!("{name}: a new crate needs a rule here"));
+        let normal = package
+            .dependencies
+            .iter()
+            .filter(|dependency| dependency.kind != DependencyKind::Development);
         for dependency in normal {
             match dependency.name.strip_prefix("phalanx-") {
                 Some(used) => assert!(may.contains(used), "{name} must not depend on {used}"),
@@ -47,13 +86,23 @@ fn dependencies_point_one_way() {
             }
         }
     }
-    assert!(allowed.is_empty(), "rules for crates that do not exist: {:?}", allowed.keys());
+    assert!(
+        allowed.is_empty(),
+        "rules for crates that do not exist: {:?}",
+        allowed.keys()
+    );
 }
 
 fn check_foreign(crate_name: &str, dependency: &str) {
     let device = ["cudarc", "candle-core", "candle-transformers"].contains(&dependency);
-    assert!(!device || crate_name == "kernels", "{crate_name} must not name {dependency}");
-    assert!(dependency != "anyhow" || crate_name == "cli", "anyhow belongs in cli, not in {crate_name}");
+    assert!(
+        !device || crate_name == "kernels",
+        "{crate_name} must not name {dependency}"
+    );
+    assert!(
+        dependency != "anyhow" || crate_name == "cli",
+        "anyhow belongs in cli, not in {crate_name}"
+    );
 }
 
 /// Every Rust source of ours, without build output.
@@ -62,7 +111,8 @@ fn sources() -> Vec<PathBuf> {
         for entry in fs::read_dir(dir).expect("readable").flatten() {
             let path = entry.path();
             let name = entry.file_name();
-            let skipped = name.to_string_lossy().starts_with('.') || name.to_string_lossy().starts_with("target");
+            let skipped =
+                name.to_string_lossy().starts_with('.') || name.to_string_lossy().starts_with("target");
             if path.is_dir() && !skipped {
                 walk(&path, found);
             } else if path.extension().is_some_and(|extension| extension == "rs") {
@@ -87,7 +137,11 @@ fn files_stay_short() {
         })
         .map(|(path, lines)| format!("{}: {lines} lines", path.display()))
         .collect();
-    assert!(long.is_empty(), "a second subject wants its own file:\n{}", long.join("\n"));
+    assert!(
+        long.is_empty(),
+        "a second subject wants its own file:\n{}",
+        long.join("\n")
+    );
 }
 
 /// Functions as rustfmt lays them out: from the line with `fn` to the closing brace at the same indentation.
@@ -96,13 +150,24 @@ fn long_functions(text: &str) -> Vec<(usize, usize)> {
     let indent = |line: &str| line.len() - line.trim_start().len();
     let is_fn = |line: &str| {
         let words = line.trim_start();
-        let starts = ["fn ", "pub fn ", "pub(", "async fn ", "pub async fn ", "unsafe fn ", "pub unsafe fn ", "const fn "];
+        let starts = [
+            "fn ",
+            "pub fn ",
+            "pub(",
+            "async fn ",
+            "pub async fn ",
+            "unsafe fn ",
+            "pub unsafe fn ",
+            "const fn ",
+        ];
         starts.iter().any(|start| words.starts_with(start)) && words.contains("fn ")
     };
     let mut found = Vec::new();
     for (start, line) in lines.iter().enumerate().filter(|(_, line)| is_fn(line)) {
         let closes = |other: &str| indent(other) == indent(line) && other.trim_start().starts_with('}');
-        let opened = lines[start..].iter().find(|line| line.trim_end().ends_with(['{', '}', ';']));
+        let opened = lines[start..]
+            .iter()
+            .find(|line| line.trim_end().ends_with(['{', '}', ';']));
         let declared_only = opened.is_none_or(|line| line.trim_end().ends_with(';'));
         let end = lines[start..].iter().position(|other| closes(other));
         if let (false, Some(length)) = (declared_only, end)
@@ -124,14 +189,25 @@ fn functions_stay_short() {
         let functions = long_functions(&text).into_iter();
         long.extend(functions.map(|(line, length)| format!("{}:{line}: {length} lines", path.display())));
     }
-    assert!(long.is_empty(), "over {MAX_FUNCTION_LINES} lines:\n{}", long.join("\n"));
+    assert!(
+        long.is_empty(),
+        "over {MAX_FUNCTION_LINES} lines:\n{}",
+        long.join("\n")
+    );
 }
 
 #[test]
 fn the_map_names_only_what_exists() {
     let text = fs::read_to_string(root().join("ARCHITECTURE.md")).expect("ARCHITECTURE.md");
     let quoted = text.split('`').skip(1).step_by(2);
-    let paths = quoted.filter(|word| word.contains('/') && !word.contains([' ', '*', '<', '{', ':', '$']) && !word.starts_with('/'));
-    let missing: BTreeSet<&str> = paths.filter(|path| !root().join(path.trim_end_matches('/')).exists()).collect();
-    assert!(missing.is_empty(), "ARCHITECTURE.md names paths that do not exist: {missing:?}");
+    let paths = quoted.filter(|word| {
+        word.contains('/') && !word.contains([' ', '*', '<', '{', ':', '$']) && !word.starts_with('/')
+    });
+    let missing: BTreeSet<&str> = paths
+        .filter(|path| !root().join(path.trim_end_matches('/')).exists())
+        .collect();
+    assert!(
+        missing.is_empty(),
+        "ARCHITECTURE.md names paths that do not exist: {missing:?}"
+    );
 }

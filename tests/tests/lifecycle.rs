@@ -37,8 +37,15 @@ fn sigterm_lets_streams_end_and_leaves_nothing() {
     let _alone = alone();
     let before = processes::segments();
     let server = Server::start(&["-tp", "2"]);
-    assert_eq!((server.part("worker").len(), server.part("gateway").len()), (2, 1));
-    assert_eq!(processes::segments(), before, "the segment has no name once everybody has mapped it");
+    assert_eq!(
+        (server.part("worker").len(), server.part("gateway").len()),
+        (2, 1)
+    );
+    assert_eq!(
+        processes::segments(),
+        before,
+        "the segment has no name once everybody has mapped it"
+    );
     let mut body = chat("Write a poem about rain.");
     body["stream"] = true.into();
     let mut stream = http::open(&server.address, "/v1/chat/completions", &body).expect("a stream");
@@ -73,11 +80,19 @@ fn a_killed_worker_ends_every_stream_with_a_clear_error() {
         }
     }
     assert_eq!(error["code"], "worker_lost", "{error}");
-    assert!(error["message"].as_str().is_some_and(|message| message.contains("rank 1")), "{error}");
+    assert!(
+        error["message"]
+            .as_str()
+            .is_some_and(|message| message.contains("rank 1")),
+        "{error}"
+    );
     assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
     assert!(!server.wait(Duration::from_secs(20)).success());
     let log = server.log_text();
-    assert!(log.contains("rank 1 failed while serving: its process was killed by signal 9"), "{log}");
+    assert!(
+        log.contains("rank 1 failed while serving: its process was killed by signal 9"),
+        "{log}"
+    );
     assert_gone(&family);
     assert_eq!(processes::segments(), before);
 }
@@ -137,7 +152,12 @@ fn idle_costs_less_than_a_hundredth_of_a_core() {
     server.complete("Warm up, then rest.", 16);
     server.wait_idle();
     let family = server.family();
-    let used = || family.iter().map(|pid| processes::cpu_time(*pid)).sum::<Duration>();
+    let used = || {
+        family
+            .iter()
+            .map(|pid| processes::cpu_time(*pid))
+            .sum::<Duration>()
+    };
     let (before, start) = (used(), Instant::now());
     thread::sleep(Duration::from_secs(20));
     let share = (used() - before).as_secs_f64() / start.elapsed().as_secs_f64();
@@ -153,7 +173,11 @@ fn a_start_that_cannot_work_ends_with_one_clear_line() {
         let mut server = Server::launch(model, extra);
         let status = server.wait(Duration::from_secs(20));
         assert!(!status.success());
-        assert!(server.log_text().contains(word), "{word:?} not in: {}", server.log_text());
+        assert!(
+            server.log_text().contains(word),
+            "{word:?} not in: {}",
+            server.log_text()
+        );
     };
     let model = demo_model().to_string_lossy().into_owned();
     ends("/nowhere/model.gguf", &[], "/nowhere/model.gguf");

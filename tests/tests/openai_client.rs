@@ -7,7 +7,11 @@ use phalanx_tests::{root, server::Server};
 #[test]
 fn the_python_client_chats_streams_and_gets_its_own_errors() {
     let python = root().join(".venv/bin/python");
-    assert!(python.exists(), "{} is missing: run ./scripts/test", python.display());
+    assert!(
+        python.exists(),
+        "{} is missing: run ./scripts/test",
+        python.display()
+    );
     let server = Server::start(&["-tp", "2", "--max-model-len", "2048"]);
     let output = Command::new(python)
         .arg(root().join("tests/python/openai_client.py"))
@@ -15,7 +19,12 @@ fn the_python_client_chats_streams_and_gets_its_own_errors() {
         .output()
         .expect("python starts");
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    assert!(output.status.success(), "{}\n{}", text(&output.stdout), text(&output.stderr));
+    assert!(
+        output.status.success(),
+        "{}\n{}",
+        text(&output.stdout),
+        text(&output.stderr)
+    );
     server.wait_idle();
     assert!(server.stop().success());
 }

@@ -13,8 +13,14 @@ const PROMPTS: [&str; 4] = [
 
 fn texts(server: &Server, max_tokens: u32) -> Vec<String> {
     thread::scope(|scope| {
-        let requests: Vec<_> = PROMPTS.iter().map(|prompt| scope.spawn(move || server.complete(prompt, max_tokens))).collect();
-        requests.into_iter().map(|request| request.join().expect("no panic")).collect()
+        let requests: Vec<_> = PROMPTS
+            .iter()
+            .map(|prompt| scope.spawn(move || server.complete(prompt, max_tokens)))
+            .collect();
+        requests
+            .into_iter()
+            .map(|request| request.join().expect("no panic"))
+            .collect()
     })
 }
 
@@ -31,7 +37,18 @@ fn one_two_and_three_ranks_write_the_same() {
     assert!(one.iter().all(|text| text.len() > 20), "{one:?}");
     assert_eq!(run(&["-tp", "2"]), one);
     assert_eq!(run(&["-tp", "3", "--threads-per-rank", "1"]), one);
-    assert_eq!(run(&["-tp", "2", "--rank-weights", "1,2", "--max-num-batched-tokens", "7"]), one, "chunked, uneven");
+    assert_eq!(
+        run(&[
+            "-tp",
+            "2",
+            "--rank-weights",
+            "1,2",
+            "--max-num-batched-tokens",
+            "7"
+        ]),
+        one,
+        "chunked, uneven"
+    );
 }
 
 #[test]
@@ -41,7 +58,14 @@ fn a_tiny_pool_preempts_and_every_text_stays_the_same() {
     assert_eq!(roomy.metric("vllm:num_preemptions_total"), Some(0.0));
     assert!(roomy.stop().success());
     // 20 blocks of 16 tokens: four sequences of about 130 tokens do not fit together.
-    let tiny = Server::start(&["-tp", "2", "--max-model-len", "256", "--num-gpu-blocks-override", "20"]);
+    let tiny = Server::start(&[
+        "-tp",
+        "2",
+        "--max-model-len",
+        "256",
+        "--num-gpu-blocks-override",
+        "20",
+    ]);
     assert_eq!(texts(&tiny, 120), want);
     assert!(tiny.metric("vllm:num_preemptions_total").expect("counted") > 0.0);
     tiny.wait_idle();

@@ -51,11 +51,17 @@ fn events(server: &Server, path: &str, body: &Value) -> Vec<Value> {
 }
 
 fn streamed_text(events: &[Value]) -> String {
-    events.iter().filter_map(|event| event["choices"][0]["delta"]["content"].as_str()).collect()
+    events
+        .iter()
+        .filter_map(|event| event["choices"][0]["delta"]["content"].as_str())
+        .collect()
 }
 
 fn answers_are_sensible_english(server: &Server) {
-    let answer = ask(server, &chat("What is the capital of France, and what is it famous for?"));
+    let answer = ask(
+        server,
+        &chat("What is the capital of France, and what is it famous for?"),
+    );
     let text = answer["choices"][0]["message"]["content"].as_str().expect("text");
     assert!(text.contains("Paris"), "{text:?}");
     assert_eq!(answer["object"], "chat.completion");
@@ -64,13 +70,17 @@ fn answers_are_sensible_english(server: &Server) {
     assert!(text.is_ascii() && text.split_whitespace().count() > 5, "{text:?}");
     assert_eq!(answer["choices"][0]["finish_reason"], "stop");
     let usage = &answer["usage"];
-    let sum = usage["prompt_tokens"].as_u64().expect("count") + usage["completion_tokens"].as_u64().expect("count");
+    let sum =
+        usage["prompt_tokens"].as_u64().expect("count") + usage["completion_tokens"].as_u64().expect("count");
     assert_eq!(usage["total_tokens"], sum);
 }
 
 fn a_stream_is_the_same_text_in_pieces(server: &Server) {
     let mut body = chat("Name three colours.");
-    let whole = ask(server, &body)["choices"][0]["message"]["content"].as_str().expect("text").to_owned();
+    let whole = ask(server, &body)["choices"][0]["message"]["content"]
+        .as_str()
+        .expect("text")
+        .to_owned();
     body["stream"] = true.into();
     body["stream_options"] = json!({"include_usage": true});
     let events = events(server, CHAT, &body);
@@ -88,7 +98,10 @@ fn the_seed_decides_a_sampled_answer(server: &Server) {
     let text = |seed: u64| {
         let mut body = body.clone();
         body["seed"] = seed.into();
-        ask(server, &body)["choices"][0]["message"]["content"].as_str().expect("text").to_owned()
+        ask(server, &body)["choices"][0]["message"]["content"]
+            .as_str()
+            .expect("text")
+            .to_owned()
     };
     let (first, again, other) = (text(1), text(1), text(2));
     assert_eq!(first, again);
@@ -103,8 +116,15 @@ fn the_seed_decides_a_sampled_answer(server: &Server) {
 
 fn stop_strings_end_the_text_before_them(server: &Server) {
     let body = json!({"model": "demo", "prompt": "1, 2, 3, 4,", "max_tokens": 40, "temperature": 0});
-    let complete = |body: &Value| http::post(&server.address, "/v1/completions", body).expect("a reply").json();
-    let free = complete(&body)["choices"][0]["text"].as_str().expect("text").to_owned();
+    let complete = |body: &Value| {
+        http::post(&server.address, "/v1/completions", body)
+            .expect("a reply")
+            .json()
+    };
+    let free = complete(&body)["choices"][0]["text"]
+        .as_str()
+        .expect("text")
+        .to_owned();
     assert!(free.contains(" 7,"), "{free:?}");
     let mut stopped = body.clone();
     stopped["stop"] = json!([" 7,"]);
@@ -114,7 +134,10 @@ fn stop_strings_end_the_text_before_them(server: &Server) {
     assert_eq!(complete(&body)["choices"][0]["finish_reason"], "length");
     let mut echoed = body;
     echoed["echo"] = true.into();
-    let text = complete(&echoed)["choices"][0]["text"].as_str().expect("text").to_owned();
+    let text = complete(&echoed)["choices"][0]["text"]
+        .as_str()
+        .expect("text")
+        .to_owned();
     assert_eq!(text, format!("1, 2, 3, 4,{free}"));
 }
 
@@ -142,11 +165,19 @@ fn bad_requests_are_refused_with_the_field_and_the_limit(server: &Server) {
         let reply = http::post(&server.address, CHAT, &body).expect("a reply");
         assert_eq!(reply.status, status, "{body}: {}", reply.text());
         let error = &reply.json()["error"];
-        assert!(error["message"].as_str().is_some_and(|message| message.contains(word)), "{body}: {error}");
+        assert!(
+            error["message"]
+                .as_str()
+                .is_some_and(|message| message.contains(word)),
+            "{body}: {error}"
+        );
     }
     let reply = http::post_bytes(&server.address, CHAT, b"{\"messages\": ").expect("a reply");
     assert_eq!(reply.status, 400, "{}", reply.text());
-    assert_eq!(http::get(&server.address, "/v1/nothing").expect("a reply").status, 404);
+    assert_eq!(
+        http::get(&server.address, "/v1/nothing").expect("a reply").status,
+        404
+    );
     assert_eq!(http::get(&server.address, CHAT).expect("a reply").status, 405);
 }
 
@@ -155,7 +186,11 @@ fn models_health_and_metrics_answer(server: &Server) {
     assert_eq!(models["data"][0]["id"], "demo");
     assert_eq!(models["data"][0]["max_model_len"], 4096);
     server.complete("Hello", 4);
-    for name in ["vllm:generation_tokens_total", "vllm:prompt_tokens_total", "vllm:time_to_first_token_seconds_count"] {
+    for name in [
+        "vllm:generation_tokens_total",
+        "vllm:prompt_tokens_total",
+        "vllm:time_to_first_token_seconds_count",
+    ] {
         assert!(server.metric(name).is_some_and(|value| value > 0.0), "{name}");
     }
 }
@@ -165,7 +200,11 @@ fn a_client_that_leaves_frees_its_blocks(server: &Server) {
     body["stream"] = true.into();
     body["max_tokens"] = 2000.into();
     body["ignore_eos"] = true.into();
-    let aborted = || server.metric_where("vllm:request_success_total", "finished_reason=\"abort\"").unwrap_or(0.0);
+    let aborted = || {
+        server
+            .metric_where("vllm:request_success_total", "finished_reason=\"abort\"")
+            .unwrap_or(0.0)
+    };
     let before = aborted();
     let mut stream = http::open(&server.address, CHAT, &body).expect("a stream");
     for _ in 0..5 {
@@ -198,7 +237,13 @@ fn long_prompts_and_many_streams_at_once(server: &Server) {
         }
     });
     assert!(start.elapsed() < Duration::from_secs(120));
-    let answers: Vec<String> = prompts[..4].iter().map(|prompt| server.complete(prompt, 8)).collect();
-    let alone: Vec<String> = prompts[..4].iter().map(|prompt| server.complete(prompt, 8)).collect();
+    let answers: Vec<String> = prompts[..4]
+        .iter()
+        .map(|prompt| server.complete(prompt, 8))
+        .collect();
+    let alone: Vec<String> = prompts[..4]
+        .iter()
+        .map(|prompt| server.complete(prompt, 8))
+        .collect();
     assert_eq!(answers, alone, "the second time from the prefix cache");
 }

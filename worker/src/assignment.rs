@@ -172,9 +172,9 @@ fn rope_config(spec: &v1::ModelSpec) -> Result<RopeConfig> {
             beta_slow: yarn.beta_slow,
             attention_factor: yarn.attention_factor,
         },
-        Some(Wire::FrequencyFactors(frequency)) => {
-            RopeScaling::FrequencyFactors { factors: frequency.factors.clone() }
-        }
+        Some(Wire::FrequencyFactors(frequency)) => RopeScaling::FrequencyFactors {
+            factors: frequency.factors.clone(),
+        },
     };
     Ok(RopeConfig {
         theta: spec.rope_theta,

@@ -32,8 +32,12 @@ impl cluster_server::Cluster for AttachService {
     ) -> Result<Response<Self::AttachStream>, Status> {
         let mut events = request.into_inner();
         let first = time::timeout(HELLO_LIMIT, events.message()).await;
-        let first = first.map_err(|_| RpcError::new(ErrorKind::DeadlineExceeded, "no hello within 5 s"))??;
-        let Some(v1::WorkerEvent { event: Some(Event::Hello(hello)) }) = first else {
+        let first =
+            first.map_err(|_| RpcError::new(ErrorKind::DeadlineExceeded, "no hello within 5 s"))??;
+        let Some(v1::WorkerEvent {
+            event: Some(Event::Hello(hello)),
+        }) = first
+        else {
             return Err(RpcError::invalid("event", "the first event must be hello").into());
         };
         let (rank, commands) = admit(&self.0, hello)?;
@@ -48,20 +52,39 @@ fn admit(cluster: &Cluster, hello: v1::Hello) -> Result<(u32, mpsc::Receiver<v1:
         return Err(RpcError::new(ErrorKind::Unauthenticated, "wrong join token").with_param("join_token"));
     }
     if hello.protocol_version != PROTOCOL_VERSION {
-        let message = format!("worker speaks protocol {}, this coordinator {PROTOCOL_VERSION}", hello.protocol_version);
+        let message = format!(
+            "worker speaks protocol {}, this coordinator {PROTOCOL_VERSION}",
+            hello.protocol_version
+        );
         return Err(RpcError::invalid("protocol_version", message));
     }
     let rank = hello.rank;
     let (assign, free) = cluster.place(rank).ok_or_else(|| {
-        RpcError::invalid("rank", format!("rank is {rank}, the group has {} ranks", cluster.world_size()))
+        RpcError::invalid(
+            "rank",
+            format!("rank is {rank}, the group has {} ranks", cluster.world_size()),
+        )
     })?;
     if !free {
-        return Err(RpcError::invalid("rank", format!("rank {rank} is attached already")));
+        return Err(RpcError::invalid(
+            "rank",
+            format!("rank {rank} is attached already"),
+        ));
     }
     let (sender, receiver) = mpsc::channel(COMMAND_QUEUE);
-    let command = v1::WorkerCommand { command: Some(Command::Assign(assign)) };
-    sender.try_send(command).map_err(|_| RpcError::new(ErrorKind::Internal, "the command queue is full"))?;
-    tracing::info!(rank, pid = hello.pid, host = hello.host, device = hello.device, "worker attached");
+    let command = v1::WorkerCommand {
+        command: Some(Command::Assign(assign)),
+    };
+    sender
+        .try_send(command)
+        .map_err(|_| RpcError::new(ErrorKind::Internal, "the command queue is full"))?;
+    tracing::info!(
+        rank,
+        pid = hello.pid,
+        host = hello.host,
+        device = hello.device,
+        "worker attached"
+    );
     cluster.update_member(rank, |member| {
         member.commands = Some(sender);
         member.status.pid = hello.pid;
@@ -73,7 +96,12 @@ fn admit(cluster: &Cluster, hello: v1::Hello) -> Result<(u32, mpsc::Receiver<v1:
 /// Compares in a time that depends on the given token's length only.
 fn same_token(given: &str, want: &str) -> bool {
     let differing = |i: usize, byte: u8| byte ^ want.as_bytes().get(i).copied().unwrap_or(!byte);
-    given.len() == want.len() && given.bytes().enumerate().fold(0, |all, (i, byte)| all | differing(i, byte)) == 0
+    given.len() == want.len()
+        && given
+            .bytes()
+            .enumerate()
+            .fold(0, |all, (i, byte)| all | differing(i, byte))
+            == 0
 }
 
 /// Follows a worker's events until its stream ends, which is the end of the worker.
@@ -125,11 +153,20 @@ mod tests {
     use super::*;
 
     fn hello() -> v1::Hello {
-        v1::Hello { protocol_version: PROTOCOL_VERSION, join_token: "secret".into(), rank: 1, ..Default::default() }
+        v1::Hello {
+            protocol_version: PROTOCOL_VERSION,
+            join_token: "secret".into(),
+            rank: 1,
+            ..Default::default()
+        }
     }
 
     fn cluster() -> Cluster {
-        let assign = |rank| v1::Assign { rank, world_size: 2, ..Default::default() };
+        let assign = |rank| v1::Assign {
+            rank,
+            world_size: 2,
+            ..Default::default()
+        };
         Cluster::new(vec![assign(0), assign(1)], "secret")
     }
 
@@ -137,10 +174,35 @@ mod tests {
     fn a_place_is_given_once_and_only_with_the_token() {
         let cluster = cluster();
         let refused = |hello| admit(&cluster, hello).unwrap_err();
-        assert_eq!(refused(v1::Hello { join_token: "secreT".into(), ..hello() }).kind, ErrorKind::Unauthenticated);
-        assert_eq!(refused(v1::Hello { join_token: String::new(), ..hello() }).kind, ErrorKind::Unauthenticated);
-        assert_eq!(refused(v1::Hello { rank: 2, ..hello() }).param.as_deref(), Some("rank"));
-        assert_eq!(refused(v1::Hello { protocol_version: 99, ..hello() }).param.as_deref(), Some("protocol_version"));
+        assert_eq!(
+            refused(v1::Hello {
+                join_token: "secreT".into(),
+                ..hello()
+            })
+            .kind,
+            ErrorKind::Unauthenticated
+        );
+        assert_eq!(
+            refused(v1::Hello {
+                join_token: String::new(),
+                ..hello()
+            })
+            .kind,
+            ErrorKind::Unauthenticated
+        );
+        assert_eq!(
+            refused(v1::Hello { rank: 2, ..hello() }).param.as_deref(),
+            Some("rank")
+        );
+        assert_eq!(
+            refused(v1::Hello {
+                protocol_version: 99,
+                ..hello()
+            })
+            .param
+            .as_deref(),
+            Some("protocol_version")
+        );
         let (rank, mut commands) = admit(&cluster, hello()).expect("the place is free");
         assert_eq!(rank, 1);
         let Some(Command::Assign(assign)) = commands.try_recv().expect("work comes at once").command else {
@@ -153,11 +215,21 @@ mod tests {
     #[test]
     fn the_first_failure_is_kept_with_its_phase() {
         let cluster = cluster();
-        record(&cluster, 1, Event::Progress(v1::Progress { phase: v1::Phase::LoadingWeights.into(), ..Default::default() }));
+        record(
+            &cluster,
+            1,
+            Event::Progress(v1::Progress {
+                phase: v1::Phase::LoadingWeights.into(),
+                ..Default::default()
+            }),
+        );
         cluster.fail(1, None, "killed by signal 9");
         cluster.fail(0, None, "a consequence");
         let failure = cluster.failure().expect("recorded");
-        assert_eq!(failure.to_string(), "rank 1 failed while loading weights: killed by signal 9");
+        assert_eq!(
+            failure.to_string(),
+            "rank 1 failed while loading weights: killed by signal 9"
+        );
     }
 
     #[test]

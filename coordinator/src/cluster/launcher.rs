@@ -42,7 +42,10 @@ impl Launcher {
     /// Starts one worker per CPU set. A worker's exit becomes its rank's failure in `cluster`.
     pub fn start(spec: &LaunchSpec, cluster: &Cluster) -> io::Result<Self> {
         let (alive, all_gone) = mpsc::channel(1);
-        let launcher = Self { children: Arc::default(), all_gone };
+        let launcher = Self {
+            children: Arc::default(),
+            all_gone,
+        };
         for rank in 0..spec.cpus.len() {
             launcher.spawn(spec, rank as u32, (cluster.clone(), alive.clone()))?;
         }
@@ -55,30 +58,39 @@ impl Launcher {
         let mut command = worker_command(spec, rank);
         let children = self.children.clone();
         let (started, result) = std::sync::mpsc::sync_channel(1);
-        thread::Builder::new().name(format!("rank-{rank}-watch")).spawn(move || {
-            let (cluster, _alive) = watch;
-            let spawned = command.spawn().and_then(|child| {
-                let pid = Pid::from_child(&child);
-                let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
-                lock(&children).push(Child { rank, pidfd });
-                Ok(child)
-            });
-            let mut child = match spawned {
-                Ok(child) => child,
-                Err(error) => return drop(started.send(Err(error))),
-            };
-            let _ = started.send(Ok(()));
-            let end = child.wait().map_or_else(|error| format!("cannot be waited for: {error}"), describe);
-            lock(&children).retain(|child| child.rank != rank);
-            cluster.fail(rank, None, end);
-        })?;
-        result.recv().unwrap_or_else(|_| Err(io::Error::other("the watching thread ended")))
+        thread::Builder::new()
+            .name(format!("rank-{rank}-watch"))
+            .spawn(move || {
+                let (cluster, _alive) = watch;
+                let spawned = command.spawn().and_then(|child| {
+                    let pid = Pid::from_child(&child);
+                    let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
+                    lock(&children).push(Child { rank, pidfd });
+                    Ok(child)
+                });
+                let mut child = match spawned {
+                    Ok(child) => child,
+                    Err(error) => return drop(started.send(Err(error))),
+                };
+                let _ = started.send(Ok(()));
+                let end = child
+                    .wait()
+                    .map_or_else(|error| format!("cannot be waited for: {error}"), describe);
+                lock(&children).retain(|child| child.rank != rank);
+                cluster.fail(rank, None, end);
+            })?;
+        result
+            .recv()
+            .unwrap_or_else(|_| Err(io::Error::other("the watching thread ended")))
     }
 
     /// Waits until every worker has ended; kills those that have not when `grace` is over.
     pub async fn stop(mut self, grace: Duration) {
         let deadline = Instant::now() + grace;
-        if tokio::time::timeout_at(deadline.into(), self.all_gone.recv()).await.is_err() {
+        if tokio::time::timeout_at(deadline.into(), self.all_gone.recv())
+            .await
+            .is_err()
+        {
             self.kill_all();
             self.all_gone.recv().await;
         }
@@ -105,13 +117,17 @@ fn lock(children: &Mutex<Vec<Child>>) -> std::sync::MutexGuard<'_, Vec<Child>> {
 fn worker_command(spec: &LaunchSpec, rank: u32) -> Command {
     let cpus: Vec<String> = spec.cpus[rank as usize].iter().map(usize::to_string).collect();
     let mut command = Command::new(&spec.program);
-    command.arg("worker").args(["--coordinator", &spec.coordinator, "--rank", &rank.to_string()]);
+    command
+        .arg("worker")
+        .args(["--coordinator", &spec.coordinator, "--rank", &rank.to_string()]);
     command.args(["--parent-pid", &std::process::id().to_string()]);
     if !cpus.is_empty() {
         command.args(["--cpus", &cpus.join(",")]);
     }
     // Not an argument: those are readable by everybody on the machine.
-    command.env("PHALANX_JOIN_TOKEN", &spec.join_token).stdin(Stdio::null());
+    command
+        .env("PHALANX_JOIN_TOKEN", &spec.join_token)
+        .stdin(Stdio::null());
     command
 }
 
@@ -135,7 +151,9 @@ pub fn split_cpus(cpus: &[usize], ranks: usize) -> Vec<Vec<usize>> {
     }
     let (each, rest) = (cpus.len() / ranks, cpus.len() % ranks);
     let start = |rank: usize| rank * each + rank.min(rest);
-    (0..ranks).map(|rank| cpus[start(rank)..start(rank + 1)].to_vec()).collect()
+    (0..ranks)
+        .map(|rank| cpus[start(rank)..start(rank + 1)].to_vec())
+        .collect()
 }
 
 #[cfg(test)]

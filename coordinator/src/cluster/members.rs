@@ -17,7 +17,11 @@ pub enum ClusterError {
     #[error("{0}")]
     RankFailed(RankFailure),
     #[error("ranks {missing:?} did not {what} within {limit:?}")]
-    Timeout { what: &'static str, missing: Vec<u32>, limit: Duration },
+    Timeout {
+        what: &'static str,
+        missing: Vec<u32>,
+        limit: Duration,
+    },
     #[error("rank {0} is not attached")]
     NotAttached(u32),
 }
@@ -75,10 +79,20 @@ impl Cluster {
     /// A cluster of `assigns.len()` ranks, in rank order, which a worker may join with `join_token`.
     pub fn new(assigns: Vec<v1::Assign>, join_token: &str) -> Self {
         let members = assigns.iter().map(|assign| Member {
-            status: v1::RankStatus { rank: assign.rank, phase: v1::Phase::Starting.into(), ..Default::default() },
+            status: v1::RankStatus {
+                rank: assign.rank,
+                phase: v1::Phase::Starting.into(),
+                ..Default::default()
+            },
             ..Default::default()
         });
-        let table = Table { members: members.collect(), assigns, failure: None, group: None, closing: false };
+        let table = Table {
+            members: members.collect(),
+            assigns,
+            failure: None,
+            group: None,
+            closing: false,
+        };
         Self {
             table: Arc::new(Mutex::new(table)),
             changes: Arc::new(watch::Sender::new(0)),
@@ -92,7 +106,11 @@ impl Cluster {
 
     /// What every rank is doing, in rank order.
     pub fn statuses(&self) -> Vec<v1::RankStatus> {
-        self.lock().members.iter().map(|member| member.status.clone()).collect()
+        self.lock()
+            .members
+            .iter()
+            .map(|member| member.status.clone())
+            .collect()
     }
 
     /// What each rank holds, once loaded.
@@ -111,7 +129,8 @@ impl Cluster {
 
     /// Waits until every rank holds its weights and KV cache.
     pub async fn wait_loaded(&self, limit: Duration) -> Result<(), ClusterError> {
-        self.wait_for("load", limit, |member| member.loaded.is_some()).await
+        self.wait_for("load", limit, |member| member.loaded.is_some())
+            .await
     }
 
     /// Tells every rank to join the group of `segment`, and waits until all have.
@@ -126,9 +145,12 @@ impl Cluster {
         self.lock().group = Some(segment.clone());
         for (rank, commands) in self.command_senders() {
             let sender = commands.ok_or(ClusterError::NotAttached(rank))?;
-            sender.try_send(command.clone()).map_err(|_| ClusterError::NotAttached(rank))?;
+            sender
+                .try_send(command.clone())
+                .map_err(|_| ClusterError::NotAttached(rank))?;
         }
-        self.wait_for("join the group", limit, |member| member.epoch == Some(epoch)).await
+        self.wait_for("join the group", limit, |member| member.epoch == Some(epoch))
+            .await
     }
 
     /// Marks every rank as serving: the first step has come back from all of them.
@@ -149,8 +171,13 @@ impl Cluster {
         let command = v1::WorkerCommand {
             command: Some(v1::worker_command::Command::Shutdown(v1::Shutdown {})),
         };
-        for (_, sender) in self.command_senders() {
-            let _ = sender.map(|sender| sender.try_send(command.clone()));
+        for sender in self
+            .command_senders()
+            .into_iter()
+            .filter_map(|(_, sender)| sender)
+        {
+            // A worker whose queue is full or gone is ended by its stream, or killed.
+            let _ = sender.try_send(command.clone());
         }
     }
 
@@ -162,8 +189,17 @@ impl Cluster {
             }
             let member = table.members.get(rank as usize);
             let reported = member.map_or(v1::Phase::Unspecified, |member| member.status.phase());
-            let failure = RankFailure { rank, phase: phase.unwrap_or(reported), cause: cause.into() };
-            tracing::error!(rank, phase = phase_name(failure.phase), cause = failure.cause, "rank failed");
+            let failure = RankFailure {
+                rank,
+                phase: phase.unwrap_or(reported),
+                cause: cause.into(),
+            };
+            tracing::error!(
+                rank,
+                phase = phase_name(failure.phase),
+                cause = failure.cause,
+                "rank failed"
+            );
             table.failure = Some(failure);
             if let Some(segment) = &table.group {
                 segment.abort(AbortReason::Lost(Party::Rank(rank)));
@@ -201,7 +237,11 @@ impl Cluster {
 
     fn command_senders(&self) -> Vec<(u32, Option<mpsc::Sender<v1::WorkerCommand>>)> {
         let table = self.lock();
-        table.members.iter().map(|member| (member.status.rank, member.commands.clone())).collect()
+        table
+            .members
+            .iter()
+            .map(|member| (member.status.rank, member.commands.clone()))
+            .collect()
     }
 
     async fn wait_for(
@@ -218,7 +258,12 @@ impl Cluster {
                 if let Some(failure) = &table.failure {
                     return Err(ClusterError::RankFailed(failure.clone()));
                 }
-                table.members.iter().filter(|member| !done(member)).map(|member| member.status.rank).collect()
+                table
+                    .members
+                    .iter()
+                    .filter(|member| !done(member))
+                    .map(|member| member.status.rank)
+                    .collect()
             };
             if missing.is_empty() {
                 return Ok(());

@@ -41,7 +41,10 @@ impl Deployment {
 }
 
 fn range(range: &ops::Range<usize>) -> Option<v1::Range> {
-    Some(v1::Range { start: range.start as u32, end: range.end as u32 })
+    Some(v1::Range {
+        start: range.start as u32,
+        end: range.end as u32,
+    })
 }
 
 fn shard(shard: &RankShard) -> v1::RankShard {
@@ -85,14 +88,17 @@ fn scaling(scaling: &RopeScaling) -> Option<v1::model_spec::RopeScaling> {
     match scaling {
         RopeScaling::None => None,
         RopeScaling::Linear { factor } => Some(Wire::Linear(v1::LinearScaling { factor: *factor })),
-        RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => {
-            Some(Wire::Llama3(v1::Llama3Scaling {
-                factor: *factor,
-                low_freq_factor: *low_freq_factor,
-                high_freq_factor: *high_freq_factor,
-                original_max_position_embeddings: *original_max_position_embeddings as u32,
-            }))
-        }
+        RopeScaling::Llama3 {
+            factor,
+            low_freq_factor,
+            high_freq_factor,
+            original_max_position_embeddings,
+        } => Some(Wire::Llama3(v1::Llama3Scaling {
+            factor: *factor,
+            low_freq_factor: *low_freq_factor,
+            high_freq_factor: *high_freq_factor,
+            original_max_position_embeddings: *original_max_position_embeddings as u32,
+        })),
         RopeScaling::Yarn {
             factor,
             original_max_position_embeddings,
@@ -106,8 +112,8 @@ fn scaling(scaling: &RopeScaling) -> Option<v1::model_spec::RopeScaling> {
             beta_slow: *beta_slow,
             attention_factor: *attention_factor,
         })),
-        RopeScaling::FrequencyFactors { factors } => {
-            Some(Wire::FrequencyFactors(v1::FrequencyFactors { factors: factors.clone() }))
-        }
+        RopeScaling::FrequencyFactors { factors } => Some(Wire::FrequencyFactors(v1::FrequencyFactors {
+            factors: factors.clone(),
+        })),
     }
 }

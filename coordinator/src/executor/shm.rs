@@ -39,7 +39,11 @@ impl From<ShmError> for PublishError {
 impl ShmExecutor {
     /// The engine's end of a group whose ranks have all joined.
     pub fn new(port: EnginePort, cluster: Cluster, limits: StepLimits) -> Self {
-        Self { port, cluster, limits }
+        Self {
+            port,
+            cluster,
+            limits,
+        }
     }
 
     /// Turns "the group was aborted" into which rank failed and why.
@@ -47,7 +51,10 @@ impl ShmExecutor {
         let give_up = Instant::now() + EXPLANATION_LIMIT;
         loop {
             if let Some(failure) = self.cluster.failure() {
-                return ExecutorError::RankLost { rank: failure.rank, cause: failure.to_string() };
+                return ExecutorError::RankLost {
+                    rank: failure.rank,
+                    cause: failure.to_string(),
+                };
             }
             if self.cluster.is_closing() {
                 return ExecutorError::Closed;
@@ -63,28 +70,40 @@ impl ShmExecutor {
 impl Executor for ShmExecutor {
     fn submit(&mut self, plan: &StepPlan) -> Result<(), ExecutorError> {
         let encode = |slot: &mut [u8]| step::encode_plan(plan, slot).map_err(PublishError::Codec);
-        self.port.publish_plan(PUBLISH_LIMIT, encode).map_err(|error| match error {
-            PublishError::Codec(error) => ExecutorError::Protocol(format!("plan of step {}: {error}", plan.step)),
-            PublishError::Shm(error) => self.explain(&error),
-        })
+        self.port
+            .publish_plan(PUBLISH_LIMIT, encode)
+            .map_err(|error| match error {
+                PublishError::Codec(error) => {
+                    ExecutorError::Protocol(format!("plan of step {}: {error}", plan.step))
+                }
+                PublishError::Shm(error) => self.explain(&error),
+            })
     }
 
     fn wait(&mut self, step: u64, limit: Duration) -> Result<StepOutput, ExecutorError> {
         let limits = self.limits;
-        let output = match self.port.wait_output(limit, |bytes| step::decode_output(bytes, &limits)) {
+        let output = match self
+            .port
+            .wait_output(limit, |bytes| step::decode_output(bytes, &limits))
+        {
             Ok(output) => output,
             Err(ShmError::TimedOut { party, .. }) => {
                 if let Party::Rank(rank) = party {
-                    self.cluster.fail(rank, None, format!("step {step} took longer than {limit:?}"));
+                    self.cluster
+                        .fail(rank, None, format!("step {step} took longer than {limit:?}"));
                 }
                 return Err(ExecutorError::Deadline { step });
             }
             Err(error) => return Err(self.explain(&error)),
         };
-        let output = output.map_err(|error| ExecutorError::Protocol(format!("output of step {step}: {error}")))?;
+        let output =
+            output.map_err(|error| ExecutorError::Protocol(format!("output of step {step}: {error}")))?;
         let (epoch, current) = (output.epoch, self.port.segment().shape().epoch);
         if output.step != step || epoch != current {
-            let message = format!("expected step {step} of epoch {current}, got {} of {epoch}", output.step);
+            let message = format!(
+                "expected step {step} of epoch {current}, got {} of {epoch}",
+                output.step
+            );
             return Err(ExecutorError::Protocol(message));
         }
         Ok(output)
