@@ -7,7 +7,13 @@ use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
 /// A distributed tensor-parallel LLM serving cluster.
 #[derive(Debug, Parser)]
-#[command(name = "phalanx", version, max_term_width = 100, propagate_version = true)]
+#[command(
+    name = "phalanx",
+    version,
+    max_term_width = 100,
+    propagate_version = true,
+    args_override_self = true
+)]
 pub(crate) struct Cli {
     #[command(subcommand)]
     pub(crate) command: Command,

@@ -86,7 +86,7 @@ fn config_path(arguments: &[OsString]) -> Option<PathBuf> {
 
 fn read(path: &Path) -> Result<Vec<(String, Value)>, ConfigFileError> {
     let failed = |message: String| ConfigFileError::File {
-        path: path.clone(),
+        path: path.to_owned(),
         message,
     };
     let length = fs::metadata(path)
@@ -127,7 +127,7 @@ fn default_for(
     let Some(argument) = known else {
         let command = command.get_name().to_owned();
         return Err(ConfigFileError::UnknownKey {
-            path: path.clone(),
+            path: path.to_owned(),
             key,
             command,
         });
@@ -139,7 +139,7 @@ fn default_for(
         single => scalar(&single).map(|value| vec![value]),
     };
     let values = values.ok_or_else(|| ConfigFileError::BadValue {
-        path: path.clone(),
+        path: path.to_owned(),
         key,
     })?;
     Ok((id, values))

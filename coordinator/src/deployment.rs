@@ -15,7 +15,7 @@ use phalanx_shm::{GroupShape, MappedFile};
 
 use crate::{
     config::{KvCacheSize, ModelOptions},
-    engine::EngineConfig,
+    engine::{ConfigError, EngineConfig},
 };
 
 /// Plans and outputs in flight: one is computed while the next is written.
@@ -34,6 +34,8 @@ pub enum DeploymentError {
     Checkpoint(#[from] CheckpointError),
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    #[error(transparent)]
+    Engine(#[from] ConfigError),
     #[error("max_model_len is {asked}, the model's own limit is {limit}")]
     MaxModelLen { asked: usize, limit: usize },
     #[error(

@@ -199,70 +199,24 @@ pub(crate) mod tests {
 
     #[test]
     fn every_limit_is_named() {
+        let with = |change: fn(&mut GroupShape)| {
+            let mut shape = SMALL;
+            change(&mut shape);
+            shape
+        };
         let cases = [
-            (
-                "world_size",
-                GroupShape {
-                    world_size: 0,
-                    ..SMALL
-                },
-            ),
-            (
-                "world_size",
-                GroupShape {
-                    world_size: 31,
-                    ..SMALL
-                },
-            ),
-            (
-                "plan_slots",
-                GroupShape {
-                    plan_slots: 3,
-                    ..SMALL
-                },
-            ),
-            (
-                "plan_slots",
-                GroupShape {
-                    plan_slots: 0,
-                    ..SMALL
-                },
-            ),
-            (
-                "output_slots",
-                GroupShape {
-                    output_slots: 2048,
-                    ..SMALL
-                },
-            ),
-            (
-                "plan_slot_bytes",
-                GroupShape {
-                    plan_slot_bytes: 0,
-                    ..SMALL
-                },
-            ),
+            ("world_size", with(|shape| shape.world_size = 0)),
+            ("world_size", with(|shape| shape.world_size = 31)),
+            ("plan_slots", with(|shape| shape.plan_slots = 3)),
+            ("plan_slots", with(|shape| shape.plan_slots = 0)),
+            ("output_slots", with(|shape| shape.output_slots = 2048)),
+            ("plan_slot_bytes", with(|shape| shape.plan_slot_bytes = 0)),
             (
                 "output_slot_bytes",
-                GroupShape {
-                    output_slot_bytes: u64::MAX,
-                    ..SMALL
-                },
+                with(|shape| shape.output_slot_bytes = u64::MAX),
             ),
-            (
-                "message_bytes",
-                GroupShape {
-                    message_bytes: 3,
-                    ..SMALL
-                },
-            ),
-            (
-                "arena_bytes",
-                GroupShape {
-                    arena_bytes: u64::MAX,
-                    ..SMALL
-                },
-            ),
+            ("message_bytes", with(|shape| shape.message_bytes = 3)),
+            ("arena_bytes", with(|shape| shape.arena_bytes = u64::MAX)),
         ];
         for (name, shape) in cases {
             let problem = shape.validate().unwrap_err();

@@ -197,7 +197,7 @@ fn the_engine_learns_which_rank_is_behind() {
         // Rank 0 waits in a barrier to which rank 1 does not come.
         let waiting = scope.spawn(move || zero.barrier().unwrap_err());
         while segment.barrier_counts() != [1, 0] {
-            thread::yield_now();
+            std::hint::spin_loop();
         }
         let error = engine.wait_output(SHORT, |_| ()).unwrap_err();
         let expected = (Party::Rank(1), Awaited::Output);

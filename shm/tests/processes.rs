@@ -331,7 +331,7 @@ fn with_a_victim(victim: u32, signal: libc::c_int, limit: Duration) -> (Arc<Segm
             "{:?}",
             segment.abort_reason()
         );
-        std::thread::yield_now();
+        std::hint::spin_loop();
     }
     ranks[victim as usize].signal(signal);
     (segment, ranks)

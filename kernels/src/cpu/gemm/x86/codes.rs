@@ -136,6 +136,29 @@ unsafe fn start<F: Coded>(block: *const u8) -> __m256i {
     }
 }
 
+/// The codes of step `STEP` of a block of 8 rows: those of the low nibbles, those of the high ones.
+///
+/// # Safety
+/// `vectors` points at a block's quants.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn unpack<F: Coded, const STEP: usize>(vectors: *const u8) -> (__m256i, __m256i) {
+    let mask = _mm256_set1_epi8(15);
+    // SAFETY: within the block, which is 128 bytes of nibbles and, with five bits, 32 of high bits.
+    unsafe {
+        let v = _mm256_loadu_si256(vectors.add(STEP * 32).cast());
+        let (lo, hi) = (
+            _mm256_and_si256(v, mask),
+            _mm256_and_si256(_mm256_srli_epi16::<4>(v), mask),
+        );
+        if !F::FIVE_BITS {
+            return (lo, hi);
+        }
+        let (first, second) = fifth_bits::<STEP>(_mm256_loadu_si256(vectors.add(128).cast()));
+        (_mm256_or_si256(lo, first), _mm256_or_si256(hi, second))
+    }
+}
+
 /// A 16-bit lane sums eight `vpmaddubsw` of a block: at most 16 x 15 x 127 = 30480 for 4-bit codes. 5-bit codes are
 /// summed less 16, whose sums are at most 16 x 16 x 127 = 32512: what wraps on the way comes back. (One `vpmaddubsw`
 /// alone, at most 2 x 31 x 127, does not saturate.) Only after the block sums are widened and scaled. Formats with a min
@@ -144,7 +167,7 @@ unsafe fn start<F: Coded>(block: *const u8) -> __m256i {
 unsafe fn tile<F: Coded, const R: usize, const G: usize, const PF: bool>(t: Tile) -> Sums<R, G> {
     // SAFETY: all addresses lie within the chunks of G groups and the blocks of R rows that `t` describes.
     unsafe {
-        let (ones, mask) = (_mm256_set1_epi16(1), _mm256_set1_epi8(15));
+        let ones = _mm256_set1_epi16(1);
         let layout = F::LAYOUT;
         let mut acc = [[_mm256_setzero_ps(); G]; R];
         let (mut w, mut a) = (t.weights, t.activations);
@@ -161,15 +184,7 @@ unsafe fn tile<F: Coded, const R: usize, const G: usize, const PF: bool>(t: Tile
                     let mut lo = [_mm256_setzero_si256(); G];
                     let mut hi = lo;
                     for g in 0..G {
-                        let v = _mm256_loadu_si256(vectors.add(g * t.group_bytes + STEP * 32).cast());
-                        lo[g] = _mm256_and_si256(v, mask);
-                        hi[g] = _mm256_and_si256(_mm256_srli_epi16::<4>(v), mask);
-                        if F::FIVE_BITS {
-                            let plane = _mm256_loadu_si256(vectors.add(g * t.group_bytes + 128).cast());
-                            let (first, second) = fifth_bits::<STEP>(plane);
-                            lo[g] = _mm256_or_si256(lo[g], first);
-                            hi[g] = _mm256_or_si256(hi[g], second);
-                        }
+                        (lo[g], hi[g]) = unpack::<F, STEP>(vectors.add(g * t.group_bytes));
                     }
                     for r in 0..R {
                         let x = broadcast(a.add(r * t.row_bytes + STEP * 4));
