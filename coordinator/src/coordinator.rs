@@ -314,7 +314,7 @@ impl WorkerPlan {
         tcp: Option<SocketAddr>,
         cluster: &Cluster,
     ) -> std::io::Result<Option<Launcher>> {
-        let WorkerSource::Local { program } = &config.workers.source else {
+        let WorkerSource::Local { program, arguments } = &config.workers.source else {
             return Ok(None);
         };
         let coordinator = match (&config.api.uds, tcp) {
@@ -322,10 +322,12 @@ impl WorkerPlan {
             (None, Some(address)) => format!("http://{address}"),
             (None, None) => return Err(std::io::Error::other("no address for workers to attach to")),
         };
-        let (program, join_token, cpus) = (program.clone(), self.join_token.clone(), self.cpus.clone());
+        let (program, arguments) = (program.clone(), arguments.clone());
+        let (join_token, cpus) = (self.join_token.clone(), self.cpus.clone());
         Launcher::start(
             &LaunchSpec {
                 program,
+                arguments,
                 coordinator,
                 join_token,
                 cpus,
