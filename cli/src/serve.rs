@@ -199,6 +199,8 @@ impl GatewayCommand {
             .kill_on_drop(true);
         // In a process group of its own: Ctrl-C at a terminal is for the coordinator, which then stops the gateway.
         command.process_group(0);
+        // Its flags are all here; the file's are not its own.
+        command.env_remove("PHALANX_CONFIG");
         if !self.api_keys.is_empty() {
             // Not an argument: those are readable by everybody on the machine.
             command.env("PHALANX_API_KEY", &self.api_keys);

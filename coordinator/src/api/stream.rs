@@ -165,7 +165,9 @@ impl RequestStream {
             }
             if choice.assembler.is_finished() {
                 // By a stop string, unless the engine has said so: then there is nothing left to stop.
-                choice.submission.take().map(Submission::stop);
+                if let Some(submission) = choice.submission.take() {
+                    submission.stop();
+                }
                 return Ok(());
             }
             if choice.assembler.piece_tokens() >= MAX_TOKENS_PER_CHUNK {

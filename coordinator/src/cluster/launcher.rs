@@ -132,6 +132,8 @@ fn worker_command(spec: &LaunchSpec, rank: u32) -> Command {
     }
     // In a process group of its own: Ctrl-C at a terminal is for the coordinator, which then stops its workers.
     command.process_group(0);
+    // Its flags are all here; the file's are not its own.
+    command.env_remove("PHALANX_CONFIG");
     // Not an argument: those are readable by everybody on the machine.
     command
         .env("PHALANX_JOIN_TOKEN", &spec.join_token)
