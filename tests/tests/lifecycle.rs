@@ -171,20 +171,22 @@ fn a_rank_takes_its_share_and_not_the_file() {
     // A small workspace and KV cache, so that what is left is weights.
     let small = [
         "-tp",
-        "2",
+        "3",
         "--max-model-len",
         "256",
         "--num-gpu-blocks-override",
         "16",
-        "--max-num-seqs",
-        "8",
     ];
-    let server = Server::start(&[&small[..], &["--max-num-batched-tokens", "64"]].concat());
+    let steps = ["--max-num-seqs", "8", "--max-num-batched-tokens", "64"];
+    let server = Server::start(&[small.as_slice(), steps.as_slice()].concat());
     let file = std::fs::metadata(demo_model()).expect("the model").len();
-    for worker in server.part("worker") {
-        // Half of the weights, a few megabytes of KV cache and workspace, and what a process takes.
+    let workers = server.part("worker");
+    assert_eq!(workers.len(), 3);
+    for worker in workers {
+        // A third of the weights and a process are about 64 MB. The peak moves by some 20 MB with how much of the file
+        // the kernel maps around a read; a rank that kept the file mapped, or all weights, would be far above.
         let (_, peak) = processes::rss(worker);
-        assert!(peak < file * 9 / 10, "peak {peak} of a file of {file}");
+        assert!(peak < file, "peak {peak} of a file of {file}");
     }
     assert!(server.stop().success());
 }
