@@ -26,6 +26,10 @@ impl RuntimeDir {
         Ok(Self(path))
     }
 
+    pub(crate) fn path(&self) -> PathBuf {
+        self.0.clone()
+    }
+
     pub(crate) fn socket(&self) -> PathBuf {
         self.0.join("grpc.sock")
     }

@@ -39,9 +39,7 @@ pub(crate) fn serve(args: ServeArgs, logging: &LoggingArgs) -> anyhow::Result<()
         workers: resolve::workers(
             &args.engine,
             &args.model,
-            WorkerSource::Local {
-                program: program.clone(),
-            },
+            resolve::local_workers(program.clone(), directory.path()),
         ),
     };
     let gateway = GatewayCommand::new(&args, logging, &program, config.api.uds.as_deref());
@@ -53,9 +51,10 @@ pub(crate) fn coordinator(args: CoordinatorArgs) -> anyhow::Result<()> {
     let model = resolve::model(&args.model)?;
     let source = match (args.distributed_executor_backend, args.join_token) {
         (ExecutorBackend::ExternalLauncher, Some(join_token)) => WorkerSource::External { join_token },
-        _ => WorkerSource::Local {
-            program: std::env::current_exe().context("cannot find this program's own binary")?,
-        },
+        _ => {
+            let program = std::env::current_exe().context("cannot find this program's own binary")?;
+            resolve::local_workers(program, directory.path())
+        }
     };
     let config = CoordinatorConfig {
         engine: resolve::engine(&args.engine, &model),

@@ -1,0 +1,127 @@
+//! What the ranks compute on: chosen by the user, or decided when all of them have said what they have.
+
+use phalanx_proto::v1;
+
+use crate::config::DeviceChoice;
+
+/// The ranks' devices.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Hardware {
+    /// CPUs of this host, which share its memory.
+    Cpu,
+    /// One GPU for each rank, in rank order.
+    Cuda(Vec<GpuMemory>),
+}
+
+/// Bytes of a GPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GpuMemory {
+    pub total: u64,
+    /// Not taken by anybody when the rank looked.
+    pub free: u64,
+}
+
+/// GPUs were asked for and a rank has none.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("rank {rank} has no GPU: {reason}")]
+pub struct NoGpu {
+    pub rank: u32,
+    pub reason: String,
+}
+
+impl Hardware {
+    pub fn kind(&self) -> v1::DeviceKind {
+        match self {
+            Self::Cpu => v1::DeviceKind::Cpu,
+            Self::Cuda(_) => v1::DeviceKind::Cuda,
+        }
+    }
+
+    /// `devices` are the ranks', in rank order.
+    ///
+    /// # Errors
+    /// [`NoGpu`] with the first rank that lacks the GPU that was asked for.
+    pub fn decide(choice: DeviceChoice, devices: &[v1::Device]) -> Result<Self, NoGpu> {
+        if choice == DeviceChoice::Cpu {
+            return Ok(Self::Cpu);
+        }
+        let lacking = devices
+            .iter()
+            .zip(0..)
+            .find(|(device, _)| device.kind() != v1::DeviceKind::Cuda);
+        match (lacking, choice) {
+            (None, _) => Ok(Self::Cuda(devices.iter().map(GpuMemory::of).collect())),
+            (Some((device, rank)), DeviceChoice::Cuda) => Err(NoGpu {
+                rank,
+                reason: device.no_cuda.clone(),
+            }),
+            (Some((device, rank)), _) => {
+                tracing::info!(
+                    rank,
+                    reason = device.no_cuda,
+                    "not every rank has a GPU: using CPUs"
+                );
+                Ok(Self::Cpu)
+            }
+        }
+    }
+}
+
+impl GpuMemory {
+    fn of(device: &v1::Device) -> Self {
+        Self {
+            total: device.memory_bytes,
+            free: device.free_bytes.min(device.memory_bytes),
+        }
+    }
+
+    /// What a rank may take: `utilization` of the whole, less what others have taken already.
+    pub fn budget(&self, utilization: f32) -> u64 {
+        let kept_free = (self.total as f64 * f64::from(1.0 - utilization)) as u64;
+        self.free.saturating_sub(kept_free)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn gpu(total: u64, free: u64) -> v1::Device {
+        v1::Device {
+            kind: v1::DeviceKind::Cuda.into(),
+            memory_bytes: total,
+            free_bytes: free,
+            ..Default::default()
+        }
+    }
+
+    fn cpu(reason: &str) -> v1::Device {
+        v1::Device {
+            kind: v1::DeviceKind::Cpu.into(),
+            no_cuda: reason.into(),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn gpus_are_used_when_every_rank_has_one() {
+        let all = [gpu(100, 90), gpu(100, 80)];
+        let some = [gpu(100, 90), cpu("no device")];
+        assert!(
+            matches!(Hardware::decide(DeviceChoice::Auto, &all), Ok(Hardware::Cuda(gpus)) if gpus.len() == 2)
+        );
+        assert_eq!(Hardware::decide(DeviceChoice::Auto, &some), Ok(Hardware::Cpu));
+        assert_eq!(Hardware::decide(DeviceChoice::Cpu, &all), Ok(Hardware::Cpu));
+        let refused = Hardware::decide(DeviceChoice::Cuda, &some).unwrap_err();
+        assert_eq!(refused.to_string(), "rank 1 has no GPU: no device");
+    }
+
+    #[test]
+    fn what_others_have_taken_is_not_given_again() {
+        let memory = |total, free| GpuMemory { total, free };
+        assert_eq!(memory(1000, 1000).budget(1.0), 1000);
+        assert_eq!(memory(1000, 1000).budget(0.75), 750);
+        assert_eq!(memory(1000, 600).budget(0.75), 350);
+        assert_eq!(memory(1000, 100).budget(0.75), 0);
+    }
+}
