@@ -84,9 +84,10 @@ pub(crate) fn workers(args: &EngineArgs, model: &ModelArgs, source: WorkerSource
 }
 
 /// Workers that are children of this process. `scratch` is a directory of this process alone.
-pub(crate) fn local_workers(program: PathBuf, scratch: PathBuf) -> WorkerSource {
+pub(crate) fn local_workers(program: PathBuf, arguments: Vec<String>, scratch: PathBuf) -> WorkerSource {
     WorkerSource::Local {
         program,
+        arguments,
         gpus: GpuEnvironment {
             library_path: std::env::var_os("LD_LIBRARY_PATH"),
             visible_devices: std::env::var("CUDA_VISIBLE_DEVICES").ok(),

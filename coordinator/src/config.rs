@@ -107,6 +107,8 @@ pub enum WorkerSource {
     Local {
         /// A binary that understands `worker`.
         program: PathBuf,
+        /// Flags for it beside those of its rank.
+        arguments: Vec<String>,
         gpus: GpuEnvironment,
     },
     /// Others start them; they must know the token.

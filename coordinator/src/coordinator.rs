@@ -30,7 +30,7 @@ use crate::{
     text::{ModelLimits, TextError, TextModel, TextOptions, TextProcessor, random_u64},
 };
 
-/// The first group; a new one after every loss.
+/// The first group.
 const FIRST_EPOCH: u32 = 1;
 /// Joining a group maps a segment and allocates a few buffers.
 const JOIN_LIMIT: Duration = Duration::from_secs(30);
@@ -88,16 +88,17 @@ impl Coordinator {
     /// Whatever makes a start pointless, before any weight is read.
     pub async fn start(config: CoordinatorConfig) -> Result<Self, CoordinatorError> {
         let started = Instant::now();
+        // First, so that the memory of the dead is not counted as taken.
+        let swept = sweep_orphans(&config.workers.shm_dir)?;
+        if swept > 0 {
+            tracing::info!(swept, "removed segments of dead groups");
+        }
         let proposal = Proposal::open(config.model.clone())?;
         let libraries = CudaLibraries::of(&config.workers.source);
         // Ranks that can only be on CPUs get their work when they attach; others are asked first what they have.
         let deployment = std::sync::OnceLock::new();
         if libraries.only_cpu(config.model.device) {
             let _ = deployment.set(proposal.resolve(&Hardware::Cpu, &config.workers.shm_dir)?);
-        }
-        let swept = sweep_orphans(&config.workers.shm_dir)?;
-        if swept > 0 {
-            tracing::info!(swept, "removed segments of dead groups");
         }
         let mut listeners = Listeners::default();
         let tcp = match config.api.tcp {
@@ -252,7 +253,6 @@ impl Coordinator {
             policy: options.policy,
             long_prefill_token_threshold: options.long_prefill_token_threshold as u32,
             step_timeout: options.step_timeout,
-            prefix_cache_seed: random_seed(),
             ..deployment.engine_config()
         };
         let thread = EngineThreadConfig {
@@ -357,7 +357,12 @@ impl WorkerPlan {
         tcp: Option<SocketAddr>,
         cluster: &Cluster,
     ) -> std::io::Result<Option<Launcher>> {
-        let WorkerSource::Local { program, gpus } = &config.workers.source else {
+        let WorkerSource::Local {
+            program,
+            arguments,
+            gpus,
+        } = &config.workers.source
+        else {
             return Ok(None);
         };
         let coordinator = match (&config.api.uds, tcp) {
@@ -368,6 +373,7 @@ impl WorkerPlan {
         let device = config.model.device;
         let spec = LaunchSpec {
             program: program.clone(),
+            arguments: arguments.clone(),
             coordinator,
             join_token: self.join_token.clone(),
             cpus: self.cpus.clone(),
@@ -391,14 +397,6 @@ fn own_cpus() -> Vec<usize> {
             .collect(),
         Err(_) => all(),
     }
-}
-
-fn random_seed() -> [u8; 32] {
-    let mut seed = [0; 32];
-    for chunk in seed.chunks_exact_mut(8) {
-        chunk.copy_from_slice(&random_u64().to_le_bytes());
-    }
-    seed
 }
 
 fn text_processor(
@@ -426,6 +424,7 @@ fn text_processor(
         limits,
         chat_template: template.transpose()?,
         threads: None,
+        seed: config.engine.seed,
     };
     Ok(TextProcessor::new(model, options)?)
 }

@@ -103,7 +103,7 @@ impl Proposal {
         };
         memory.check(&self.request(style, &formats), &budget)?;
         let num_blocks = num_blocks(options, &memory, &budget)?;
-        Ok(Deployment {
+        let deployment = Deployment {
             checkpoint: self.checkpoint.clone(),
             options: options.clone(),
             device: hardware.kind(),
@@ -112,7 +112,9 @@ impl Proposal {
             num_blocks,
             max_model_len: self.max_model_len as u32,
             limits: self.limits(num_blocks),
-        })
+        };
+        deployment.engine_config().validate()?;
+        Ok(deployment)
     }
 
     /// How the model is cut for these devices, and the bytes.

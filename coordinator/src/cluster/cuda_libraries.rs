@@ -39,6 +39,9 @@ struct Found {
 }
 
 impl CudaLibraries {
+    /// The directory of links, within the scratch directory.
+    pub const LINKS: &str = "cuda";
+
     /// Of the machine on which the workers will run, if that is this one.
     pub fn of(source: &WorkerSource) -> Self {
         match source {
@@ -83,7 +86,7 @@ impl CudaLibraries {
         if hidden.is_empty() {
             return Ok(None);
         }
-        let links = gpus.scratch.join("cuda");
+        let links = gpus.scratch.join(Self::LINKS);
         fs::DirBuilder::new().recursive(true).mode(0o700).create(&links)?;
         let mut path = vec![links.clone()];
         path.extend(std::env::split_paths(
