@@ -173,6 +173,10 @@ __attribute__((noreturn, noinline)) static void leave(Block* b, const char* erro
   __builtin_unreachable();
 }
 __attribute__((noinline)) void fail(const char* message) { leave(self()->blk, message); }
+// Entered by the driver stand-in's SIGSEGV handler, on the stack of the fiber that touched what it may not touch.
+extern "C" __attribute__((visibility("default"), noinline)) void softgpu_fault() {
+  leave(self()->blk, "illegal memory access");
+}
 // Waits until *word differs from value.
 __attribute__((noinline)) void block_on(const uint32_t* word, uint32_t value, const char* why) {
   Fiber* me = self();
