@@ -45,7 +45,11 @@ impl Drop for RuntimeDir {
 /// Removes our socket, the workers' links and the directory around them; whatever else lies there is not ours and stays.
 fn remove(directory: &Path) {
     let _ = fs::remove_file(directory.join(SOCKET));
-    for link in fs::read_dir(directory.join(CudaLibraries::LINKS)).into_iter().flatten().flatten() {
+    for link in fs::read_dir(directory.join(CudaLibraries::LINKS))
+        .into_iter()
+        .flatten()
+        .flatten()
+    {
         if link.file_type().is_ok_and(|kind| kind.is_symlink()) {
             let _ = fs::remove_file(link.path());
         }

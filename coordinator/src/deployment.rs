@@ -136,12 +136,8 @@ impl Proposal {
             }
             (None, reduce) => (TensorParallelStyle::Reduce, reduce?),
         };
-        // GPUs share no activations through the host.
-        for rank in &mut memory.ranks {
-            rank.workspace += memory.arena;
-        }
-        memory.segment = memory.segment - memory.arena + ledger_bytes(self.options.tensor_parallel_size);
-        memory.arena = 0;
+        hardware::place_on_gpus(&mut memory, self.checkpoint.config(), formats);
+        memory.segment += ledger_bytes(self.options.tensor_parallel_size);
         Ok((style, memory))
     }
 

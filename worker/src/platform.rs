@@ -81,6 +81,7 @@ impl Platform for Cuda {
         let group = NcclGroup {
             port: place.port,
             unique_id: place.group_id,
+            style: place.assignment.plan.style,
             step_timeout: place.assignment.step_timeout,
         };
         NcclCommunicator::join(backend, group)

@@ -1,8 +1,18 @@
 //! What the ranks compute on: chosen by the user, or decided when all of them have said what they have.
 
+use phalanx_model::{MemoryPlan, ModelConfig, TensorFormats, TensorRole};
 use phalanx_proto::v1;
 
 use crate::config::DeviceChoice;
+
+/// What a rank takes of its GPU beside weights, KV cache and activations: the scratch memory of kernels and of cublasLt,
+/// a step's input, and what is left over in allocations. The CUDA context is there when a rank reports its free memory;
+/// NCCL's buffers come out of what `gpu_memory_utilization` leaves. An estimate, rounded up.
+const GPU_OVERHEAD_BYTES: u64 = 192 << 20;
+const BF16_BYTES: usize = 2;
+/// Rows begin at multiples of so many elements.
+const BF16_ROW_ALIGN: usize = 8;
+const F32_BYTES: usize = 4;
 
 /// The ranks' devices.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -79,6 +89,27 @@ impl GpuMemory {
     pub fn budget(&self, utilization: f32) -> u64 {
         let kept_free = (self.total as f64 * f64::from(1.0 - utilization)) as u64;
         self.free.saturating_sub(kept_free)
+    }
+}
+
+/// Turns the bytes of CPU ranks into those of GPU ranks: weights are bf16 whatever their format in the file, and
+/// activations that CPU ranks share lie on every GPU, with as much again to pack them for a gather.
+pub(super) fn place_on_gpus(memory: &mut MemoryPlan, config: &ModelConfig, formats: &TensorFormats) {
+    let shared = std::mem::take(&mut memory.arena);
+    memory.segment -= shared;
+    let shards = &memory.shards;
+    for (rank, bytes) in memory.ranks.iter_mut().enumerate() {
+        let weight = |role: TensorRole| {
+            let slice = shards.slice(config, rank, role)?;
+            formats.get(&role)?;
+            Some(match role.is_vector() {
+                true => slice.rows.len() * slice.cols.len() * F32_BYTES,
+                false => slice.rows.len() * slice.cols.len().next_multiple_of(BF16_ROW_ALIGN) * BF16_BYTES,
+            } as u64)
+        };
+        bytes.weights = config.roles().filter_map(weight).sum();
+        bytes.workspace += 2 * shared;
+        bytes.overhead = GPU_OVERHEAD_BYTES;
     }
 }
 

@@ -3,7 +3,7 @@
 //! cudarc's safe wrapper cannot be used here: its communicators block while they are set up, cannot be asked for errors,
 //! and cannot be aborted while somebody waits for them.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 use cudarc::nccl::result::{self, NcclError, NcclStatus};
@@ -27,7 +27,7 @@ unsafe impl Send for RawComm {}
 
 enum State {
     Live(RawComm),
-    /// Freed, and why.
+    /// Freed; why.
     Aborted(String),
 }
 
@@ -141,14 +141,18 @@ impl Handle {
     }
 
     /// Ends what runs on the device and frees the communicator. The first reason is what every later call is told.
-    pub(super) fn abort(&self, reason: String) {
-        let mut state = self.lock();
-        if let State::Live(RawComm(comm)) = *state {
-            *state = State::Aborted(reason);
-            // SAFETY: the state has just given up the pointer, so this is its last use. A failure leaves nothing that
-            // could be done about it.
-            let _ = unsafe { result::comm_abort(comm) };
+    pub(super) fn abort(&self, reason: &str) {
+        self.lock().abort(reason);
+    }
+
+    /// As [`abort`](Self::abort); false if another thread is inside a call.
+    pub(super) fn try_abort(&self, reason: &str) -> bool {
+        match self.state.try_lock() {
+            Ok(mut state) => state.abort(reason),
+            Err(TryLockError::Poisoned(state)) => state.into_inner().abort(reason),
+            Err(TryLockError::WouldBlock) => return false,
         }
+        true
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -157,10 +161,21 @@ impl Handle {
     }
 }
 
+impl State {
+    fn abort(&mut self, reason: &str) {
+        if let Self::Live(RawComm(comm)) = *self {
+            *self = Self::Aborted(reason.to_owned());
+            // SAFETY: the state has just given up the pointer, so this is its last use. A failure leaves nothing that
+            // could be done about it.
+            let _ = unsafe { result::comm_abort(comm) };
+        }
+    }
+}
+
 impl Drop for Handle {
     fn drop(&mut self) {
         // Not `ncclCommDestroy`, which waits for peers that may be gone.
-        self.abort("the group is closed".to_owned());
+        self.abort("the group is closed");
     }
 }
 
@@ -224,6 +239,9 @@ impl InitDeadline {
         if Instant::now() < self.end {
             return Ok(());
         }
-        Err(KernelError::Collective(format!("NCCL did not connect the ranks within {:?}", self.limit)))
+        Err(KernelError::Collective(format!(
+            "NCCL did not connect the ranks within {:?}",
+            self.limit
+        )))
     }
 }

@@ -21,6 +21,11 @@ const PERIOD: Duration = Duration::from_millis(10);
 /// After so long without a step the thread sleeps until there is one.
 const REST: Duration = Duration::from_millis(200);
 
+/// The code of a group that stalled without anybody being behind.
+const STALLED: u16 = 1;
+/// A call into NCCL that takes longer than this, when all is over, never ends.
+const STUCK: Duration = Duration::from_secs(2);
+
 /// Looks after one communicator until it is dropped.
 pub(super) struct Watchdog {
     shared: Arc<Shared>,
@@ -73,7 +78,9 @@ impl Watchdog {
             wake: Condvar::new(),
         });
         let watched = Arc::clone(&shared);
-        let thread = thread::Builder::new().name("nccl-watchdog".to_owned()).spawn(move || watched.watch());
+        let thread = thread::Builder::new()
+            .name("nccl-watchdog".to_owned())
+            .spawn(move || watched.watch());
         let thread = thread.map_err(|error| KernelError::Device {
             op: "starting the NCCL watchdog",
             message: error.to_string(),
@@ -107,7 +114,7 @@ impl Watchdog {
         }
     }
 
-    pub(super) fn abort(&self, reason: String) {
+    pub(super) fn abort(&self, reason: &str) {
         self.shared.handle.abort(reason);
     }
 }
@@ -116,7 +123,7 @@ impl Drop for Watchdog {
     fn drop(&mut self) {
         self.shared.lock().state = State::Over;
         self.shared.wake.notify_one();
-        self.shared.handle.abort("the group is closed".to_owned());
+        self.shared.handle.abort("the group is closed");
         if let Some(thread) = self.thread.take() {
             // It has not panicked: that would have ended the process.
             let _ = thread.join();
@@ -128,8 +135,7 @@ impl Shared {
     fn watch(&self) {
         while let Some(since) = self.next_look() {
             if let Err(reason) = self.look(since) {
-                tracing_free_report(&self.handle, reason);
-                return;
+                return self.end(reason);
             }
         }
     }
@@ -175,7 +181,26 @@ impl Shared {
         Err(format!("{stall} within {:?}", self.limit))
     }
 
+    /// Aborts the communicator. The rank's thread may be inside a call that waits for room in the device's queue, which
+    /// there will not be: then only the end of the process helps, and the coordinator sees to the rest.
+    fn end(&self, reason: String) {
+        let deadline = Instant::now() + STUCK;
+        while !self.handle.try_abort(&reason) {
+            if Instant::now() >= deadline {
+                std::process::abort();
+            }
+            thread::sleep(PERIOD);
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, Watch> {
         self.watch.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Who is to be told as the reason of the group's end.
+fn blame(rank: Option<u32>) -> AbortReason {
+    rank.map_or(AbortReason::Other(STALLED), |rank| {
+        AbortReason::TimedOut(Party::Rank(rank))
+    })
 }
