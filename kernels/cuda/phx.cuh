@@ -37,7 +37,8 @@ enum Format : u32 {
   BF16 = 30,
 };
 
-const float NEGATIVE_INFINITY = -__builtin_huge_valf();
+// A macro, because NVRTC knows no constant expression of it without a header.
+#define NEGATIVE_INFINITY __uint_as_float(0xff800000u)
 const u32 FULL_WARP = 0xffffffffu;
 const u32 WARP = 32;
 
