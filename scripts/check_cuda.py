@@ -95,7 +95,9 @@ def assemble(venv, ptx, arch):
     kernels = {}
     for part in re.split(r"Compiling entry function '", log)[1:]:
         name = part.split("'")[0]
-        number = lambda pattern: sum(int(n) for n in re.findall(pattern, part))
+        def number(pattern, part=part):
+            return sum(int(n) for n in re.findall(pattern, part))
+
         kernels[name] = {
             "registers": number(r"Used (\d+) registers"),
             "shared": number(r"(\d+) bytes smem"),

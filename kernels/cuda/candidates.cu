@@ -103,10 +103,9 @@ PHX_DEV float gumbel(u32 word) {
 }
 
 // Sorts by falling value, then rising id; the zeros are one value. As `rank` of kernels/src/candidates.rs, for unsigned
-// comparison; NaN last.
+// comparison. NaN counts as negative infinity: neither is ever chosen.
 PHX_DEV u32 rank_key(float value) {
-  if (value != value) return 0xffffffffu;
-  const u32 bits = __float_as_uint(value + 0.f);
+  const u32 bits = __float_as_uint(value == value ? value + 0.f : NEGATIVE_INFINITY);
   const u32 rising = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
   return ~rising;
 }
