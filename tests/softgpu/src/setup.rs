@@ -88,7 +88,8 @@ fn find_library(executable: &Path) -> io::Result<PathBuf> {
         .map(|(_, path)| path)
         .ok_or_else(|| {
             let beside = executable.display();
-            let message = format!("{file} is not beside {beside}: run `cargo build -p phalanx-softgpu` first");
+            let message =
+                format!("{file} is not beside {beside}: run `cargo build -p phalanx-softgpu` first");
             io::Error::new(io::ErrorKind::NotFound, message)
         })
 }
