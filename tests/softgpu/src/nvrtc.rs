@@ -104,32 +104,51 @@ fn is_plain(name: &str) -> bool {
     !name.is_empty() && !name.starts_with('.') && !name.contains('/')
 }
 
-/// The compiler's flags for NVRTC's options. Those that tune machine code of a GPU have no counterpart.
-fn flags_of(options: &[String]) -> Result<Vec<String>, String> {
-    let mut flags = Vec::new();
-    for option in options {
-        if let Some(arch) = option
-            .strip_prefix("--gpu-architecture=")
-            .or(option.strip_prefix("-arch="))
-        {
-            let digits: String = arch.chars().filter(char::is_ascii_digit).collect();
-            if digits.is_empty() {
-                return Err(format!("{option}: no architecture"));
+/// What NVRTC's options mean to the compiler here. Those that tune machine code of a GPU have no counterpart.
+#[derive(Default, Hash)]
+struct Options {
+    flags: Vec<String>,
+    /// Definitions, for after the device header: it has names of its own.
+    defines: String,
+}
+
+impl Options {
+    fn parse(options: &[String]) -> Result<Self, String> {
+        let mut parsed = Self::default();
+        for option in options {
+            if let Some(arch) = option
+                .strip_prefix("--gpu-architecture=")
+                .or(option.strip_prefix("-arch="))
+            {
+                let digits: String = arch.chars().filter(char::is_ascii_digit).collect();
+                if digits.is_empty() {
+                    return Err(format!("{option}: no architecture"));
+                }
+                parsed.define(&format!("__CUDA_ARCH__={digits}0"));
+            } else if let Some(path) = option
+                .strip_prefix("--include-path=")
+                .or(option.strip_prefix("-I"))
+            {
+                parsed.flags.push(format!("-I{path}"));
+            } else if let Some(macro_) = option
+                .strip_prefix("--define-macro=")
+                .or(option.strip_prefix("-D"))
+            {
+                parsed.define(macro_);
+            } else if ["--fmad=false", "-fmad=false"].contains(&option.as_str()) {
+                parsed.flags.push("-ffp-contract=off".into());
+            } else if !option.starts_with('-') {
+                return Err(format!("{option}: not an option"));
             }
-            flags.push(format!("-D__CUDA_ARCH__={digits}0"));
-        } else if let Some(path) = option.strip_prefix("--include-path=") {
-            flags.push(format!("-I{path}"));
-        } else if let Some(definition) = option.strip_prefix("--define-macro=") {
-            flags.push(format!("-D{definition}"));
-        } else if ["--fmad=false", "-fmad=false"].contains(&option.as_str()) {
-            flags.push("-ffp-contract=off".into());
-        } else if option.starts_with("-D") || option.starts_with("-I") {
-            flags.push(option.clone());
-        } else if !option.starts_with('-') {
-            return Err(format!("{option}: not an option"));
         }
+        Ok(parsed)
     }
-    Ok(flags)
+
+    /// `NAME` or `NAME=value`.
+    fn define(&mut self, definition: &str) {
+        let (name, value) = definition.split_once('=').unwrap_or((definition, "1"));
+        self.defines += &format!("#define {name} {value}\n");
+    }
 }
 
 /// Names of the `__global__` functions of a preprocessed unit in which the qualifier is [`KERNEL_MARK`].
@@ -157,7 +176,7 @@ fn kernel_names(preprocessed: &str) -> Vec<String> {
 /// One compilation, in a directory of its own.
 struct Compilation<'a> {
     program: &'a Program,
-    flags: Vec<String>,
+    options: Options,
     expressions: Vec<String>,
     directory: PathBuf,
 }
@@ -172,17 +191,21 @@ impl Compilation<'_> {
             fs::write(self.directory.join(name), text)?;
         }
         fs::write(self.directory.join("unit.cu"), &self.program.source)?;
-        let scan = format!(
-            "#include \"softgpu_device.h\"\n#undef __global__\n#define __global__ {KERNEL_MARK}\n#include \"unit.cu\"\n"
-        );
+        let scan = self.unit(&format!("#undef __global__\n#define __global__ {KERNEL_MARK}\n"));
         fs::write(self.directory.join("scan.cu"), scan)
+    }
+
+    /// The text that is compiled: the device header, `between`, the definitions, the source.
+    fn unit(&self, between: &str) -> String {
+        let defines = &self.options.defines;
+        format!("#include \"softgpu_device.h\"\n{between}{defines}#include \"unit.cu\"\n")
     }
 
     fn compiler(&self) -> Command {
         let mut command = Command::new(&settings().cxx);
         command
             .args(DIALECT)
-            .args(&self.flags)
+            .args(&self.options.flags)
             .arg("-I")
             .arg(&self.directory)
             .current_dir(&self.directory);
@@ -208,8 +231,7 @@ impl Compilation<'_> {
         let mut scan = self.compiler();
         scan.args(["-E", "-P", "scan.cu"]);
         let preprocessed = Self::run(scan)?;
-        let mut full =
-            String::from("#define SOFTGPU_IMPL 1\n#include \"softgpu_device.h\"\n#include \"unit.cu\"\n");
+        let mut full = format!("#define SOFTGPU_IMPL 1\n{}", self.unit(""));
         for name in kernel_names(&String::from_utf8_lossy(&preprocessed)) {
             // A template is registered by the expressions that name its instances.
             if !self
@@ -229,7 +251,7 @@ impl Compilation<'_> {
         build
             .args(settings().cxxflags.split_whitespace())
             .args(FLAGS)
-            .args(&self.flags);
+            .args(&self.options.flags);
         build.args(["full.cu", "-o", "out.so"]);
         Self::run(build)?;
         // Ranks compile the same unit at the same time: each its own, and the last one's stays.
@@ -241,14 +263,22 @@ impl Program {
     /// Compiles, or finds what was compiled before. An error is the log.
     fn compile(&self, options: &[String]) -> Result<PathBuf, (Status, String)> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
-        let flags = flags_of(options).map_err(|why| (INVALID_OPTION, why))?;
+        let options = Options::parse(options).map_err(|why| (INVALID_OPTION, why))?;
         let expressions: Vec<String> = lock(&self.expressions)
             .iter()
             .map(|e| e.to_string_lossy().into_owned())
             .collect();
         let settings = settings();
         let mut key = DefaultHasher::new();
-        (&self.source, &self.headers, &expressions, &flags, HEADERS, FLAGS).hash(&mut key);
+        (
+            &self.source,
+            &self.headers,
+            &expressions,
+            &options,
+            HEADERS,
+            FLAGS,
+        )
+            .hash(&mut key);
         (&settings.cxx, &settings.cxxflags).hash(&mut key);
         let key = format!("{:016x}", key.finish());
         let object = settings.cache.join(format!("{key}.so"));
@@ -263,7 +293,7 @@ impl Program {
         let directory = settings.cache.join(own);
         let compilation = Compilation {
             program: self,
-            flags,
+            options,
             expressions,
             directory,
         };
