@@ -33,6 +33,8 @@ pub(crate) enum Command {
     Gateway(GatewayArgs),
     /// Print who would hold what and the bytes, without loading anything.
     Plan(Box<PlanArgs>),
+    /// Compile the CUDA kernels ahead of time, e.g. into a container image; needs NVRTC and no GPU.
+    WarmKernels(WarmKernelsArgs),
 }
 
 #[derive(Debug, Args)]
@@ -292,6 +294,35 @@ pub(crate) struct GatewayArgs {
     /// Exit when this process is no longer the parent.
     #[arg(long, hide = true)]
     pub(crate) parent_pid: Option<u32>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct WarmKernelsArgs {
+    /// Architecture to compile for, e.g. `sm_90`.
+    #[arg(long, env = "PHALANX_ARCH")]
+    pub(crate) arch: String,
+    /// Where workers will look: $PHALANX_PREBUILT_KERNELS there. Default: the kernel cache of this user.
+    #[arg(long, env = "PHALANX_OUTPUT")]
+    pub(crate) output: Option<PathBuf>,
+    /// Head sizes of the models that will be served.
+    #[arg(
+        long,
+        env = "PHALANX_HEAD_DIM",
+        value_delimiter = ',',
+        default_value = "64,128"
+    )]
+    pub(crate) head_dim: Vec<usize>,
+    /// Element types of the KV caches.
+    #[arg(
+        long,
+        env = "PHALANX_KV_CACHE_DTYPE",
+        value_delimiter = ',',
+        default_value = "f16,bf16"
+    )]
+    pub(crate) kv_cache_dtype: Vec<KvCacheDtype>,
+    /// YAML file of flags.
+    #[arg(long, env = "PHALANX_CONFIG")]
+    pub(crate) config: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]

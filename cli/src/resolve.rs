@@ -46,13 +46,19 @@ pub(crate) fn model(args: &ModelArgs) -> anyhow::Result<ModelOptions> {
         max_num_batched_tokens: args.max_num_batched_tokens,
         block_size: args.block_size,
         kv_cache,
-        kv_dtype: match args.kv_cache_dtype {
-            KvCacheDtype::Auto | KvCacheDtype::F16 => KvDtype::F16,
-            KvCacheDtype::F32 => KvDtype::F32,
-            KvCacheDtype::Bf16 => KvDtype::BF16,
-        },
+        kv_dtype: args.kv_cache_dtype.into(),
         gpu_memory_utilization: args.gpu_memory_utilization,
     })
+}
+
+impl From<KvCacheDtype> for KvDtype {
+    fn from(dtype: KvCacheDtype) -> Self {
+        match dtype {
+            KvCacheDtype::Auto | KvCacheDtype::F16 => Self::F16,
+            KvCacheDtype::F32 => Self::F32,
+            KvCacheDtype::Bf16 => Self::BF16,
+        }
+    }
 }
 
 pub(crate) fn engine(args: &EngineArgs, model: &ModelOptions) -> EngineOptions {

@@ -103,9 +103,9 @@ PHX_DEV float gumbel(u32 word) {
 }
 
 // Sorts by falling value, then rising id; the zeros are one value. As `rank` of kernels/src/candidates.rs, for unsigned
-// comparison. No finite value has the key of negative infinity.
+// comparison. NaN counts as negative infinity: neither is ever chosen.
 PHX_DEV u32 rank_key(float value) {
-  const u32 bits = __float_as_uint(value + 0.f);
+  const u32 bits = __float_as_uint(value == value ? value + 0.f : NEGATIVE_INFINITY);
   const u32 rising = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
   return ~rising;
 }
@@ -228,6 +228,7 @@ PHX_DEV Count count_flags(bool flag) {
   if (lane_id() == 0) of_warp[warp_id()] = __popc(ballot);
   __syncthreads();
   Count count = {(u32)__popc(ballot & ((1u << lane_id()) - 1)), 0};
+#pragma unroll 1
   for (u32 w = 0; w < SELECT_THREADS / WARP; w++) {
     if (w < warp_id()) count.earlier += of_warp[w];
     count.all += of_warp[w];

@@ -37,7 +37,7 @@ enum Format : u32 {
   BF16 = 30,
 };
 
-const float NEGATIVE_INFINITY = -__builtin_huge_valf();
+#define NEGATIVE_INFINITY __uint_as_float(0xff800000u)
 const u32 FULL_WARP = 0xffffffffu;
 const u32 WARP = 32;
 
@@ -52,10 +52,7 @@ PHX_DEV float to_float(bf16 v) { return __uint_as_float((u32)v.bits << 16); }
 
 PHX_DEV float to_float(f16 v) {
 #ifdef SOFTGPU
-  const u32 sign = (u32)(v.bits & 0x8000) << 16, rest = v.bits & 0x7fff;
-  if (rest >= 0x7c00) return __uint_as_float(sign | 0x7f800000 | (rest & 0x3ff) << 13);
-  // A power of two brings the exponent's bias, and turns subnormal numbers into normal ones.
-  return __uint_as_float(sign | __float_as_uint(__uint_as_float(rest << 13) * 0x1p112f));
+  return softgpu::f16_to_f(v.bits);
 #else
   float r;
   asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(v.bits));
@@ -74,19 +71,7 @@ PHX_DEV void from_float(bf16& out, float v) {
 }
 PHX_DEV void from_float(f16& out, float v) {
 #ifdef SOFTGPU
-  const u32 bits = __float_as_uint(v), sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
-  u32 half;
-  if (rest > 0x7f800000) {
-    half = 0x7fff;
-  } else if (rest >= 0x477ff000) {
-    half = 0x7c00;
-  } else if (rest < 0x38800000) {
-    // Subnormal: adding 1/2 leaves the rounded multiple of 2^-24 in the low bits.
-    half = __float_as_uint(__uint_as_float(rest) + 0.5f) - 0x3f000000;
-  } else {
-    half = (rest - 0x38000000 + 0xfff + (rest >> 13 & 1)) >> 13;
-  }
-  out.bits = (u16)(sign | half);
+  out.bits = softgpu::f16_rn(v);
 #else
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out.bits) : "f"(v));
 #endif

@@ -48,10 +48,7 @@ impl CudaOptions {
     pub fn new(ordinal: usize) -> Self {
         Self {
             ordinal,
-            kernel_cache: KernelCache {
-                directory: KernelCache::directory_of(|name| std::env::var_os(name)),
-                prebuilt: None,
-            },
+            kernel_cache: KernelCache::of_environment(|name| std::env::var_os(name)),
             workspace_bytes: 64 << 20,
             step_bytes: 16 << 20,
             staging_bytes: 8 << 20,

@@ -4,7 +4,7 @@
 //! takes machine code without a length and would read past the end of half a file. Ranks start together and write the
 //! same files: each writes its own and renames it.
 
-use std::ffi::{CStr, CString, c_char, c_int};
+use std::ffi::{CStr, CString, OsString, c_char, c_int};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -120,18 +120,22 @@ pub struct WarmKernel {
 }
 
 impl KernelCache {
-    /// The directory that a user's environment names: `$PHALANX_KERNEL_CACHE`, else `phalanx/kernels` in
-    /// `$XDG_CACHE_HOME` or in `$HOME/.cache`.
-    pub fn directory_of(variable: impl Fn(&str) -> Option<std::ffi::OsString>) -> Option<PathBuf> {
+    /// What a user's environment names. The directory is `$PHALANX_KERNEL_CACHE`, else `phalanx/kernels` in
+    /// `$XDG_CACHE_HOME` or in `$HOME/.cache`; prebuilt kernels are in `$PHALANX_PREBUILT_KERNELS`, else also there.
+    pub fn of_environment(variable: impl Fn(&str) -> Option<OsString>) -> Self {
         let path = |name| {
             variable(name)
                 .filter(|value| !value.is_empty())
                 .map(PathBuf::from)
         };
-        path("PHALANX_KERNEL_CACHE").or_else(|| {
+        let directory = path("PHALANX_KERNEL_CACHE").or_else(|| {
             let caches = path("XDG_CACHE_HOME").or_else(|| path("HOME").map(|home| home.join(".cache")))?;
             Some(caches.join("phalanx/kernels"))
-        })
+        });
+        Self {
+            prebuilt: path("PHALANX_PREBUILT_KERNELS").or_else(|| directory.clone()),
+            directory,
+        }
     }
 
     /// The machine code of `variants` for `arch`. What has to be compiled is compiled in parallel.

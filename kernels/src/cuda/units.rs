@@ -78,4 +78,16 @@ pub(crate) const UNITS: &[Unit] = &[
         kernels: &["candidate_chunks", "candidate_winners", "select_top"],
         parameters: &[],
     },
+    Unit {
+        name: "linear",
+        source: include_str!("../../cuda/linear.cu"),
+        kernels: &["linear_few_rows", "linear_many_rows"],
+        parameters: &["WEIGHT_FORMAT"],
+    },
+    Unit {
+        name: "all_reduce",
+        source: include_str!("../../cuda/all_reduce.cu"),
+        kernels: &["one_shot_all_reduce"],
+        parameters: &[],
+    },
 ];

@@ -133,8 +133,8 @@ fn compiling_without_a_compiler_is_an_error() {
 
 #[test]
 fn the_cache_is_where_the_environment_says() {
-    let directory = |variables: &[(&str, &str)]| {
-        KernelCache::directory_of(|name| {
+    let cache = |variables: &[(&str, &str)]| {
+        KernelCache::of_environment(|name| {
             let (_, value) = variables.iter().find(|(known, _)| *known == name)?;
             Some((*value).into())
         })
@@ -142,18 +142,21 @@ fn the_cache_is_where_the_environment_says() {
     let home = ("HOME", "/home/me");
     let xdg = ("XDG_CACHE_HOME", "/cache");
     let own = ("PHALANX_KERNEL_CACHE", "/kernels");
-    assert_eq!(directory(&[home, xdg, own]).unwrap(), Path::new("/kernels"));
-    assert_eq!(
-        directory(&[home, xdg]).unwrap(),
-        Path::new("/cache/phalanx/kernels")
-    );
-    assert_eq!(
-        directory(&[home]).unwrap(),
-        Path::new("/home/me/.cache/phalanx/kernels")
-    );
-    assert_eq!(
-        directory(&[home, ("XDG_CACHE_HOME", "")]).unwrap(),
-        Path::new("/home/me/.cache/phalanx/kernels")
-    );
-    assert_eq!(directory(&[]), None);
+    let cases: [(&[_], Option<&str>); 5] = [
+        (&[home, xdg, own], Some("/kernels")),
+        (&[home, xdg], Some("/cache/phalanx/kernels")),
+        (&[home], Some("/home/me/.cache/phalanx/kernels")),
+        (
+            &[home, ("XDG_CACHE_HOME", "")],
+            Some("/home/me/.cache/phalanx/kernels"),
+        ),
+        (&[], None),
+    ];
+    for (variables, want) in cases {
+        let found = cache(variables);
+        assert_eq!(found.directory.as_deref(), want.map(Path::new));
+        assert_eq!(found.prebuilt, found.directory);
+    }
+    let found = cache(&[own, ("PHALANX_PREBUILT_KERNELS", "/image")]);
+    assert_eq!(found.prebuilt.as_deref(), Some(Path::new("/image")));
 }

@@ -6,9 +6,7 @@ use libc::{c_char, c_int, c_uint};
 
 use crate::{
     settings::{log, settings},
-    status::{
-        self, INVALID_CONTEXT, INVALID_DEVICE, INVALID_VALUE, NO_DEVICE, Out, SUCCESS, Status, put,
-    },
+    status::{self, INVALID_CONTEXT, INVALID_DEVICE, INVALID_VALUE, NO_DEVICE, Out, SUCCESS, Status, put},
 };
 
 /// Dynamic shared memory of a block without and with `cuFuncSetAttribute`, bytes (the figures of sm_86).
@@ -33,7 +31,10 @@ pub(crate) fn current_ordinal() -> Result<usize, Status> {
 }
 
 fn ordinal(device: c_int) -> Result<usize, Status> {
-    usize::try_from(device).ok().filter(|ordinal| *ordinal < settings().devices).ok_or(INVALID_DEVICE)
+    usize::try_from(device)
+        .ok()
+        .filter(|ordinal| *ordinal < settings().devices)
+        .ok_or(INVALID_DEVICE)
 }
 
 /// Answers about a device that exists.
@@ -70,7 +71,9 @@ extern "C" fn cuDeviceGet(out: Out<'_, c_int>, index: c_int) -> Status {
 
 /// Copies a text into room for `len` bytes, cut to fit, ended by a zero.
 fn put_text(out: *mut c_char, len: c_int, text: &str) -> Status {
-    let Ok(len @ 1..) = usize::try_from(len) else { return INVALID_VALUE };
+    let Ok(len @ 1..) = usize::try_from(len) else {
+        return INVALID_VALUE;
+    };
     if out.is_null() {
         return INVALID_VALUE;
     }
@@ -128,36 +131,38 @@ extern "C" fn cuDeviceGetAttribute(out: Out<'_, c_int>, attribute: c_int, device
     };
     let capability = settings().compute_capability as c_int;
     let value = match attribute {
-        1..=3 => 1024,               // threads per block, block x and y
-        4 => 64,                     // block z
-        5 => c_int::MAX,             // grid x
-        6 | 7 => 65535,              // grid y, z
-        8 => SMEM_DEFAULT as c_int,  // shared memory per block
-        9 => 64 << 10,               // constant memory
-        10 => 32,                    // warp size
-        12 => 65536,                 // registers per block
-        13 => 1_400_000,             // clock, kHz
-        16 => 8,                     // multiprocessors
-        31 => 1,                     // concurrent kernels
-        33 => ordinal + 1,           // PCI bus
-        34 | 35 | 50 => 0,           // PCI device, TCC driver, PCI domain
-        36 => 1_000_000,             // memory clock, kHz
-        37 => 256,                   // bus width, bits
-        38 => 4 << 20,               // L2, bytes
-        39 => 2048,                  // threads per multiprocessor
-        40 => 2,                     // copy engines
-        41 => 1,                     // unified addressing
-        75 => capability / 10,       // major
-        76 => capability % 10,       // minor
-        81 => 100 << 10,             // shared memory per multiprocessor
-        82 => 65536,                 // registers per multiprocessor
-        83 | 89 | 95 => 0,           // managed memory, concurrent managed access, cooperative launch
-        97 => SMEM_OPT_IN as c_int,  // shared memory per block, opt-in
-        106 => 16,                   // blocks per multiprocessor
-        111 => 1 << 10,              // reserved shared memory per block
-        115 => 1,                    // memory pools
+        1..=3 => 1024,              // threads per block, block x and y
+        4 => 64,                    // block z
+        5 => c_int::MAX,            // grid x
+        6 | 7 => 65535,             // grid y, z
+        8 => SMEM_DEFAULT as c_int, // shared memory per block
+        9 => 64 << 10,              // constant memory
+        10 => 32,                   // warp size
+        12 => 65536,                // registers per block
+        13 => 1_400_000,            // clock, kHz
+        16 => 8,                    // multiprocessors
+        31 => 1,                    // concurrent kernels
+        33 => ordinal + 1,          // PCI bus
+        34 | 35 | 50 => 0,          // PCI device, TCC driver, PCI domain
+        36 => 1_000_000,            // memory clock, kHz
+        37 => 256,                  // bus width, bits
+        38 => 4 << 20,              // L2, bytes
+        39 => 2048,                 // threads per multiprocessor
+        40 => 2,                    // copy engines
+        41 => 1,                    // unified addressing
+        75 => capability / 10,      // major
+        76 => capability % 10,      // minor
+        81 => 100 << 10,            // shared memory per multiprocessor
+        82 => 65536,                // registers per multiprocessor
+        83 | 89 | 95 => 0,          // managed memory, concurrent managed access, cooperative launch
+        97 => SMEM_OPT_IN as c_int, // shared memory per block, opt-in
+        106 => 16,                  // blocks per multiprocessor
+        111 => 1 << 10,             // reserved shared memory per block
+        115 => 1,                   // memory pools
         _ => {
-            log(&format!("device attribute {attribute} is unknown to the soft GPU"));
+            log(&format!(
+                "device attribute {attribute} is unknown to the soft GPU"
+            ));
             return INVALID_VALUE;
         }
     };

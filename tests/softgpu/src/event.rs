@@ -10,9 +10,7 @@ use libc::{c_float, c_uint};
 use crate::{
     graph::{Capture, Kind},
     handles::{Handles, lock},
-    status::{
-        CAPTURE_ISOLATION, CAPTURED_EVENT, INVALID_HANDLE, NOT_READY, Out, SUCCESS, Status, put,
-    },
+    status::{CAPTURE_ISOLATION, CAPTURED_EVENT, INVALID_HANDLE, NOT_READY, Out, SUCCESS, Status, put},
     stream::{self, Stream},
 };
 
@@ -33,7 +31,10 @@ struct Mark {
 static EVENTS: Handles<Event> = Handles::new();
 
 fn mark_of(event: usize) -> Result<Option<Mark>, Status> {
-    EVENTS.get(event).map(|event| lock(&event.mark).clone()).ok_or(INVALID_HANDLE)
+    EVENTS
+        .get(event)
+        .map(|event| lock(&event.mark).clone())
+        .ok_or(INVALID_HANDLE)
 }
 
 #[unsafe(no_mangle)]
@@ -48,7 +49,9 @@ extern "C" fn cuEventDestroy_v2(event: usize) -> Status {
 
 #[unsafe(no_mangle)]
 extern "C" fn cuEventRecord(event: usize, stream: usize) -> Status {
-    let Some(event) = EVENTS.get(event) else { return INVALID_HANDLE };
+    let Some(event) = EVENTS.get(event) else {
+        return INVALID_HANDLE;
+    };
     let stream = match stream::get(stream) {
         Ok(stream) => stream,
         Err(status) => return status,
@@ -61,7 +64,12 @@ extern "C" fn cuEventRecord(event: usize, stream: usize) -> Status {
         SUCCESS
     };
     let number = stream.push(Kind::Event, Arc::new(op));
-    *lock(&event.mark) = Some(Mark { stream, number, capture, at });
+    *lock(&event.mark) = Some(Mark {
+        stream,
+        number,
+        capture,
+        at,
+    });
     stream::sticky()
 }
 
@@ -130,8 +138,12 @@ extern "C" fn cuEventQuery(event: usize) -> Status {
 
 #[unsafe(no_mangle)]
 extern "C" fn cuEventElapsedTime_v2(out: Out<'_, c_float>, start: usize, end: usize) -> Status {
-    let (Ok(Some(start)), Ok(Some(end))) = (mark_of(start), mark_of(end)) else { return INVALID_HANDLE };
-    let (Some(start), Some(end)) = (*lock(&start.at), *lock(&end.at)) else { return NOT_READY };
+    let (Ok(Some(start)), Ok(Some(end))) = (mark_of(start), mark_of(end)) else {
+        return INVALID_HANDLE;
+    };
+    let (Some(start), Some(end)) = (*lock(&start.at), *lock(&end.at)) else {
+        return NOT_READY;
+    };
     let milliseconds = if end >= start {
         (end - start).as_secs_f32() * 1e3
     } else {

@@ -100,7 +100,9 @@ extern "C" fn cuStreamEndCapture(stream: usize, out: Out<'_, usize>) -> Status {
         Ok(stream) => stream,
         Err(status) => return status,
     };
-    let Some(capture) = lock(&stream.capture).clone() else { return CAPTURE_UNMATCHED };
+    let Some(capture) = lock(&stream.capture).clone() else {
+        return CAPTURE_UNMATCHED;
+    };
     let joined: Vec<_> = lock(&capture.joined).iter().filter_map(Weak::upgrade).collect();
     if joined.first().is_none_or(|origin| !Arc::ptr_eq(origin, &stream)) {
         return CAPTURE_UNMATCHED; // ended on a stream that only joined
@@ -134,7 +136,9 @@ extern "C" fn cuStreamIsCapturing(stream: usize, out: Out<'_, c_int>) -> Status 
 
 #[unsafe(no_mangle)]
 extern "C" fn cuGraphInstantiateWithFlags(out: Out<'_, usize>, graph: usize, _flags: c_ulonglong) -> Status {
-    let Some(graph) = GRAPHS.get(graph) else { return INVALID_HANDLE };
+    let Some(graph) = GRAPHS.get(graph) else {
+        return INVALID_HANDLE;
+    };
     let nodes = Mutex::new(Arc::new(graph.nodes.clone()));
     put(out, EXECUTABLES.insert(Executable { nodes }))
 }
@@ -152,9 +156,17 @@ extern "C" fn cuGraphInstantiate_v2(
 
 #[unsafe(no_mangle)]
 extern "C" fn cuGraphLaunch(executable: usize, stream: usize) -> Status {
-    let Some(executable) = EXECUTABLES.get(executable) else { return INVALID_HANDLE };
+    let Some(executable) = EXECUTABLES.get(executable) else {
+        return INVALID_HANDLE;
+    };
     let nodes = lock(&executable.nodes).clone();
-    let op = move || nodes.iter().map(|node| (node.op)()).find(|status| *status != SUCCESS).unwrap_or(SUCCESS);
+    let op = move || {
+        nodes
+            .iter()
+            .map(|node| (node.op)())
+            .find(|status| *status != SUCCESS)
+            .unwrap_or(SUCCESS)
+    };
     stream::enqueue(stream, Kind::Graph, Arc::new(op))
 }
 
@@ -187,12 +199,23 @@ extern "C" fn cuGraphExecUpdate_v2(executable: usize, graph: usize, out: Out<'_,
     let mut nodes = lock(&executable.nodes);
     let result = if nodes.len() != graph.nodes.len() {
         UPDATE_TOPOLOGY_CHANGED
-    } else if nodes.iter().zip(&graph.nodes).any(|(old, new)| old.kind != new.kind) {
+    } else if nodes
+        .iter()
+        .zip(&graph.nodes)
+        .any(|(old, new)| old.kind != new.kind)
+    {
         UPDATE_NODE_TYPE_CHANGED
     } else {
         UPDATE_SUCCESS
     };
-    put(out, UpdateResult { result, error_node: 0, error_from_node: 0 });
+    put(
+        out,
+        UpdateResult {
+            result,
+            error_node: 0,
+            error_from_node: 0,
+        },
+    );
     if result != UPDATE_SUCCESS {
         return GRAPH_EXEC_UPDATE_FAILURE;
     }

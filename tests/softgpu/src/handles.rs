@@ -18,7 +18,9 @@ pub(crate) struct Handles<T> {
 
 impl<T> Handles<T> {
     pub(crate) const fn new() -> Self {
-        Self { objects: Mutex::new(BTreeMap::new()) }
+        Self {
+            objects: Mutex::new(BTreeMap::new()),
+        }
     }
 
     pub(crate) fn insert(&self, object: T) -> usize {

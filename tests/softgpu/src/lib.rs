@@ -16,7 +16,10 @@
 //!
 //! Handles given to the caller are numbers looked up in a table, never addresses, so a destroyed or foreign handle is
 //! an error and not a crash.
-#![allow(non_snake_case, reason = "the C functions have the names of the libraries they stand for")]
+#![allow(
+    non_snake_case,
+    reason = "the C functions have the names of the libraries they stand for"
+)]
 
 mod blas;
 mod copy;

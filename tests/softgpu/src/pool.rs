@@ -68,7 +68,10 @@ static HELPERS: LazyLock<Vec<Sender<Arc<Job>>>> = LazyLock::new(|| {
                     job.help();
                 }
             };
-            thread::Builder::new().name("softgpu-pool".into()).spawn(run).ok()?;
+            thread::Builder::new()
+                .name("softgpu-pool".into())
+                .spawn(run)
+                .ok()?;
             Some(sender)
         })
         .collect()
@@ -95,7 +98,10 @@ pub(crate) fn run(total: u64, chunk: u64, body: Body) -> Status {
     job.work();
     let mut active = lock(&job.active);
     while *active > 0 {
-        active = job.idle.wait(active).unwrap_or_else(std::sync::PoisonError::into_inner);
+        active = job
+            .idle
+            .wait(active)
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
     }
     job.error.load(Ordering::Relaxed)
 }

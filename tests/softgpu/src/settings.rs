@@ -65,7 +65,12 @@ pub(crate) fn settings() -> &'static Settings {
 
 impl Settings {
     fn from_env() -> Self {
-        let number = |name: &str, default: u64| env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default);
+        let number = |name: &str, default: u64| {
+            env::var(name)
+                .ok()
+                .and_then(|v| v.parse().ok())
+                .unwrap_or(default)
+        };
         let text = |name: &str, default: &str| env::var(name).unwrap_or_else(|_| default.to_owned());
         let set = |name: &str| env::var_os(name).is_some();
         let cores = std::thread::available_parallelism().map_or(1, |n| n.get() as u64);
@@ -91,7 +96,10 @@ impl Settings {
 }
 
 /// Says on standard error what a status code cannot say.
-#[expect(clippy::print_stderr, reason = "a stand-in for a C library has no other way to explain an error code")]
+#[expect(
+    clippy::print_stderr,
+    reason = "a stand-in for a C library has no other way to explain an error code"
+)]
 pub(crate) fn log(message: &str) {
     if !settings().quiet {
         eprintln!("[softgpu {}] {message}", std::process::id());

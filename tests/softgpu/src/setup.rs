@@ -1,10 +1,12 @@
 //! How a test puts the soft GPU in front of a process.
 
 use std::{
-    env, fs, io,
+    env,
+    ffi::{OsStr, OsString},
+    fs, io,
     os::unix::fs::symlink,
     path::{Path, PathBuf},
-    process,
+    process::{self, Command},
     sync::atomic::{AtomicU32, Ordering},
 };
 
@@ -55,9 +57,33 @@ impl LibraryDir {
         &self.path
     }
 
+    /// A command for `program` that finds the soft GPU.
+    pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
+        let mut command = Command::new(program);
+        command.env("LD_LIBRARY_PATH", self.library_path());
+        command
+    }
+
+    /// A command that runs one test of the running test executable, ignored or not, in a process that finds the soft
+    /// GPU. `name` is the test's full path, as `--list` prints it.
+    ///
+    /// # Errors
+    /// If the path of the running executable cannot be found out.
+    pub fn test_command(&self, name: &str) -> io::Result<Command> {
+        let mut command = self.command(env::current_exe()?);
+        command.args([
+            name,
+            "--exact",
+            "--include-ignored",
+            "--nocapture",
+            "--test-threads=1",
+        ]);
+        Ok(command)
+    }
+
     /// The value for `LD_LIBRARY_PATH`: this directory before what is there already.
     #[must_use]
-    pub fn library_path(&self) -> std::ffi::OsString {
+    pub fn library_path(&self) -> OsString {
         let mut value = self.path.clone().into_os_string();
         if let Some(inherited) = env::var_os("LD_LIBRARY_PATH").filter(|inherited| !inherited.is_empty()) {
             value.push(":");
@@ -88,7 +114,8 @@ fn find_library(executable: &Path) -> io::Result<PathBuf> {
         .map(|(_, path)| path)
         .ok_or_else(|| {
             let beside = executable.display();
-            let message = format!("{file} is not beside {beside}: run `cargo build -p phalanx-softgpu` first");
+            let message =
+                format!("{file} is not beside {beside}: run `cargo build -p phalanx-softgpu` first");
             io::Error::new(io::ErrorKind::NotFound, message)
         })
 }

@@ -20,9 +20,7 @@ use crate::{
     graph::{Capture, Kind, Node},
     handles::{Handles, lock},
     settings::settings,
-    status::{
-        CAPTURE_UNSUPPORTED, INVALID_HANDLE, NOT_READY, OUT_OF_MEMORY, Out, SUCCESS, Status, put,
-    },
+    status::{CAPTURE_UNSUPPORTED, INVALID_HANDLE, NOT_READY, OUT_OF_MEMORY, Out, SUCCESS, Status, put},
 };
 
 /// One piece of work; run again at each launch of the graph that captured it.
@@ -69,7 +67,9 @@ impl Stream {
             is_default,
         });
         let worker = stream.clone();
-        thread::Builder::new().name("softgpu-stream".into()).spawn(move || worker.run())?;
+        thread::Builder::new()
+            .name("softgpu-stream".into())
+            .spawn(move || worker.run())?;
         Ok(stream)
     }
 
@@ -280,7 +280,9 @@ extern "C" fn cuLaunchHostFunc(
     function: Option<extern "C" fn(*mut c_void)>,
     data: usize,
 ) -> Status {
-    let Some(function) = function else { return crate::status::INVALID_VALUE };
+    let Some(function) = function else {
+        return crate::status::INVALID_VALUE;
+    };
     let op = move || {
         function(data as *mut c_void);
         SUCCESS
