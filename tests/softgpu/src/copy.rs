@@ -64,6 +64,68 @@ fn on_device(to: usize, from: usize, bytes: usize, stream: usize) -> Result<(), 
     Ok(())
 }
 
+/// `CUDA_MEMCPY2D`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Plane {
+    from_x: usize,
+    from_y: usize,
+    from_kind: c_uint,
+    from_host: usize,
+    from_device: usize,
+    from_array: usize,
+    from_pitch: usize,
+    to_x: usize,
+    to_y: usize,
+    to_kind: c_uint,
+    to_host: usize,
+    to_device: usize,
+    to_array: usize,
+    to_pitch: usize,
+    width: usize,
+    height: usize,
+}
+
+/// `CU_MEMORYTYPE_DEVICE`.
+const DEVICE: c_uint = 2;
+
+/// Rows of device memory; other kinds of memory are not offered.
+fn plane_on_device(plane: &Plane, stream: usize) -> Result<(), Status> {
+    if (plane.from_kind, plane.to_kind) != (DEVICE, DEVICE) {
+        return Err(INVALID_VALUE);
+    }
+    let (width, height) = (plane.width, plane.height);
+    if width == 0 || height == 0 {
+        return Ok(());
+    }
+    let start = |base: usize, (x, y): (usize, usize), pitch: usize, what| {
+        let end_of_row = x
+            .checked_add(width)
+            .filter(|end| *end <= pitch)
+            .ok_or(INVALID_VALUE)?;
+        let skipped = y.checked_mul(pitch).ok_or(INVALID_VALUE)?;
+        let bytes = (height - 1)
+            .checked_mul(pitch)
+            .and_then(|rows| rows.checked_add(end_of_row));
+        let first = base.checked_add(skipped).ok_or(INVALID_VALUE)?;
+        check(first, bytes.ok_or(INVALID_VALUE)?, what)?;
+        Ok::<usize, Status>(first + x)
+    };
+    let from = (plane.from_x, plane.from_y);
+    let from = start(plane.from_device, from, plane.from_pitch, "copy of rows, source")?;
+    let to = (plane.to_x, plane.to_y);
+    let to = start(plane.to_device, to, plane.to_pitch, "copy of rows, destination")?;
+    let (from_pitch, to_pitch) = (plane.from_pitch, plane.to_pitch);
+    let op = move || {
+        for row in 0..height {
+            copy(to + row * to_pitch, from + row * from_pitch, width)();
+        }
+        SUCCESS
+    };
+    stream::get(stream)?.push(Kind::Copy, Arc::new(op));
+    Ok(())
+}
+
 fn fill<T: Copy + Send + Sync + 'static>(
     device: usize,
     value: T,
@@ -113,6 +175,15 @@ extern "C" fn cuMemcpyDtoHAsync_v2(host: usize, device: usize, bytes: usize, str
 #[unsafe(no_mangle)]
 extern "C" fn cuMemcpyDtoDAsync_v2(to: usize, from: usize, bytes: usize, stream: usize) -> Status {
     enqueued(on_device(to, from, bytes, stream))
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn cuMemcpy2DAsync_v2(plane: Option<&Plane>, stream: usize) -> Status {
+    enqueued(
+        plane
+            .ok_or(INVALID_VALUE)
+            .and_then(|plane| plane_on_device(plane, stream)),
+    )
 }
 
 #[unsafe(no_mangle)]

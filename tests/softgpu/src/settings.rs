@@ -77,7 +77,10 @@ impl Settings {
         // SAFETY: getuid has no precondition and cannot fail.
         let uid = unsafe { libc::getuid() };
         Self {
-            devices: number(Env::DEVICES, 8).min(MAX_DEVICES as u64) as usize,
+            devices: visible(
+                number(Env::DEVICES, 8).min(MAX_DEVICES as u64) as usize,
+                env::var("CUDA_VISIBLE_DEVICES").ok().as_deref(),
+            ),
             compute_capability: number(Env::COMPUTE_CAPABILITY, 80).clamp(10, 999) as u32,
             memory: number(Env::MEMORY_MIB, 4096).min(1 << 24) << 20,
             threads: number(Env::THREADS, cores).clamp(1, 256) as usize,
@@ -95,6 +98,13 @@ impl Settings {
     }
 }
 
+/// How many of `devices` a list in `CUDA_VISIBLE_DEVICES` leaves: those before its first entry that names none. Which
+/// they are makes no difference here.
+fn visible(devices: usize, list: Option<&str>) -> usize {
+    let exists = |entry: &&str| entry.trim().parse::<usize>().is_ok_and(|device| device < devices);
+    list.map_or(devices, |list| list.split(',').take_while(exists).count())
+}
+
 /// Says on standard error what a status code cannot say.
 #[expect(
     clippy::print_stderr,
@@ -103,5 +113,19 @@ impl Settings {
 pub(crate) fn log(message: &str) {
     if !settings().quiet {
         eprintln!("[softgpu {}] {message}", std::process::id());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::visible;
+
+    #[test]
+    fn a_list_of_visible_devices_ends_at_the_first_that_does_not_exist() {
+        assert_eq!(visible(8, None), 8);
+        assert_eq!(visible(8, Some("3")), 1);
+        assert_eq!(visible(2, Some("1, 0")), 2);
+        assert_eq!(visible(2, Some("0,2,1")), 1);
+        assert_eq!(visible(2, Some("")), 0);
     }
 }
