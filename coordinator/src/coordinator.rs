@@ -32,8 +32,9 @@ use crate::{
 
 /// The first group.
 const FIRST_EPOCH: u32 = 1;
-/// Joining a group maps a segment and allocates a few buffers.
-const JOIN_LIMIT: Duration = Duration::from_secs(30);
+/// Joining a group maps a segment and allocates a few buffers; on a large host NCCL takes seconds to connect its GPUs.
+/// Ranks on GPUs give up earlier.
+const JOIN_LIMIT: Duration = Duration::from_secs(120);
 
 #[derive(Debug, thiserror::Error)]
 pub enum CoordinatorError {

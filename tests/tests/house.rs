@@ -21,10 +21,11 @@ fn root() -> PathBuf {
 
 /// What each crate may use of the others.
 fn allowed() -> BTreeMap<&'static str, BTreeSet<&'static str>> {
-    let rules: [(&str, &[&str]); 9] = [
+    let rules: [(&str, &[&str]); 10] = [
         ("proto", &[]),
         ("shm", &[]),
         ("model", &[]),
+        ("softgpu", &[]),
         ("kernels", &["model", "shm"]),
         ("worker", &["proto", "shm", "model", "kernels"]),
         ("coordinator", &["proto", "shm", "model"]),

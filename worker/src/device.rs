@@ -1,6 +1,6 @@
 //! What a rank may compute on, as it tells the coordinator before anything is allocated.
 
-use phalanx_kernels::cuda::{self, DeviceInfo};
+use phalanx_kernels::cuda::{self, DeviceInfo, Library};
 use phalanx_proto::v1;
 
 /// What a worker looks for.
@@ -26,6 +26,9 @@ impl DeviceChoice {
                 memory_bytes: gpu.total_bytes as u64,
                 free_bytes: gpu.free_bytes as u64,
                 no_cuda: String::new(),
+                no_nccl: cuda::require(&[Library::Nccl])
+                    .err()
+                    .map_or_else(String::new, |missing| missing.to_string()),
             },
             Err(reason) => cpu(reason),
         }
@@ -43,12 +46,13 @@ fn cpu(no_cuda: String) -> v1::Device {
 
 /// The GPU of a rank: where a rank sees one, that; where it sees those of its peers as well, the one of its number.
 pub(crate) fn gpu_of(rank: u32) -> Result<DeviceInfo, String> {
-    cuda::available().map_err(|error| error.to_string())?;
+    let needed = [Library::Cuda, Library::Nvrtc, Library::CublasLt];
+    cuda::require(&needed).map_err(|error| error.to_string())?;
     let mut gpus = cuda::devices().map_err(|error| error.to_string())?;
     let place = if gpus.len() == 1 { 0 } else { rank as usize };
     if place < gpus.len() {
         Ok(gpus.swap_remove(place))
     } else {
-        Err(format!("{} CUDA devices are visible to rank {rank}", gpus.len()))
+        Err(format!("the CUDA driver finds {} devices", gpus.len()))
     }
 }

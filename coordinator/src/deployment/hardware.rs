@@ -33,7 +33,7 @@ pub struct GpuMemory {
 
 /// GPUs were asked for and a rank has none.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("rank {rank} has no GPU: {reason}")]
+#[error("rank {rank} cannot use a GPU: {reason}")]
 pub struct NoGpu {
     pub rank: u32,
     pub reason: String,
@@ -55,22 +55,20 @@ impl Hardware {
         if choice == DeviceChoice::Cpu {
             return Ok(Self::Cpu);
         }
-        let lacking = devices
-            .iter()
-            .zip(0..)
-            .find(|(device, _)| device.kind() != v1::DeviceKind::Cuda);
-        match (lacking, choice) {
+        let lacks = |device: &v1::Device| match device.kind() {
+            v1::DeviceKind::Cuda if devices.len() == 1 || device.no_nccl.is_empty() => None,
+            v1::DeviceKind::Cuda => Some(device.no_nccl.clone()),
+            v1::DeviceKind::Cpu | v1::DeviceKind::Unspecified => Some(device.no_cuda.clone()),
+        };
+        let lack = devices.iter().zip(0..).find_map(|(device, rank)| {
+            let reason = lacks(device)?;
+            Some(NoGpu { rank, reason })
+        });
+        match (lack, choice) {
             (None, _) => Ok(Self::Cuda(devices.iter().map(GpuMemory::of).collect())),
-            (Some((device, rank)), DeviceChoice::Cuda) => Err(NoGpu {
-                rank,
-                reason: device.no_cuda.clone(),
-            }),
-            (Some((device, rank)), _) => {
-                tracing::info!(
-                    rank,
-                    reason = device.no_cuda,
-                    "not every rank has a GPU: using CPUs"
-                );
+            (Some(lack), DeviceChoice::Cuda) => Err(lack),
+            (Some(lack), _) => {
+                tracing::info!(%lack, "not every rank has a GPU: using CPUs");
                 Ok(Self::Cpu)
             }
         }
@@ -144,7 +142,15 @@ mod tests {
         assert_eq!(Hardware::decide(DeviceChoice::Auto, &some), Ok(Hardware::Cpu));
         assert_eq!(Hardware::decide(DeviceChoice::Cpu, &all), Ok(Hardware::Cpu));
         let refused = Hardware::decide(DeviceChoice::Cuda, &some).unwrap_err();
-        assert_eq!(refused.to_string(), "rank 1 has no GPU: no device");
+        assert_eq!(refused.to_string(), "rank 1 cannot use a GPU: no device");
+        let without_nccl = v1::Device {
+            no_nccl: "no NCCL".into(),
+            ..gpu(100, 90)
+        };
+        let alone = Hardware::decide(DeviceChoice::Cuda, std::slice::from_ref(&without_nccl));
+        assert!(matches!(alone, Ok(Hardware::Cuda(_))), "NCCL is for several");
+        let refused = Hardware::decide(DeviceChoice::Cuda, &[gpu(100, 90), without_nccl]).unwrap_err();
+        assert_eq!(refused.to_string(), "rank 1 cannot use a GPU: no NCCL");
     }
 
     #[test]
