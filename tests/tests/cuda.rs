@@ -60,6 +60,8 @@ fn launch(libraries: &LibraryDir, visible: &str, arguments: &[&str]) -> Server {
 fn on_gpus(libraries: &LibraryDir, arguments: &[&str]) -> Server {
     let server = launch(libraries, "0,1,2,3", &[&["--device", "cuda"], arguments].concat());
     server.wait_ready();
+    let log = server.log_text();
+    assert!(log.contains("hardware=Cuda(["), "{log}");
     server
 }
 
@@ -185,7 +187,10 @@ fn gpus_that_were_asked_for_and_are_not_there_are_missed_in_one_line() {
         );
     };
     let one = launch(&libraries, "0", &["--device", "cuda", "-tp", "2"]);
-    refused(one, "rank 1 cannot use a GPU: the CUDA driver finds 0 devices");
+    refused(
+        one,
+        "rank 1 cannot use a GPU: device discovery: CUDA_ERROR_NO_DEVICE",
+    );
     std::fs::remove_file(libraries.path().join("libnccl.so")).expect("removed");
     std::fs::remove_file(libraries.path().join("libnccl.so.2")).expect("removed");
     let without_nccl = launch(&libraries, "0,1", &["--device", "cuda", "-tp", "2"]);
