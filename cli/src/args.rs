@@ -47,6 +47,19 @@ pub(crate) struct LoggingArgs {
     pub(crate) log_format: LogFormat,
 }
 
+impl LoggingArgs {
+    /// The same flags for a child process.
+    pub(crate) fn arguments(&self) -> Vec<String> {
+        let format = match self.log_format {
+            LogFormat::Text => "text",
+            LogFormat::Json => "json",
+        };
+        ["--log-level", &self.log_level, "--log-format", format]
+            .map(str::to_owned)
+            .to_vec()
+    }
+}
+
 #[derive(Clone, Copy, Debug, ValueEnum, PartialEq, Eq)]
 pub(crate) enum LogFormat {
     Text,

@@ -40,7 +40,7 @@ fn run(arguments: Vec<OsString>) -> anyhow::Result<()> {
     logging::init(&cli.logging)?;
     match cli.command {
         Command::Serve(args) => serve::serve(*args, &cli.logging),
-        Command::Coordinator(args) => serve::coordinator(*args),
+        Command::Coordinator(args) => serve::coordinator(*args, &cli.logging),
         Command::Worker(args) => worker::run(args),
         Command::Gateway(args) => gateway::run(args),
         Command::Plan(args) => plan::run(&args),

@@ -2,17 +2,18 @@
 
 use std::{
     fs, io,
-    os::unix::fs::DirBuilderExt,
+    os::unix::{fs::DirBuilderExt, net::UnixStream},
     path::{Path, PathBuf},
 };
 
-const PREFIX: &str = "phalanx-";
+const PREFIX: &str = "phalanx-run-";
+const SOCKET: &str = "grpc.sock";
 
-/// `phalanx-<pid>` below `$XDG_RUNTIME_DIR` or the temporary directory, mode 0700; removed when dropped.
+/// `phalanx-run-<pid>` below `$XDG_RUNTIME_DIR` or the temporary directory, mode 0700; removed when dropped.
 pub(crate) struct RuntimeDir(PathBuf);
 
 impl RuntimeDir {
-    /// Makes it, and removes those of processes that are gone.
+    /// Makes it, and removes those of coordinators that are gone.
     pub(crate) fn create() -> io::Result<Self> {
         let parent = std::env::var_os("XDG_RUNTIME_DIR")
             .map(PathBuf::from)
@@ -20,33 +21,68 @@ impl RuntimeDir {
         let parent = parent.unwrap_or_else(std::env::temp_dir);
         sweep(&parent);
         let path = parent.join(format!("{PREFIX}{}", std::process::id()));
-        // Of an earlier process with our pid, and ours: another user's makes the next line fail.
-        let _ = fs::remove_dir_all(&path);
         fs::DirBuilder::new().mode(0o700).create(&path)?;
         Ok(Self(path))
     }
 
     pub(crate) fn socket(&self) -> PathBuf {
-        self.0.join("grpc.sock")
+        self.0.join(SOCKET)
     }
 }
 
 impl Drop for RuntimeDir {
     fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
+        remove(&self.0);
     }
 }
 
+/// Removes our socket and the directory around it; whatever else lies there is not ours and stays.
+fn remove(directory: &Path) {
+    let _ = fs::remove_file(directory.join(SOCKET));
+    let _ = fs::remove_dir(directory);
+}
+
+/// Removes the directories whose socket nobody listens on. A pid says nothing: another container may share the volume.
 fn sweep(parent: &Path) {
     for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
         let name = entry.file_name();
-        let pid = name
+        let ours = name
             .to_str()
             .and_then(|name| name.strip_prefix(PREFIX))
-            .and_then(|pid| pid.parse::<u32>().ok());
-        if pid.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists()) {
-            // Fails for other users' directories, which is right.
-            let _ = fs::remove_dir_all(entry.path());
+            .is_some_and(|pid| pid.parse::<u32>().is_ok());
+        let refused = || {
+            UnixStream::connect(entry.path().join(SOCKET))
+                .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
+        };
+        if ours && refused() {
+            remove(&entry.path());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    #[test]
+    fn only_dead_sockets_are_swept() {
+        let parent = tempfile::tempdir().expect("a temporary directory");
+        let make = |name: &str| {
+            let path = parent.path().join(name);
+            fs::create_dir(&path).expect("made");
+            path
+        };
+        let (dead, live, foreign) = (
+            make("phalanx-run-1"),
+            make("phalanx-run-2"),
+            make("phalanx-run-3"),
+        );
+        drop(UnixListener::bind(dead.join(SOCKET)).expect("bound"));
+        let _listener = UnixListener::bind(live.join(SOCKET)).expect("bound");
+        fs::write(foreign.join("important"), "data").expect("written");
+        sweep(parent.path());
+        assert!(!dead.exists() && live.join(SOCKET).exists() && foreign.join("important").exists());
     }
 }

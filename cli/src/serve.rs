@@ -1,7 +1,7 @@
 //! `phalanx serve` and `phalanx coordinator`: start, serve until a signal or a failure, stop everything.
 
 use std::{
-    path::Path,
+    path::{Path, PathBuf},
     process::{ExitStatus, Stdio},
     time::Duration,
 };
@@ -17,7 +17,7 @@ use tokio::{
 };
 
 use crate::{
-    args::{CoordinatorArgs, ExecutorBackend, LogFormat, LoggingArgs, ServeArgs},
+    args::{CoordinatorArgs, ExecutorBackend, LoggingArgs, ServeArgs},
     progress, resolve,
     runtime_dir::RuntimeDir,
     signals::Signals,
@@ -30,7 +30,7 @@ const GATEWAY_GRACE: Duration = Duration::from_secs(5);
 
 pub(crate) fn serve(args: ServeArgs, logging: &LoggingArgs) -> anyhow::Result<()> {
     let directory = RuntimeDir::create().context("cannot make the directory of the gRPC socket")?;
-    let program = std::env::current_exe().context("cannot find this program's own binary")?;
+    let program = own_binary()?;
     let model = resolve::model(&args.model)?;
     let config = CoordinatorConfig {
         engine: resolve::engine(&args.engine, &model),
@@ -41,6 +41,7 @@ pub(crate) fn serve(args: ServeArgs, logging: &LoggingArgs) -> anyhow::Result<()
             &args.model,
             WorkerSource::Local {
                 program: program.clone(),
+                arguments: logging.arguments(),
             },
         ),
     };
@@ -48,13 +49,14 @@ pub(crate) fn serve(args: ServeArgs, logging: &LoggingArgs) -> anyhow::Result<()
     run(config, args.engine.shutdown_timeout, Some(gateway))
 }
 
-pub(crate) fn coordinator(args: CoordinatorArgs) -> anyhow::Result<()> {
+pub(crate) fn coordinator(args: CoordinatorArgs, logging: &LoggingArgs) -> anyhow::Result<()> {
     let directory = RuntimeDir::create().context("cannot make the directory of the gRPC socket")?;
     let model = resolve::model(&args.model)?;
     let source = match (args.distributed_executor_backend, args.join_token) {
         (ExecutorBackend::ExternalLauncher, Some(join_token)) => WorkerSource::External { join_token },
         _ => WorkerSource::Local {
-            program: std::env::current_exe().context("cannot find this program's own binary")?,
+            program: own_binary()?,
+            arguments: logging.arguments(),
         },
     };
     let config = CoordinatorConfig {
@@ -64,6 +66,10 @@ pub(crate) fn coordinator(args: CoordinatorArgs) -> anyhow::Result<()> {
         workers: resolve::workers(&args.engine, &args.model, source),
     };
     run(config, args.engine.shutdown_timeout, None)
+}
+
+fn own_binary() -> anyhow::Result<PathBuf> {
+    std::env::current_exe().context("cannot find this program's own binary")
 }
 
 fn run(
@@ -157,7 +163,7 @@ async fn stop(coordinator: &Coordinator, gateway: Option<&mut GatewayProcess>, d
 
 /// How to start the gateway.
 struct GatewayCommand {
-    program: std::path::PathBuf,
+    program: PathBuf,
     arguments: Vec<String>,
     api_keys: String,
 }
@@ -177,16 +183,7 @@ impl GatewayCommand {
         }
         flag("--shutdown-timeout", args.engine.shutdown_timeout.to_string());
         flag("--parent-pid", std::process::id().to_string());
-        flag("--log-level", logging.log_level.clone());
-        flag(
-            "--log-format",
-            if logging.log_format == LogFormat::Json {
-                "json"
-            } else {
-                "text"
-            }
-            .into(),
-        );
+        arguments.extend(logging.arguments());
         Self {
             program: program.to_owned(),
             arguments,
@@ -200,6 +197,10 @@ impl GatewayCommand {
             .args(&self.arguments)
             .stdin(Stdio::null())
             .kill_on_drop(true);
+        // In a process group of its own: Ctrl-C at a terminal is for the coordinator, which then stops the gateway.
+        command.process_group(0);
+        // Its flags are all here; the file's are not its own.
+        command.env_remove("PHALANX_CONFIG");
         if !self.api_keys.is_empty() {
             // Not an argument: those are readable by everybody on the machine.
             command.env("PHALANX_API_KEY", &self.api_keys);

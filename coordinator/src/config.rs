@@ -80,6 +80,8 @@ pub enum WorkerSource {
     Local {
         /// A binary that understands `worker`.
         program: PathBuf,
+        /// Flags for it beside those of its rank.
+        arguments: Vec<String>,
     },
     /// Others start them; they must know the token.
     External { join_token: String },

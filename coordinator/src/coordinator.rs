@@ -27,7 +27,7 @@ use crate::{
     text::{ModelLimits, TextError, TextModel, TextOptions, TextProcessor, random_u64},
 };
 
-/// The first group; a new one after every loss.
+/// The first group.
 const FIRST_EPOCH: u32 = 1;
 /// Joining a group maps a segment and allocates a few buffers.
 const JOIN_LIMIT: Duration = Duration::from_secs(30);
@@ -81,11 +81,11 @@ impl Coordinator {
     pub async fn start(config: CoordinatorConfig) -> Result<Self, CoordinatorError> {
         let started = Instant::now();
         let shm_dir = &config.workers.shm_dir;
-        let deployment = Deployment::resolve(config.model.clone(), shm_dir)?;
         let swept = sweep_orphans(shm_dir)?;
         if swept > 0 {
             tracing::info!(swept, "removed segments of dead groups");
         }
+        let deployment = Deployment::resolve(config.model.clone(), shm_dir)?;
         let mut listeners = Listeners::default();
         let tcp = match config.api.tcp {
             Some(address) => Some(listeners.bind_tcp(address).await?),
@@ -214,7 +214,6 @@ impl Coordinator {
             policy: options.policy,
             long_prefill_token_threshold: options.long_prefill_token_threshold as u32,
             step_timeout: options.step_timeout,
-            prefix_cache_seed: random_seed(),
             ..self.deployment.engine_config()
         };
         let thread = EngineThreadConfig {
@@ -314,7 +313,7 @@ impl WorkerPlan {
         tcp: Option<SocketAddr>,
         cluster: &Cluster,
     ) -> std::io::Result<Option<Launcher>> {
-        let WorkerSource::Local { program } = &config.workers.source else {
+        let WorkerSource::Local { program, arguments } = &config.workers.source else {
             return Ok(None);
         };
         let coordinator = match (&config.api.uds, tcp) {
@@ -322,10 +321,12 @@ impl WorkerPlan {
             (None, Some(address)) => format!("http://{address}"),
             (None, None) => return Err(std::io::Error::other("no address for workers to attach to")),
         };
-        let (program, join_token, cpus) = (program.clone(), self.join_token.clone(), self.cpus.clone());
+        let (program, arguments) = (program.clone(), arguments.clone());
+        let (join_token, cpus) = (self.join_token.clone(), self.cpus.clone());
         Launcher::start(
             &LaunchSpec {
                 program,
+                arguments,
                 coordinator,
                 join_token,
                 cpus,
@@ -345,14 +346,6 @@ fn own_cpus() -> Vec<usize> {
             .collect(),
         Err(_) => all(),
     }
-}
-
-fn random_seed() -> [u8; 32] {
-    let mut seed = [0; 32];
-    for chunk in seed.chunks_exact_mut(8) {
-        chunk.copy_from_slice(&random_u64().to_le_bytes());
-    }
-    seed
 }
 
 fn text_processor(
@@ -379,6 +372,7 @@ fn text_processor(
         limits,
         chat_template: template.transpose()?,
         threads: None,
+        seed: config.engine.seed,
     };
     Ok(TextProcessor::new(model, options)?)
 }

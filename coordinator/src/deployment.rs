@@ -92,14 +92,16 @@ impl Deployment {
             num_blocks,
             checkpoint.config().vocab_size,
         );
-        Ok(Self {
+        let deployment = Self {
             options,
             memory,
             num_blocks,
             max_model_len: max_model_len as u32,
             limits,
             checkpoint,
-        })
+        };
+        deployment.engine_config().validate()?;
+        Ok(deployment)
     }
 
     /// The shared segment of the group of `epoch`.

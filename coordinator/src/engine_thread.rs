@@ -64,19 +64,27 @@ pub enum StreamEvent {
 pub struct Submission {
     pub id: SequenceId,
     pub events: mpsc::Receiver<StreamEvent>,
-    _abort: AbortOnDrop,
+    end: EndOnDrop,
+}
+
+impl Submission {
+    /// Ends the sequence because its text is complete, which is not an abort.
+    pub fn stop(mut self) {
+        self.end.reason = FinishReason::Stop;
+    }
 }
 
 #[derive(Debug)]
-struct AbortOnDrop {
+struct EndOnDrop {
     id: SequenceId,
+    reason: FinishReason,
     inbox: Sender<Message>,
 }
 
-impl Drop for AbortOnDrop {
+impl Drop for EndOnDrop {
     fn drop(&mut self) {
         // Of an ended sequence the engine knows nothing and ignores this; an engine that is gone has nothing to abort.
-        let _ = self.inbox.send(Message::Abort(self.id));
+        let _ = self.inbox.send(Message::Finish(self.id, self.reason));
     }
 }
 
@@ -147,10 +155,10 @@ struct Shared {
 }
 
 /// What the thread finds in its inbox. The channel has no bound of its own, but needs none: there is one `Submit` for
-/// each admission ticket and one `Abort` for each submission.
+/// each admission ticket and one `Finish` for each submission.
 enum Message {
     Submit(Box<(EngineRequest, Stream, Lifecycle)>),
-    Abort(SequenceId),
+    Finish(SequenceId, FinishReason),
     RankLost { epoch: u32, cause: ExecutorError },
     Drain,
     Shutdown,
@@ -237,7 +245,11 @@ impl EngineHandle {
         Ok(Submission {
             id,
             events,
-            _abort: AbortOnDrop { id, inbox },
+            end: EndOnDrop {
+                id,
+                reason: FinishReason::Abort,
+                inbox,
+            },
         })
     }
 

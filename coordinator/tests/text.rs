@@ -529,6 +529,7 @@ async fn a_model_without_a_template_completes_but_does_not_chat() {
         limits: *PROCESSOR.limits(),
         chat_template: None,
         threads: None,
+        seed: None,
     };
     let processor = TextProcessor::new(model, options).expect("loads");
     let error = processor

@@ -166,6 +166,30 @@ fn idle_costs_less_than_a_hundredth_of_a_core() {
 }
 
 #[test]
+fn a_rank_takes_its_share_and_not_the_file() {
+    let _alone = alone();
+    // A small workspace and KV cache, so that what is left is weights.
+    let small = [
+        "-tp",
+        "2",
+        "--max-model-len",
+        "256",
+        "--num-gpu-blocks-override",
+        "16",
+        "--max-num-seqs",
+        "8",
+    ];
+    let server = Server::start(&[&small[..], &["--max-num-batched-tokens", "64"]].concat());
+    let file = std::fs::metadata(demo_model()).expect("the model").len();
+    for worker in server.part("worker") {
+        // Half of the weights, a few megabytes of KV cache and workspace, and what a process takes.
+        let (_, peak) = processes::rss(worker);
+        assert!(peak < file * 9 / 10, "peak {peak} of a file of {file}");
+    }
+    assert!(server.stop().success());
+}
+
+#[test]
 fn a_start_that_cannot_work_ends_with_one_clear_line() {
     let _alone = alone();
     let before = processes::segments();

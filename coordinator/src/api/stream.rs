@@ -164,7 +164,10 @@ impl RequestStream {
                 }
             }
             if choice.assembler.is_finished() {
-                choice.submission = None;
+                // By a stop string, unless the engine has said so: then there is nothing left to stop.
+                if let Some(submission) = choice.submission.take() {
+                    submission.stop();
+                }
                 return Ok(());
             }
             if choice.assembler.piece_tokens() >= MAX_TOKENS_PER_CHUNK {

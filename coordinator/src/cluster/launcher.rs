@@ -2,6 +2,7 @@
 
 use std::{
     io,
+    os::unix::process::{CommandExt, ExitStatusExt},
     path::PathBuf,
     process::{Command, ExitStatus, Stdio},
     sync::{Arc, Mutex, PoisonError},
@@ -19,6 +20,8 @@ use super::members::Cluster;
 pub struct LaunchSpec {
     /// A binary that understands `worker`; normally this one.
     pub program: PathBuf,
+    /// Flags for every worker.
+    pub arguments: Vec<String>,
     /// `unix:/path` or `http://host:port` of this coordinator.
     pub coordinator: String,
     pub join_token: String,
@@ -117,13 +120,20 @@ fn lock(children: &Mutex<Vec<Child>>) -> std::sync::MutexGuard<'_, Vec<Child>> {
 fn worker_command(spec: &LaunchSpec, rank: u32) -> Command {
     let cpus: Vec<String> = spec.cpus[rank as usize].iter().map(usize::to_string).collect();
     let mut command = Command::new(&spec.program);
-    command
-        .arg("worker")
-        .args(["--coordinator", &spec.coordinator, "--rank", &rank.to_string()]);
+    command.arg("worker").args(&spec.arguments).args([
+        "--coordinator",
+        &spec.coordinator,
+        "--rank",
+        &rank.to_string(),
+    ]);
     command.args(["--parent-pid", &std::process::id().to_string()]);
     if !cpus.is_empty() {
         command.args(["--cpus", &cpus.join(",")]);
     }
+    // In a process group of its own: Ctrl-C at a terminal is for the coordinator, which then stops its workers.
+    command.process_group(0);
+    // Its flags are all here; the file's are not its own.
+    command.env_remove("PHALANX_CONFIG");
     // Not an argument: those are readable by everybody on the machine.
     command
         .env("PHALANX_JOIN_TOKEN", &spec.join_token)
@@ -132,7 +142,6 @@ fn worker_command(spec: &LaunchSpec, rank: u32) -> Command {
 }
 
 fn describe(status: ExitStatus) -> String {
-    use std::os::unix::process::ExitStatusExt;
     match (status.code(), status.signal()) {
         (Some(code), _) => format!("its process exited with status {code}"),
         (_, Some(signal)) => format!("its process was killed by signal {signal}"),

@@ -1,7 +1,7 @@
 //! Membership: the workers that attach, load their share and form a group.
 //!
 //! [`Cluster`] is the table of ranks. `attach` feeds it from the gRPC streams, `launcher` from the exit statuses of local
-//! child processes, and whoever drives the start-up (`startup`) or the steps (`executor`) waits on it. The first failure
+//! child processes, and whoever drives the start-up or the steps waits on it. The first failure
 //! of any rank is kept, with rank and phase, and ends the current group at once: nobody waits for a timeout to learn
 //! that a process is gone.
 

@@ -114,10 +114,10 @@ impl Scheduler {
     pub(super) fn apply(&mut self, command: Command, events: &mut Vec<Event>) {
         match command {
             Command::Submit(request) => self.submit(request, events),
-            Command::Abort(id) if self.sequences.contains_key(&id) => {
-                self.finish(id, FinishReason::Abort, events);
+            Command::Finish(id, reason) if self.sequences.contains_key(&id) => {
+                self.finish(id, reason, events)
             }
-            Command::Abort(_) => {}
+            Command::Finish(..) => {}
         }
     }
 

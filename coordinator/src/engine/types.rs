@@ -91,7 +91,7 @@ impl SamplingParams {
     }
 }
 
-/// When a sequence ends. Stop strings are the text layer's business: it finishes the sequence by [`Command::Abort`].
+/// When a sequence ends. Stop strings are the text layer's business: it finishes the sequence by [`Command::Finish`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct StopRules {
     /// At least 1; prompt + max_tokens fits the context.
@@ -105,13 +105,14 @@ pub struct StopRules {
 #[derive(Clone, Debug, PartialEq)]
 pub enum Command {
     Submit(EngineRequest),
-    /// Ends a sequence wherever it is; unknown or finished ids are ignored.
-    Abort(SequenceId),
+    /// Ends a sequence wherever it is: `Stop` at a stop string, `Abort` for whoever went away. Unknown or finished ids
+    /// are ignored.
+    Finish(SequenceId, FinishReason),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum FinishReason {
-    /// A stop token, which is the last token of the sequence.
+    /// A stop token, which is the last token of the sequence, or a stop string.
     Stop,
     Length,
     Abort,

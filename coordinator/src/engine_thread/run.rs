@@ -15,7 +15,7 @@ use phalanx_proto::{ErrorKind, RpcError, step::SequenceId};
 use super::{EngineState, Lifecycle, Message, Shared, StreamEvent, check_admits, refusal, stream::Stream};
 use crate::engine::{
     self, Clock, Command, ConfigError, EngineConfig, EngineCore, EngineFailure, Event, Executor,
-    ExecutorError, Progress, Snapshot,
+    ExecutorError, FinishReason, Progress, Snapshot,
 };
 
 /// Time since the engine's start.
@@ -134,7 +134,7 @@ impl<E: Executor> EngineThread<E> {
                 self.live.insert(request.id, Live { stream, lifecycle });
                 self.commands.push(Command::Submit(request));
             }
-            Message::Abort(id) => self.commands.push(Command::Abort(id)),
+            Message::Finish(id, reason) => self.commands.push(Command::Finish(id, reason)),
             Message::RankLost { epoch, cause } => {
                 // A late report of an earlier group must not hide one of this group.
                 if self.rank_lost.as_ref().is_none_or(|(known, _)| *known <= epoch) {
@@ -200,7 +200,7 @@ impl<E: Executor> EngineThread<E> {
             let capacity = self.shared.config.stream_capacity;
             let why = format!("the response was not read while {capacity} events were waiting");
             self.fail(id, RpcError::new(ErrorKind::QueueFull, why));
-            self.commands.push(Command::Abort(id));
+            self.commands.push(Command::Finish(id, FinishReason::Abort));
         }
     }
 

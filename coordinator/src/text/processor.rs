@@ -53,6 +53,8 @@ pub struct TextOptions {
     pub chat_template: Option<String>,
     /// Prompts tokenized at a time; none: half the cores.
     pub threads: Option<usize>,
+    /// Seed of requests that bring none; none: a new one for every request.
+    pub seed: Option<u64>,
 }
 
 /// Turns requests into sequences. Cheap to share; needs a Tokio runtime.
@@ -62,6 +64,7 @@ pub struct TextProcessor {
     template: Option<Arc<ChatTemplate>>,
     defaults: GenerationDefaults,
     limits: ModelLimits,
+    seed: Option<u64>,
     pool: TextPool,
 }
 
@@ -105,6 +108,7 @@ impl TextProcessor {
             tokenizer: Arc::new(model.tokenizer),
             defaults: model.defaults,
             limits: options.limits,
+            seed: options.seed,
             pool: TextPool::new(threads, MAX_WAITING_PROMPTS),
         })
     }
@@ -186,7 +190,15 @@ impl TextProcessor {
             defaults: &self.defaults,
             special: self.tokenizer.special_tokens(),
         };
-        sampling::check(params, output, rules)
+        let seed = params.seed.or(self.seed);
+        sampling::check(
+            &v1::SamplingParams {
+                seed,
+                ..params.clone()
+            },
+            output,
+            rules,
+        )
     }
 
     /// Text longer than this has more tokens than the context, whatever they are.

@@ -34,6 +34,7 @@ pub(crate) fn demo_processor(max_model_len: u32) -> TextProcessor {
         },
         chat_template: None,
         threads: Some(1),
+        seed: None,
     };
     TextProcessor::new(demo_model(), options).expect("a template that compiles")
 }

@@ -11,7 +11,7 @@ use phalanx_model::KvDtype;
 use super::batch::CpuBatch;
 use super::buffer::CpuBuffer;
 use super::exec::{Exec, check};
-use super::memory::Region;
+use super::memory::{Pages, Region};
 use super::simd::{LANES, Simd};
 use crate::{Heads, KernelError, KvSpec, Result};
 
@@ -141,7 +141,7 @@ impl CpuKvCache {
             })?;
         Ok(Self {
             spec,
-            memory: Region::zeroed(bytes, "KV cache")?,
+            memory: Region::zeroed(bytes, Pages::Small, "KV cache")?,
         })
     }
 

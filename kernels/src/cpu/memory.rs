@@ -16,6 +16,15 @@ const HUGE_PAGE: usize = 2 << 20;
 /// Address space an [`Arena`] maps at a time.
 const SEGMENT: usize = 64 << 20;
 
+/// How finely memory becomes resident.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pages {
+    /// Two megabytes at a time: for what is read whole, like weights.
+    Huge,
+    /// A few kilobytes at a time: for what may never be used, like most KV blocks.
+    Small,
+}
+
 /// One anonymous private mapping.
 struct Mapping {
     base: NonNull<u8>,
@@ -28,8 +37,8 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// Maps `bytes` (a multiple of the huge page size, not 0) and asks for huge pages.
-    fn new(bytes: usize, what: &'static str) -> Result<Self> {
+    /// Maps `bytes` (a multiple of the huge page size, not 0).
+    fn new(bytes: usize, pages: Pages, what: &'static str) -> Result<Self> {
         let out_of_memory = || KernelError::OutOfMemory {
             what,
             requested: bytes,
@@ -51,9 +60,13 @@ impl Mapping {
         if start == libc::MAP_FAILED {
             return Err(out_of_memory());
         }
+        let advice = match pages {
+            Pages::Huge => libc::MADV_HUGEPAGE,
+            Pages::Small => libc::MADV_NOHUGEPAGE,
+        };
         // Advice only: a kernel without huge pages serves small ones.
         // SAFETY: the range is the mapping just made.
-        unsafe { libc::madvise(start, mapped, libc::MADV_HUGEPAGE) };
+        unsafe { libc::madvise(start, mapped, advice) };
         let base = NonNull::new(start.cast()).ok_or_else(out_of_memory)?;
         Ok(Self { base, bytes: mapped })
     }
@@ -101,7 +114,7 @@ impl Region {
     ///
     /// # Errors
     /// [`KernelError::OutOfMemory`] if the kernel refuses.
-    pub fn zeroed(bytes: usize, what: &'static str) -> Result<Self> {
+    pub fn zeroed(bytes: usize, pages: Pages, what: &'static str) -> Result<Self> {
         if bytes == 0 {
             return Ok(Self {
                 _mapping: None,
@@ -110,7 +123,7 @@ impl Region {
             });
         }
         let whole = bytes.checked_next_multiple_of(HUGE_PAGE).unwrap_or(usize::MAX);
-        let mapping = Arc::new(Mapping::new(whole, what)?);
+        let mapping = Arc::new(Mapping::new(whole, pages, what)?);
         Ok(Self {
             start: mapping.aligned(),
             _mapping: Some(mapping),
@@ -173,7 +186,7 @@ impl Arena {
     /// [`KernelError::OutOfMemory`] if the kernel refuses.
     pub fn alloc(&self, bytes: usize, what: &'static str) -> Result<Region> {
         if bytes > SEGMENT / 4 || bytes == 0 {
-            return Region::zeroed(bytes, what);
+            return Region::zeroed(bytes, Pages::Huge, what);
         }
         // A panic elsewhere cannot leave a segment half updated.
         let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
@@ -181,7 +194,7 @@ impl Arena {
         let segment = match current.take() {
             Some(s) if s.used.next_multiple_of(align) + bytes <= s.bytes => s,
             _ => Segment {
-                mapping: Arc::new(Mapping::new(SEGMENT, what)?),
+                mapping: Arc::new(Mapping::new(SEGMENT, Pages::Huge, what)?),
                 used: 0,
                 bytes: SEGMENT,
             },
@@ -234,7 +247,7 @@ mod tests {
     #[test]
     fn refusal_is_an_error() {
         for bytes in [usize::MAX, usize::MAX - HUGE_PAGE, 1 << 60] {
-            let error = Region::zeroed(bytes, "weights")
+            let error = Region::zeroed(bytes, Pages::Huge, "weights")
                 .err()
                 .expect("no machine has that much");
             assert!(matches!(error, KernelError::OutOfMemory { what: "weights", .. }));

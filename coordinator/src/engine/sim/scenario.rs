@@ -62,7 +62,7 @@ impl Scenario {
             if prng.one_in(5) {
                 let abort = turn + prng.below(20);
                 let aborts = commands.entry(abort).or_default();
-                aborts.push(Command::Abort(request.id));
+                aborts.push(Command::Finish(request.id, FinishReason::Abort));
             }
             requests.insert(request.id, request);
         }

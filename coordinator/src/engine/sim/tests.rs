@@ -121,7 +121,7 @@ fn an_abort_frees_the_blocks_in_the_same_turn() {
     core.step([Command::Submit(request(1, vec![7; 40], 20))], &mut events);
     assert_eq!(core.snapshot().num_free_blocks, 5);
     events.clear();
-    let abort = Command::Abort(SequenceId(1));
+    let abort = Command::Finish(SequenceId(1), FinishReason::Abort);
     assert_eq!(core.step([abort.clone(), abort], &mut events), Progress::Idle);
     assert_eq!(core.snapshot().num_free_blocks, 8);
     let aborted = Event::Finished {
