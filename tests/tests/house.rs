@@ -30,6 +30,8 @@ fn allowed() -> BTreeMap<&'static str, BTreeSet<&'static str>> {
         ("worker", &["proto", "shm", "model", "kernels"]),
         ("coordinator", &["proto", "shm", "model"]),
         ("gateway", &["proto"]),
+        // Stands in for CUDA's libraries, so it knows nothing of ours.
+        ("softgpu", &[]),
         (
             "cli",
             &[

@@ -98,7 +98,9 @@ impl Blas {
     /// this work.
     pub(crate) unsafe fn product(&self, device: &Device, product: &Product) -> Result<()> {
         let bucket = product.shape(product.m.next_power_of_two().max(MIN_ROWS));
-        let algorithm = self.algorithm(bucket).map_err(|e| product.error(e))?;
+        let algorithm = self
+            .algorithm(bucket, product.bias)
+            .map_err(|e| product.error(e))?;
         // SAFETY: the caller's promise.
         let done = unsafe { self.run(device, product, &algorithm) };
         if done.is_ok() || bucket.m == product.m {
@@ -106,17 +108,18 @@ impl Blas {
         }
         // Not every algorithm takes fewer rows than it was chosen for.
         let exact = self
-            .algorithm(product.shape(product.m))
+            .algorithm(product.shape(product.m), product.bias)
             .map_err(|e| product.error(e))?;
         // SAFETY: the caller's promise.
         unsafe { self.run(device, product, &exact) }.map_err(|e| product.error(e))
     }
 
-    fn algorithm(&self, shape: Shape) -> Result<sys::cublasLtMatmulAlgo_t, CublasError> {
+    /// `bias` is any that such a product has: cublasLt wants to see one, but does not choose by its address.
+    fn algorithm(&self, shape: Shape, bias: Option<u64>) -> Result<sys::cublasLtMatmulAlgo_t, CublasError> {
         if let Some(algorithm) = self.algorithms.borrow().get(&shape) {
             return Ok(*algorithm);
         }
-        let call = Call::new(&shape, None)?;
+        let call = Call::new(&shape, bias)?;
         let preference = Preference::new(self.workspace.bytes(), shape.alignment)?;
         // SAFETY: all descriptors are alive.
         let found = unsafe {
@@ -178,14 +181,13 @@ struct Call {
 }
 
 impl Call {
-    /// `bias` is its address, or none where only the shape counts.
     fn new(shape: &Shape, bias: Option<u64>) -> Result<Self, CublasError> {
         use sys::cudaDataType::{CUDA_R_16BF, CUDA_R_32F};
         let Shape {
             m, n, k, ld, out_ld, ..
         } = *shape;
         Ok(Self {
-            operation: Operation::new(shape.bias.then_some(bias.unwrap_or(0)))?,
+            operation: Operation::new(bias)?,
             weight: Layout::new(CUDA_R_16BF, [k, n], ld)?,
             x: Layout::new(CUDA_R_16BF, [k, m], ld)?,
             out: Layout::new(CUDA_R_32F, [n, m], out_ld)?,

@@ -141,6 +141,32 @@ fn of_group(
     group: &[CandidateRequest<'_>],
 ) -> Result<Vec<Candidates>> {
     let layout = group.iter().fold(Layout::default(), |layout, r| layout.with(r));
+    queue(backend, logits, group, layout)?;
+    let words = backend.download(&backend.scratch, layout.winners())?;
+    let mut starts = [0, 0];
+    let mut found = Vec::with_capacity(group.len());
+    for (index, request) in group.iter().enumerate() {
+        found.push(
+            Results {
+                words: &words,
+                layout,
+            }
+            .of(request, index, starts)?,
+        );
+        for (start, top) in starts.iter_mut().zip(tops(request)) {
+            *start += top;
+        }
+    }
+    Ok(found)
+}
+
+/// Queues the three kernels.
+fn queue(
+    backend: &CudaBackend,
+    logits: &CudaBuffer,
+    group: &[CandidateRequest<'_>],
+    layout: Layout,
+) -> Result<()> {
     let uploaded = backend.upload_step(&pack(group)?)?;
     let edits = uploaded.ptr() + (group.len() * REQUEST * size_of::<u32>()) as u64;
     let at = |word: usize| Pointer(backend.scratch.ptr() + (word * size_of::<u32>()) as u64);
@@ -189,22 +215,7 @@ fn of_group(
             ],
         )?;
     }
-    let words = backend.download(&backend.scratch, layout.winners())?;
-    let mut starts = [0, 0];
-    let mut found = Vec::with_capacity(group.len());
-    for (index, request) in group.iter().enumerate() {
-        found.push(
-            Results {
-                words: &words,
-                layout,
-            }
-            .of(request, index, starts)?,
-        );
-        for (start, top) in starts.iter_mut().zip(tops(request)) {
-            *start += top;
-        }
-    }
-    Ok(found)
+    Ok(())
 }
 
 /// `struct Request` of every request, then `struct Edit` of every edit.
