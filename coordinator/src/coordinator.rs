@@ -223,10 +223,9 @@ impl Coordinator {
             .cluster
             .wait_attached(self.config.workers.ready_timeout)
             .await?;
-        let hardware = Hardware::decide(self.config.model.device, &devices).map_err(|lack| {
+        let hardware = Hardware::decide(self.config.model.device, &devices).inspect_err(|lack| {
             self.cluster
                 .fail(lack.rank, Some(Phase::Starting), lack.reason.clone());
-            lack
         })?;
         let resolved = self.proposal.resolve(&hardware, &self.config.workers.shm_dir)?;
         tracing::info!(?hardware, style = ?resolved.style, kv_blocks = resolved.num_blocks, "deployment decided");

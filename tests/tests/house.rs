@@ -25,7 +25,6 @@ fn allowed() -> BTreeMap<&'static str, BTreeSet<&'static str>> {
         ("proto", &[]),
         ("shm", &[]),
         ("model", &[]),
-        ("softgpu", &[]),
         ("kernels", &["model", "shm"]),
         ("worker", &["proto", "shm", "model", "kernels"]),
         ("coordinator", &["proto", "shm", "model"]),
