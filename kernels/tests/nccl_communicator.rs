@@ -15,7 +15,7 @@ use phalanx_kernels::cuda::CudaBackend;
 use phalanx_kernels::{Backend, Communicator, GatherLayout, KernelError};
 use phalanx_model::TensorParallelStyle;
 use phalanx_shm::{AbortReason, GroupShape, Party, Progress, RankPort, Segment, Wait};
-use softgpu::LibraryDir;
+use softgpu::{Env, LibraryDir};
 
 const RANK: &str = "TEST_RANK";
 const SEGMENT: &str = "TEST_SEGMENT";
@@ -36,6 +36,10 @@ struct Group {
 
 impl Group {
     fn start(body: &str, world_size: u32) -> Self {
+        Self::start_in(body, world_size, &[])
+    }
+
+    fn start_in(body: &str, world_size: u32, environment: &[(&str, &str)]) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let shape = GroupShape {
             world_size,
@@ -52,6 +56,7 @@ impl Group {
         let start = |rank: u32| {
             let mut command = libraries.test_command(body).unwrap();
             command
+                .envs(environment.iter().copied())
                 .env(RANK, rank.to_string())
                 .env(SEGMENT, segment.path())
                 .env("CUDA_VISIBLE_DEVICES", rank.to_string())
@@ -69,6 +74,16 @@ impl Group {
             segment,
             _libraries: libraries,
             _directory: directory,
+        }
+    }
+
+    /// Waits until every rank has exchanged so often: first the identity, then what says that it is in the group.
+    fn wait_for_barriers(&self, count: u32) {
+        let deadline = Instant::now() + LONG;
+        let counts = || self.segment.barrier_counts();
+        while counts().iter().any(|found| *found < count) {
+            assert!(Instant::now() < deadline, "{:?}", counts());
+            std::thread::sleep(Duration::from_millis(5));
         }
     }
 
@@ -259,6 +274,12 @@ fn two_and_three_ranks_do_all_collectives() {
 }
 
 #[test]
+fn nothing_depends_on_when_things_are_done() {
+    // Operations of streams are delayed at random, and NCCL's calls are taken later.
+    Group::start_in("rank_collectives", 3, &[(Env::JITTER_US, "2000")]).join(&[0, 1, 2]);
+}
+
+#[test]
 #[ignore = "the body of a rank"]
 fn rank_alone() {
     let mut rank = Rank::join(TensorParallelStyle::Gather, LONG);
@@ -336,17 +357,41 @@ fn rank_that_may_be_killed() {
 #[test]
 fn the_peers_of_a_killed_rank_are_released_at_once() {
     let mut group = Group::start("rank_that_may_be_killed", 3);
-    let deadline = Instant::now() + LONG;
-    let progress = |group: &Group| group.segment.barrier_counts();
-    // The exchange of the identity, then the one that says that all are in a group.
-    while progress(&group).iter().any(|count| *count < 2) {
-        assert!(Instant::now() < deadline, "{:?}", progress(&group));
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    group.wait_for_barriers(2);
     group.ranks[1].kill().unwrap();
     let killed = Instant::now();
     // As the coordinator does, who hears of it from the kernel.
     group.segment.abort(AbortReason::Lost(Party::Rank(1)));
     group.join(&[0, 2]);
     assert!(killed.elapsed() < 2 * PROMPT, "{:?}", killed.elapsed());
+}
+
+#[test]
+#[ignore = "the body of a rank"]
+fn rank_whose_peer_nccl_misses() {
+    let mut rank = Rank::join(TensorParallelStyle::Reduce, LONG);
+    let mut buffer = rank.filled(4, 8);
+    rank.comm.exchange(b"").unwrap();
+    if rank.number == 1 {
+        let _ = rank.comm.exchange(b"");
+    }
+    rank.comm.all_reduce(&mut buffer, 4).unwrap();
+    let _ = rank.backend.read(&buffer, 4);
+    let error = rank.comm.all_reduce(&mut buffer, 4).unwrap_err();
+    assert!(matches!(&error, KernelError::Collective(_)), "{error}");
+    let told = error.to_string();
+    assert!(
+        told.contains("ncclRemoteError; rank ") || told.contains("the group was aborted: rank "),
+        "{told}"
+    );
+    assert_eq!(rank.comm.exchange(b"").unwrap_err().to_string(), told);
+}
+
+#[test]
+fn a_loss_that_only_nccl_notices_ends_the_group() {
+    let mut group = Group::start_in("rank_whose_peer_nccl_misses", 3, &[(Env::NCCL_DETECT, "1")]);
+    group.wait_for_barriers(2);
+    group.ranks[1].kill().unwrap();
+    group.ranks[1].wait().unwrap();
+    group.join(&[0, 2]);
 }

@@ -432,6 +432,10 @@ fn everybody_sees_how_far_every_rank_is() {
     other.set(2, 9);
     assert_eq!(mine.counts(), [3, u64::MAX]);
     assert_eq!(other.counts(), mine.counts());
+    other.beat(1);
+    other.beat(1);
+    other.beat(2);
+    assert_eq!(mine.beats(), [0, 2]);
 
     let small = group(SHAPE);
     let arena = rank(&small, 0, SHORT).arena();

@@ -98,6 +98,18 @@ fn compare(cpu: &Value, gpu: &Value) -> usize {
     TOKENS
 }
 
+fn endless_stream(server: &Server) -> http::Stream {
+    let mut body = chat("Tell me everything about trees.");
+    body["stream"] = true.into();
+    body["ignore_eos"] = true.into();
+    body["max_tokens"] = 100.into();
+    let mut stream = http::open(&server.address, "/v1/chat/completions", &body).expect("a stream");
+    for _ in 0..2 {
+        stream.next_event().expect("an event").expect("not over");
+    }
+    stream
+}
+
 #[test]
 fn one_two_and_three_gpus_write_what_cpus_write() {
     let _alone = alone();
@@ -134,14 +146,7 @@ fn a_killed_rank_ends_the_collectives_of_the_others_at_once() {
     let libraries = LibraryDir::new().expect("the soft GPU");
     let mut server = on_gpus(&libraries, &["-tp", "3"]);
     let family = server.family();
-    let mut body = chat("Tell me everything about trees.");
-    body["stream"] = true.into();
-    body["ignore_eos"] = true.into();
-    body["max_tokens"] = 100.into();
-    let mut stream = http::open(&server.address, "/v1/chat/completions", &body).expect("a stream");
-    for _ in 0..2 {
-        stream.next_event().expect("an event").expect("not over");
-    }
+    let mut stream = endless_stream(&server);
     let victim = processes::with_argument(&server.part("worker"), "1")[0];
     let survivors: Vec<u32> = server
         .part("worker")
@@ -170,6 +175,33 @@ fn a_killed_rank_ends_the_collectives_of_the_others_at_once() {
         log.contains("rank 1 failed while serving: its process was killed by signal 9"),
         "{log}"
     );
+    assert_gone(&family);
+}
+
+#[test]
+fn a_rank_that_hangs_is_named_with_the_collective() {
+    let _alone = alone();
+    let libraries = LibraryDir::new().expect("the soft GPU");
+    let mut server = on_gpus(&libraries, &["-tp", "3", "--execute-model-timeout-seconds", "10"]);
+    let family = server.family();
+    let mut stream = endless_stream(&server);
+    let victim = processes::with_argument(&server.part("worker"), "1")[0];
+    processes::kill(victim, Signal::STOP);
+    let mut last = String::new();
+    while let Ok(Some(data)) = stream.next_event() {
+        last = if data == "[DONE]" { last } else { data };
+    }
+    assert!(last.contains("rank 1"), "{last}");
+    assert!(!server.wait(Duration::from_secs(30)).success());
+    // Wherever it was stopped: before or after it had started the collective that the others wait in.
+    let log = server.log_text();
+    let told = [
+        "rank 1 never reached all_",
+        "rank 1 does not move and never finished all_",
+    ];
+    let told = told.iter().any(|text| log.contains(text));
+    // Unless it was stopped between two steps, when it never took up the plan.
+    assert!(told || log.contains("rank 1 failed while serving"), "{log}");
     assert_gone(&family);
 }
 

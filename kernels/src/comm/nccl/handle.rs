@@ -109,34 +109,40 @@ impl Handle {
     /// # Errors
     /// [`KernelError::Collective`]; what `go_on` returns.
     pub(super) fn settle(&self, mut go_on: impl FnMut() -> Result<()>) -> Result<()> {
-        while self.poll()? == NcclStatusKind::InProgress {
-            go_on()?;
+        loop {
+            match self.poll() {
+                Poll::Settled => return Ok(()),
+                Poll::InProgress => go_on()?,
+                Poll::Failed(reason) | Poll::Aborted(reason) => return Err(KernelError::Collective(reason)),
+            }
             std::thread::sleep(PAUSE);
         }
-        Ok(())
     }
 
     /// What NCCL has noticed meanwhile: a peer's connection that broke, a kernel that failed.
-    ///
-    /// # Errors
-    /// [`KernelError::Collective`].
-    pub(super) fn poll(&self) -> Result<NcclStatusKind> {
+    pub(super) fn poll(&self) -> Poll {
         let state = self.lock();
         let comm = match &*state {
             State::Live(comm) => comm.0,
-            State::Aborted(reason) => return Err(KernelError::Collective(reason.clone())),
+            State::Aborted(reason) => return Poll::Aborted(reason.clone()),
         };
         let mut status = sys::ncclResult_t::ncclSuccess;
         // SAFETY: the communicator is live while the lock is held, and `status` outlives the call.
         let asked = unsafe { sys::ncclCommGetAsyncError(comm, &mut status) };
         match (asked, status) {
-            (sys::ncclResult_t::ncclSuccess, sys::ncclResult_t::ncclSuccess) => Ok(NcclStatusKind::Settled),
-            (sys::ncclResult_t::ncclSuccess, sys::ncclResult_t::ncclInProgress) => {
-                Ok(NcclStatusKind::InProgress)
-            }
+            (sys::ncclResult_t::ncclSuccess, sys::ncclResult_t::ncclSuccess) => Poll::Settled,
+            (sys::ncclResult_t::ncclSuccess, sys::ncclResult_t::ncclInProgress) => Poll::InProgress,
             (sys::ncclResult_t::ncclSuccess, error) | (error, _) => {
-                Err(KernelError::Collective(format!("NCCL reports {error:?}")))
+                Poll::Failed(format!("NCCL reports {error:?}"))
             }
+        }
+    }
+
+    /// Why it was aborted, if it was.
+    pub(super) fn aborted(&self) -> Option<String> {
+        match &*self.lock() {
+            State::Live(_) => None,
+            State::Aborted(reason) => Some(reason.clone()),
         }
     }
 
@@ -179,11 +185,16 @@ impl Drop for Handle {
     }
 }
 
-/// Whether a call is done.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum NcclStatusKind {
+/// How a communicator is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Poll {
+    /// Everything has been handed to the device.
     Settled,
     InProgress,
+    /// With NCCL's error.
+    Failed(String),
+    /// With the reason that was given.
+    Aborted(String),
 }
 
 fn failed(op: &'static str, error: &NcclError) -> KernelError {

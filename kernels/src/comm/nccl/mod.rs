@@ -97,7 +97,9 @@ impl NcclCommunicator {
             let handle = comm.connect(group.unique_id)?;
             let ledger = Ledger::new(progress, rank as u32);
             let segment = Arc::clone(&comm.segment);
-            comm.watchdog = Some(Watchdog::start(handle, ledger, segment, group.step_timeout)?);
+            // Earlier than the coordinator, which knows less about why a step does not end.
+            let limit = group.step_timeout * 9 / 10;
+            comm.watchdog = Some(Watchdog::start(handle, ledger, segment, limit)?);
         }
         Ok(comm)
     }
@@ -215,7 +217,7 @@ impl NcclCommunicator {
             bytes: count * VALUE,
         };
         let stream: sys::cudaStream_t = self.stream.cu_stream().cast();
-        watchdog.begin(operation).call(name, |comm| call(comm, stream))
+        watchdog.call(operation, |comm| call(comm, stream))
     }
 
     fn bind(&self) -> Result<()> {
@@ -426,10 +428,15 @@ impl Communicator<CudaBackend> for NcclCommunicator {
 
     fn exchange(&mut self, message: &[u8]) -> Result<Vec<Vec<u8>>> {
         if let Some(watchdog) = &self.watchdog {
-            watchdog.end_step();
+            watchdog.meet();
         }
         let exchanged = self.port.borrow_mut().exchange(message);
-        exchanged.map_err(|error| KernelError::Collective(error.to_string()))
+        if let Some(watchdog) = &self.watchdog {
+            watchdog.rest();
+        }
+        // The watchdog knows better why the group has ended.
+        let aborted = || self.watchdog.as_ref().and_then(Watchdog::aborted);
+        exchanged.map_err(|error| KernelError::Collective(aborted().unwrap_or_else(|| error.to_string())))
     }
 
     fn abort(&self) {

@@ -6,14 +6,18 @@
 //! a process has died; NCCL's own errors; and the time since the step's first collective. Any of them aborts the
 //! communicator, which ends its kernels and thereby wakes the rank's thread.
 
+use std::fmt::Display;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use phalanx_shm::{AbortReason, Party, Segment};
 
-use super::handle::Handle;
-use super::ledger::{Ledger, Operation};
+use cudarc::nccl::result::{NcclError, NcclStatus};
+use cudarc::nccl::sys;
+
+use super::handle::{Handle, Poll};
+use super::ledger::{Culprit, Ledger, Operation};
 use crate::{KernelError, Result};
 
 /// Between two looks while a step runs.
@@ -21,8 +25,6 @@ const PERIOD: Duration = Duration::from_millis(10);
 /// After so long without a step the thread sleeps until there is one.
 const REST: Duration = Duration::from_millis(200);
 
-/// The code of a group that stalled without anybody being behind.
-const STALLED: u16 = 1;
 /// A call into NCCL that takes longer than this, when all is over, never ends.
 const STUCK: Duration = Duration::from_secs(2);
 
@@ -50,6 +52,8 @@ struct Watch {
 enum State {
     /// A step has started collectives at this time and not ended.
     Step(Instant),
+    /// The step's collectives are done; the rank exchanges messages, which have a limit of their own.
+    Meeting,
     /// The last step ended at this time.
     Between(Instant),
     /// The thread sleeps until it is woken.
@@ -91,8 +95,30 @@ impl Watchdog {
         })
     }
 
-    /// The communicator, for one more `operation`: of a step that begins with it, if none is under way.
-    pub(super) fn begin(&self, operation: Operation) -> &Handle {
+    /// Makes a call on the communicator, which begins a step if none is under way.
+    ///
+    /// # Errors
+    /// [`KernelError::Collective`], and then the group is over.
+    pub(super) fn call(
+        &self,
+        operation: Operation,
+        call: impl FnOnce(sys::ncclComm_t) -> Result<NcclStatus, NcclError>,
+    ) -> Result<()> {
+        self.begin(operation);
+        let handle = &self.shared.handle;
+        handle
+            .call(operation.name, call)
+            .map_err(|error| match handle.aborted() {
+                Some(reason) => KernelError::Collective(reason),
+                None => {
+                    let reason = self.shared.failed(error);
+                    handle.abort(&reason);
+                    KernelError::Collective(reason)
+                }
+            })
+    }
+
+    fn begin(&self, operation: Operation) {
         let mut watch = self.shared.lock();
         watch.ledger.start(operation);
         let before = watch.state;
@@ -103,14 +129,30 @@ impl Watchdog {
         if before == State::Resting {
             self.shared.wake.notify_one();
         }
-        &self.shared.handle
     }
 
-    /// The rank's thread has come back from the device: the step's collectives are done.
-    pub(super) fn end_step(&self) {
+    /// Why the communicator was aborted, if it was.
+    pub(super) fn aborted(&self) -> Option<String> {
+        self.shared.handle.aborted()
+    }
+
+    /// The rank's thread has come back from the device, the step's collectives are done, and it goes on to meet the
+    /// others elsewhere.
+    pub(super) fn meet(&self) {
+        self.set(State::Meeting);
+    }
+
+    /// Until the next collective there is nothing to look after.
+    pub(super) fn rest(&self) {
+        self.set(State::Between(Instant::now()));
+    }
+
+    fn set(&self, state: State) {
         let mut watch = self.shared.lock();
-        if matches!(watch.state, State::Step(_)) {
-            watch.state = State::Between(Instant::now());
+        let before = std::mem::replace(&mut watch.state, state);
+        drop(watch);
+        if before == State::Resting {
+            self.shared.wake.notify_one();
         }
     }
 
@@ -151,9 +193,10 @@ impl Shared {
                     watch.state = State::Resting;
                     watch
                 }
-                State::Between(_) | State::Step(_) => {
+                State::Between(_) | State::Meeting | State::Step(_) => {
                     let waited = self.wake.wait_timeout(watch, PERIOD);
-                    let (watch, _) = waited.unwrap_or_else(PoisonError::into_inner);
+                    let (mut watch, _) = waited.unwrap_or_else(PoisonError::into_inner);
+                    watch.ledger.beat();
                     match watch.state {
                         State::Step(since) => return Some(since),
                         _ => watch,
@@ -166,19 +209,37 @@ impl Shared {
     /// An error is the reason to abort.
     fn look(&self, since: Instant) -> Result<(), String> {
         if let Some(reason) = self.segment.abort_reason() {
-            return Err(format!("the group was aborted: {reason}"));
+            return Err(aborted(reason));
         }
-        if let Err(error) = self.handle.poll() {
-            let stall = self.lock().ledger.stall();
-            self.segment.abort(blame(stall.rank));
-            return Err(format!("{error}; {stall}"));
+        match self.handle.poll() {
+            Poll::Settled | Poll::InProgress => {}
+            Poll::Failed(error) => return Err(self.failed(error)),
+            // By the rank's own thread, which knows why.
+            Poll::Aborted(reason) => return Err(reason),
         }
         if since.elapsed() < self.limit {
             return Ok(());
         }
-        let stall = self.lock().ledger.stall();
-        self.segment.abort(blame(stall.rank));
+        let (stall, own) = {
+            let watch = self.lock();
+            (watch.ledger.stall(), watch.ledger.rank())
+        };
+        // Somebody must be named, and this rank's own device is as good as any.
+        let blamed = stall.culprit.map_or(own, Culprit::rank);
+        self.segment.abort(AbortReason::TimedOut(Party::Rank(blamed)));
         Err(format!("{stall} within {:?}", self.limit))
+    }
+
+    /// NCCL has given up: nobody else's collectives will end either. A rank that is behind is a suspicion and no more.
+    fn failed(&self, error: impl Display) -> String {
+        if let Some(reason) = self.segment.abort_reason() {
+            return aborted(reason);
+        }
+        let watch = self.lock();
+        // Unless a process has ended, of which the coordinator hears by itself, it is this rank that cannot go on.
+        self.segment
+            .abort(AbortReason::Lost(Party::Rank(watch.ledger.rank())));
+        format!("{error}; {}", watch.ledger.stall())
     }
 
     /// Aborts the communicator. The rank's thread may be inside a call that waits for room in the device's queue, which
@@ -198,9 +259,6 @@ impl Shared {
     }
 }
 
-/// Who is to be told as the reason of the group's end.
-fn blame(rank: Option<u32>) -> AbortReason {
-    rank.map_or(AbortReason::Other(STALLED), |rank| {
-        AbortReason::TimedOut(Party::Rank(rank))
-    })
+fn aborted(reason: AbortReason) -> String {
+    format!("the group was aborted: {reason}")
 }
