@@ -17,6 +17,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <ctime>
+#include <link.h>
 #include <sched.h>
 #include <sys/mman.h>
 #include <type_traits>

@@ -70,6 +70,31 @@ static Block* block_of_thread(void** scratch) {
   *scratch = b;
   return b;
 }
+// The static __shared__ variables of the module are all of its thread-local memory: the loader says where this OS thread
+// has it, so that it can be filled before each block.
+static thread_local unsigned char shared_anchor;  // makes sure that there is such memory, once it is touched
+struct SharedMemory {
+  unsigned char* start;
+  size_t bytes;
+};
+static int find_shared(dl_phdr_info* object, size_t, void* found) {
+  bool ours = false;
+  size_t bytes = 0;
+  for (int i = 0; i < object->dlpi_phnum; i++) {
+    const auto& segment = object->dlpi_phdr[i];
+    const uintptr_t offset = (uintptr_t)&kernels - object->dlpi_addr - segment.p_vaddr;
+    if (segment.p_type == PT_LOAD) ours |= offset < segment.p_memsz;
+    if (segment.p_type == PT_TLS) bytes = segment.p_memsz;
+  }
+  if (ours) *(SharedMemory*)found = {(unsigned char*)object->dlpi_tls_data, bytes};
+  return ours;
+}
+static SharedMemory shared_of_thread() {
+  SharedMemory found{nullptr, 0};
+  *(volatile unsigned char*)&shared_anchor = 0;
+  dl_iterate_phdr(find_shared, &found);
+  return found.start ? found : SharedMemory{nullptr, 0};
+}
 static void prepare_launch(Block* b, const Run* run) {
   b->bdim = {run->block[0], run->block[1], run->block[2]};
   b->gdim = {run->grid[0], run->grid[1], run->grid[2]};
@@ -88,7 +113,7 @@ static void prepare_launch(Block* b, const Run* run) {
     f.tid = {i % run->block[0], i / run->block[0] % run->block[1], i / (run->block[0] * run->block[1])};
   }
 }
-static void prepare_block(Block* b, uint64_t index, uint32_t smem) {
+static void prepare_block(Block* b, uint64_t index, uint32_t smem, SharedMemory shared) {
   const uint64_t x = b->gdim.x, y = b->gdim.y;
   b->bid = {(unsigned)(index % x), (unsigned)(index / x % y), (unsigned)(index / (x * y))};
   for (uint32_t i = 0; i < b->n; i++) {
@@ -100,7 +125,9 @@ static void prepare_block(Block* b, uint64_t index, uint32_t smem) {
   for (uint32_t i = 0; i < (b->n + 31) / 32; i++) b->w[i].count = 0;
   b->live = b->n;
   b->bar_arrived = b->bar_generation = b->free_stacks = b->used_stacks = 0;
-  memset(b->smem, 0xff, smem);  // NaN, as much as shared memory can be trusted to hold nothing useful
+  // NaN: nothing useful is in shared memory before somebody has written it.
+  memset(b->smem, 0xff, smem);
+  if (shared.bytes) memset(shared.start, 0xff, shared.bytes);
 }
 static void report(const Block* b, const Run* run) {
   int at = snprintf(run->message, run->message_len, "%s: block (%u,%u,%u): %s", run->kernel->name, b->bid.x, b->bid.y,
@@ -120,8 +147,9 @@ extern "C" __attribute__((visibility("default"))) int softgpu_run(Run* run) {
     return 1;
   }
   prepare_launch(b, run);
+  const SharedMemory shared = shared_of_thread();
   for (uint64_t i = run->first; i < run->last && !b->error; i++) {
-    prepare_block(b, i, run->smem);
+    prepare_block(b, i, run->smem, shared);
     Fiber* first = pick(b, b->n - 1);
     softgpu_switch(&b->main_sp, first->sp);
     if (b->error) report(b, run);

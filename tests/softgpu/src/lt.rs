@@ -43,6 +43,8 @@ static PREFERENCES: Handles<Preference> = Handles::new();
 static LAYOUTS: Handles<Mutex<Layout>> = Handles::new();
 static DESCRIPTIONS: Handles<Mutex<Description>> = Handles::new();
 
+/// The bit that all epilogues with a bias have.
+const EPILOGUE_BIAS: u32 = 4;
 /// FP8 products need this compute capability.
 const FP8_CAPABILITY: u32 = 89;
 /// And dimensions and addresses in multiples of this.
@@ -337,6 +339,7 @@ impl Problem {
         }
     }
 
+    /// The address of a bias may still be missing: an algorithm is chosen for shapes.
     fn epilogue(&self) -> Result<Epilogue, BlasStatus> {
         let (bias, relu, gelu) = match self.description.epilogue {
             1 => (false, false, false),
@@ -347,9 +350,6 @@ impl Problem {
             36 => (true, false, true),
             _ => return Err(NOT_SUPPORTED),
         };
-        if bias && self.description.bias == 0 {
-            return Err(INVALID_VALUE);
-        }
         Ok(Epilogue {
             bias: if bias { self.description.bias } else { 0 },
             relu,
@@ -358,6 +358,9 @@ impl Problem {
     }
 
     fn gemm(&self, [a, b, c, d]: [usize; 4], scalars: [Option<&f32>; 2]) -> Result<Gemm, BlasStatus> {
+        if self.description.epilogue & EPILOGUE_BIAS != 0 && self.description.bias == 0 {
+            return Err(INVALID_VALUE);
+        }
         let fp8 = self.a.format == Format::E4m3;
         if fp8 && [a, b, d].iter().any(|address| !address.is_multiple_of(FP8_ALIGN)) {
             return Err(NOT_SUPPORTED);

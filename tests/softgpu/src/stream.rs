@@ -6,7 +6,7 @@ use std::{
     collections::{HashMap, VecDeque},
     io,
     sync::{
-        Arc, Condvar, LazyLock, Mutex, PoisonError,
+        Arc, Condvar, LazyLock, Mutex, PoisonError, Weak,
         atomic::{AtomicI32, Ordering},
     },
     thread,
@@ -28,6 +28,8 @@ pub(crate) type Op = Arc<dyn Fn() -> Status + Send + Sync>;
 
 static STICKY: AtomicI32 = AtomicI32::new(SUCCESS);
 static STREAMS: Handles<Stream> = Handles::new();
+/// All streams with a thread: those that are destroyed and have work left are among them.
+static RUNNING: Mutex<Vec<Weak<Stream>>> = Mutex::new(Vec::new());
 /// The default streams, one per device, made when first used.
 static DEFAULTS: LazyLock<Mutex<HashMap<usize, Arc<Stream>>>> = LazyLock::new(Mutex::default);
 
@@ -66,6 +68,11 @@ impl Stream {
             capture: Mutex::new(None),
             is_default,
         });
+        {
+            let mut running = lock(&RUNNING);
+            running.retain(|other| other.strong_count() > 0);
+            running.push(Arc::downgrade(&stream));
+        }
         let worker = stream.clone();
         thread::Builder::new()
             .name("softgpu-stream".into())
@@ -198,10 +205,9 @@ pub(crate) fn enqueue(handle: usize, kind: Kind, op: Op) -> Status {
     }
 }
 
-/// Waits for all streams, as `cuCtxSynchronize`.
+/// Waits for all streams, also for what destroyed ones have left to do, as `cuCtxSynchronize`.
 pub(crate) fn synchronize_all() -> Status {
-    let mut all = STREAMS.all();
-    all.extend(lock(&DEFAULTS).values().cloned());
+    let all: Vec<_> = lock(&RUNNING).iter().filter_map(Weak::upgrade).collect();
     for stream in all {
         let status = stream.synchronize();
         if status != SUCCESS {

@@ -200,3 +200,34 @@ fn memory_is_shared_between_processes() {
         }
     });
 }
+
+#[test]
+fn freeing_memory_waits_for_streams_that_are_already_destroyed() {
+    let settings = [(Env::JITTER_US, "2000")];
+    on_soft_gpu(
+        "driver::freeing_memory_waits_for_streams_that_are_already_destroyed",
+        &settings,
+        || {
+            let (_context, _other) = open();
+            let (mut stream, mut address) = (std::ptr::null_mut(), 0);
+            // SAFETY: handles and addresses are the driver's own.
+            unsafe {
+                sys::cuStreamCreate(&mut stream, 0).result().expect("a stream");
+                sys::cuMemAlloc_v2(&mut address, 1 << 20)
+                    .result()
+                    .expect("allocated");
+                for value in 0..50 {
+                    sys::cuMemsetD8Async(address, value, 1 << 20, stream)
+                        .result()
+                        .expect("enqueued");
+                }
+                sys::cuStreamDestroy_v2(stream)
+                    .result()
+                    .expect("destroyed, with work to do");
+                sys::cuMemFree_v2(address)
+                    .result()
+                    .expect("freed, after that work");
+            }
+        },
+    );
+}

@@ -92,6 +92,37 @@ fn dynamic_shared_memory_has_a_limit_that_can_be_raised() {
     );
 }
 
+#[test]
+fn fresh_shared_memory_is_not_a_number() {
+    let source = r#"
+    extern "C" __global__ void f(float* out) {
+      __shared__ float s[32];
+      float* dynamic = (float*)softgpu::dyn_smem();
+      out[blockIdx.x * 32 + threadIdx.x] = s[threadIdx.x] + dynamic[threadIdx.x];
+      s[threadIdx.x] = dynamic[threadIdx.x] = 1;
+    }"#;
+    on_soft_gpu("kernels::fresh_shared_memory_is_not_a_number", &[], move || {
+        let toy = Toy::new(source);
+        let mut out = toy.stream.alloc_zeros::<f32>(8 * 32).expect("allocated");
+        let config = LaunchConfig {
+            shared_mem_bytes: 128,
+            ..grid(8, 32)
+        };
+        // SAFETY: eight blocks write 32 numbers each.
+        unsafe {
+            toy.stream
+                .launch_builder(&toy.function)
+                .arg(&mut out)
+                .launch(config)
+        }
+        .expect("launched");
+        assert!(
+            download(&toy.stream, &out).iter().all(|value| value.is_nan()),
+            "also after another block"
+        );
+    });
+}
+
 /// One 16 x 16 matrix of A, row-major, times one 16 x 8 matrix of B, row-major: A by ldmatrix, B transposed by it.
 const MMA: &str = r#"
 extern "C" __global__ void f(float* d, const unsigned short* a, const unsigned short* b) {
