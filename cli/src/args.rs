@@ -33,6 +33,8 @@ pub(crate) enum Command {
     Gateway(GatewayArgs),
     /// Print who would hold what and the bytes, without loading anything.
     Plan(Box<PlanArgs>),
+    /// Compile the CUDA kernels ahead of time, e.g. into a container image; needs NVRTC and no GPU.
+    WarmKernels(WarmKernelsArgs),
 }
 
 #[derive(Debug, Args)]
@@ -84,9 +86,13 @@ pub(crate) struct ModelArgs {
     /// Relative capacity of the ranks, e.g. `2,1`.
     #[arg(long, env = "PHALANX_RANK_WEIGHTS", value_delimiter = ',')]
     pub(crate) rank_weights: Option<Vec<f32>>,
-    /// How partial results are combined; gather gives the same bits at any number of ranks.
-    #[arg(long, env = "PHALANX_TENSOR_PARALLEL_STYLE", default_value = "gather")]
-    pub(crate) tensor_parallel_style: Style,
+    /// What the ranks compute on; auto: GPUs if there is one for every rank, else CPUs.
+    #[arg(long, env = "PHALANX_DEVICE", default_value = "auto")]
+    pub(crate) device: Device,
+    /// How partial results are combined; gather gives the same bits at any number of ranks. Default: gather on CPUs,
+    /// reduce on GPUs.
+    #[arg(long, env = "PHALANX_TENSOR_PARALLEL_STYLE")]
+    pub(crate) tensor_parallel_style: Option<Style>,
     /// Longest sequence, prompt and output together; default: the model's.
     #[arg(long, env = "PHALANX_MAX_MODEL_LEN")]
     pub(crate) max_model_len: Option<usize>,
@@ -99,9 +105,13 @@ pub(crate) struct ModelArgs {
     /// Tokens per KV block.
     #[arg(long, env = "PHALANX_BLOCK_SIZE", default_value_t = 16)]
     pub(crate) block_size: usize,
-    /// Bytes of KV cache per rank (suffixes K, M, G, Ki, Mi, Gi); default: a tenth of the free memory, at most 4 GiB in all.
+    /// Bytes of KV cache per rank (suffixes K, M, G, Ki, Mi, Gi); default: on CPUs a tenth of the
+    /// free memory, at most 4 GiB in all; on GPUs what is left.
     #[arg(long, env = "PHALANX_KV_CACHE_MEMORY_BYTES", value_parser = parse_bytes)]
     pub(crate) kv_cache_memory_bytes: Option<u64>,
+    /// The part of a GPU's memory that a rank may take.
+    #[arg(long, env = "PHALANX_GPU_MEMORY_UTILIZATION", default_value_t = 0.9, value_parser = parse_utilization)]
+    pub(crate) gpu_memory_utilization: f32,
     /// Exactly so many KV blocks, whatever the memory.
     #[arg(long, env = "PHALANX_NUM_GPU_BLOCKS_OVERRIDE")]
     pub(crate) num_gpu_blocks_override: Option<usize>,
@@ -111,6 +121,13 @@ pub(crate) struct ModelArgs {
     /// Threads of each rank; default: the CPUs divided by the ranks.
     #[arg(long, env = "PHALANX_THREADS_PER_RANK")]
     pub(crate) threads_per_rank: Option<usize>,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum, PartialEq, Eq)]
+pub(crate) enum Device {
+    Auto,
+    Cpu,
+    Cuda,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum, PartialEq, Eq)]
@@ -253,6 +270,9 @@ pub(crate) struct WorkerArgs {
     pub(crate) rank: u32,
     #[arg(long, env = "PHALANX_JOIN_TOKEN", hide_env_values = true, default_value = "")]
     pub(crate) join_token: String,
+    /// What to look for: auto offers a GPU if there is one. The coordinator decides.
+    #[arg(long, env = "PHALANX_DEVICE", default_value = "auto")]
+    pub(crate) device: Device,
     /// CPUs to run on; default: all that the process may use.
     #[arg(long, env = "PHALANX_CPUS", value_delimiter = ',')]
     pub(crate) cpus: Option<Vec<usize>>,
@@ -274,6 +294,35 @@ pub(crate) struct GatewayArgs {
     /// Exit when this process is no longer the parent.
     #[arg(long, hide = true)]
     pub(crate) parent_pid: Option<u32>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct WarmKernelsArgs {
+    /// Architecture to compile for, e.g. `sm_90`.
+    #[arg(long, env = "PHALANX_ARCH")]
+    pub(crate) arch: String,
+    /// Where workers will look: $PHALANX_PREBUILT_KERNELS there. Default: the kernel cache of this user.
+    #[arg(long, env = "PHALANX_OUTPUT")]
+    pub(crate) output: Option<PathBuf>,
+    /// Head sizes of the models that will be served.
+    #[arg(
+        long,
+        env = "PHALANX_HEAD_DIM",
+        value_delimiter = ',',
+        default_value = "64,128"
+    )]
+    pub(crate) head_dim: Vec<usize>,
+    /// Element types of the KV caches.
+    #[arg(
+        long,
+        env = "PHALANX_KV_CACHE_DTYPE",
+        value_delimiter = ',',
+        default_value = "f16,bf16"
+    )]
+    pub(crate) kv_cache_dtype: Vec<KvCacheDtype>,
+    /// YAML file of flags.
+    #[arg(long, env = "PHALANX_CONFIG")]
+    pub(crate) config: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]
@@ -307,9 +356,27 @@ pub(crate) fn parse_bytes(text: &str) -> Result<u64, String> {
         .ok_or_else(|| "more bytes than a 64-bit number holds".to_owned())
 }
 
+/// A part of a whole: above 0, at most 1.
+fn parse_utilization(text: &str) -> Result<f32, String> {
+    match text.parse::<f32>() {
+        Ok(part) if part > 0.0 && part <= 1.0 => Ok(part),
+        Ok(part) => Err(format!("{part} is not above 0 and at most 1")),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn utilization_is_a_part() {
+        assert_eq!(parse_utilization("0.9"), Ok(0.9));
+        assert_eq!(parse_utilization("1"), Ok(1.0));
+        for wrong in ["0", "-0.5", "1.01", "NaN", "90%"] {
+            assert!(parse_utilization(wrong).is_err(), "{wrong}");
+        }
+    }
 
     #[test]
     fn byte_suffixes() {

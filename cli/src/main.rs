@@ -11,6 +11,7 @@ mod resolve;
 mod runtime_dir;
 mod serve;
 mod signals;
+mod warm_kernels;
 mod worker;
 
 use std::{ffi::OsString, process::ExitCode};
@@ -43,5 +44,6 @@ fn run(arguments: Vec<OsString>) -> anyhow::Result<()> {
         Command::Worker(args) => worker::run(args),
         Command::Gateway(args) => gateway::run(args),
         Command::Plan(args) => plan::run(&args),
+        Command::WarmKernels(args) => warm_kernels::run(args),
     }
 }

@@ -2,14 +2,16 @@
 
 use std::path::Path;
 
-use phalanx_coordinator::deployment::Deployment;
+use phalanx_coordinator::deployment::{Hardware, Proposal};
 use phalanx_model::memory::HumanBytes;
 
 use crate::{args::PlanArgs, resolve};
 
 #[expect(clippy::print_stdout, reason = "the table is the command's output")]
 pub(crate) fn run(args: &PlanArgs) -> anyhow::Result<()> {
-    let deployment = Deployment::resolve(resolve::model(&args.model)?, Path::new("/dev/shm"))?;
+    let proposal = Proposal::open(resolve::model(&args.model)?)?;
+    // What GPUs there will be is known to the ranks alone.
+    let deployment = proposal.resolve(&Hardware::Cpu, Path::new("/dev/shm"))?;
     let config = deployment.checkpoint.config();
     println!("model    {}", deployment.checkpoint.path().display());
     println!(

@@ -8,12 +8,15 @@ use std::{
 
 use anyhow::{Context, bail, ensure};
 use phalanx_coordinator::{
-    config::{ApiOptions, EngineOptions, KvCacheSize, ModelOptions, WorkerOptions, WorkerSource},
+    config::{
+        ApiOptions, DeviceChoice, EngineOptions, GpuEnvironment, KvCacheSize, ModelOptions, WorkerOptions,
+        WorkerSource,
+    },
     engine::SchedulingPolicy,
 };
 use phalanx_model::{KvDtype, TensorParallelStyle};
 
-use crate::args::{EngineArgs, KvCacheDtype, ModelArgs, Policy, Style};
+use crate::args::{Device, EngineArgs, KvCacheDtype, ModelArgs, Policy, Style};
 
 pub(crate) fn model(args: &ModelArgs) -> anyhow::Result<ModelOptions> {
     let Some(path) = args.model_tag.clone().or_else(|| args.model.clone()) else {
@@ -28,22 +31,34 @@ pub(crate) fn model(args: &ModelArgs) -> anyhow::Result<ModelOptions> {
     Ok(ModelOptions {
         path,
         tensor_parallel_size: args.tensor_parallel_size,
-        style: match args.tensor_parallel_style {
+        device: match args.device {
+            Device::Auto => DeviceChoice::Auto,
+            Device::Cpu => DeviceChoice::Cpu,
+            Device::Cuda => DeviceChoice::Cuda,
+        },
+        style: args.tensor_parallel_style.map(|style| match style {
             Style::Gather => TensorParallelStyle::Gather,
             Style::Reduce => TensorParallelStyle::Reduce,
-        },
+        }),
         rank_weights: args.rank_weights.clone(),
         max_model_len: args.max_model_len,
         max_num_seqs: args.max_num_seqs,
         max_num_batched_tokens: args.max_num_batched_tokens,
         block_size: args.block_size,
         kv_cache,
-        kv_dtype: match args.kv_cache_dtype {
-            KvCacheDtype::Auto | KvCacheDtype::F16 => KvDtype::F16,
-            KvCacheDtype::F32 => KvDtype::F32,
-            KvCacheDtype::Bf16 => KvDtype::BF16,
-        },
+        kv_dtype: args.kv_cache_dtype.into(),
+        gpu_memory_utilization: args.gpu_memory_utilization,
     })
+}
+
+impl From<KvCacheDtype> for KvDtype {
+    fn from(dtype: KvCacheDtype) -> Self {
+        match dtype {
+            KvCacheDtype::Auto | KvCacheDtype::F16 => Self::F16,
+            KvCacheDtype::F32 => Self::F32,
+            KvCacheDtype::Bf16 => Self::BF16,
+        }
+    }
 }
 
 pub(crate) fn engine(args: &EngineArgs, model: &ModelOptions) -> EngineOptions {
@@ -71,6 +86,19 @@ pub(crate) fn workers(args: &EngineArgs, model: &ModelArgs, source: WorkerSource
         threads_per_rank: model.threads_per_rank,
         ready_timeout: Duration::from_secs(args.engine_ready_timeout_seconds),
         shm_dir: args.shm_dir.clone(),
+    }
+}
+
+/// Workers that are children of this process. `scratch` is a directory of this process alone.
+pub(crate) fn local_workers(program: PathBuf, arguments: Vec<String>, scratch: PathBuf) -> WorkerSource {
+    WorkerSource::Local {
+        program,
+        arguments,
+        gpus: GpuEnvironment {
+            library_path: std::env::var_os("LD_LIBRARY_PATH"),
+            visible_devices: std::env::var("CUDA_VISIBLE_DEVICES").ok(),
+            scratch,
+        },
     }
 }
 

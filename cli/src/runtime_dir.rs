@@ -6,6 +6,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use phalanx_coordinator::cluster::CudaLibraries;
+
 const PREFIX: &str = "phalanx-run-";
 const SOCKET: &str = "grpc.sock";
 
@@ -25,6 +27,10 @@ impl RuntimeDir {
         Ok(Self(path))
     }
 
+    pub(crate) fn path(&self) -> PathBuf {
+        self.0.clone()
+    }
+
     pub(crate) fn socket(&self) -> PathBuf {
         self.0.join(SOCKET)
     }
@@ -36,9 +42,19 @@ impl Drop for RuntimeDir {
     }
 }
 
-/// Removes our socket and the directory around it; whatever else lies there is not ours and stays.
+/// Removes our socket, the workers' links and the directory around them; whatever else lies there is not ours and stays.
 fn remove(directory: &Path) {
     let _ = fs::remove_file(directory.join(SOCKET));
+    for link in fs::read_dir(directory.join(CudaLibraries::LINKS))
+        .into_iter()
+        .flatten()
+        .flatten()
+    {
+        if link.file_type().is_ok_and(|kind| kind.is_symlink()) {
+            let _ = fs::remove_file(link.path());
+        }
+    }
+    let _ = fs::remove_dir(directory.join(CudaLibraries::LINKS));
     let _ = fs::remove_dir(directory);
 }
 

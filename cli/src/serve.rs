@@ -39,10 +39,7 @@ pub(crate) fn serve(args: ServeArgs, logging: &LoggingArgs) -> anyhow::Result<()
         workers: resolve::workers(
             &args.engine,
             &args.model,
-            WorkerSource::Local {
-                program: program.clone(),
-                arguments: logging.arguments(),
-            },
+            resolve::local_workers(program.clone(), logging.arguments(), directory.path()),
         ),
     };
     let gateway = GatewayCommand::new(&args, logging, &program, config.api.uds.as_deref());
@@ -54,10 +51,7 @@ pub(crate) fn coordinator(args: CoordinatorArgs, logging: &LoggingArgs) -> anyho
     let model = resolve::model(&args.model)?;
     let source = match (args.distributed_executor_backend, args.join_token) {
         (ExecutorBackend::ExternalLauncher, Some(join_token)) => WorkerSource::External { join_token },
-        _ => WorkerSource::Local {
-            program: own_binary()?,
-            arguments: logging.arguments(),
-        },
+        _ => resolve::local_workers(own_binary()?, logging.arguments(), directory.path()),
     };
     let config = CoordinatorConfig {
         engine: resolve::engine(&args.engine, &model),

@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use phalanx_worker::WorkerConfig;
+use phalanx_worker::{DeviceChoice, WorkerConfig};
 
-use crate::args::WorkerArgs;
+use crate::args::{Device, WorkerArgs};
 
 /// A coordinator in another container may start later than its workers.
 const CONNECT_LIMIT: Duration = Duration::from_secs(60);
@@ -15,6 +15,11 @@ pub(crate) fn run(args: WorkerArgs) -> anyhow::Result<()> {
         rank: args.rank,
         join_token: args.join_token,
         cpus: args.cpus,
+        device: match args.device {
+            Device::Auto => DeviceChoice::Auto,
+            Device::Cpu => DeviceChoice::Cpu,
+            Device::Cuda => DeviceChoice::Cuda,
+        },
         expected_parent: args.parent_pid,
         threads: None,
         connect_limit: CONNECT_LIMIT,

@@ -1,6 +1,6 @@
 //! What a coordinator is started with: resolved once from flags, environment and file, then immutable.
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{ffi::OsString, net::SocketAddr, path::PathBuf, time::Duration};
 
 use phalanx_model::{KvDtype, TensorParallelStyle};
 
@@ -20,7 +20,9 @@ pub struct ModelOptions {
     /// A .gguf file or a directory.
     pub path: PathBuf,
     pub tensor_parallel_size: usize,
-    pub style: TensorParallelStyle,
+    pub device: DeviceChoice,
+    /// None: gather on CPUs, which gives the same bits at any number of ranks; reduce on GPUs, where it moves less.
+    pub style: Option<TensorParallelStyle>,
     pub rank_weights: Option<Vec<f32>>,
     /// None: the model's own.
     pub max_model_len: Option<usize>,
@@ -29,12 +31,37 @@ pub struct ModelOptions {
     pub block_size: usize,
     pub kv_cache: KvCacheSize,
     pub kv_dtype: KvDtype,
+    /// The part of a GPU's memory that a rank may take, above 0 and at most 1.
+    pub gpu_memory_utilization: f32,
+}
+
+/// What the ranks compute on. All of them on the same kind of device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DeviceChoice {
+    /// GPUs if every rank has one, else CPUs.
+    #[default]
+    Auto,
+    Cpu,
+    /// GPUs, or no start.
+    Cuda,
+}
+
+impl DeviceChoice {
+    /// As the command line has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Cpu => "cpu",
+            Self::Cuda => "cuda",
+        }
+    }
 }
 
 /// How many KV blocks there are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum KvCacheSize {
-    /// A tenth of the free memory, at most 4 GiB over all ranks, never less than one longest sequence.
+    /// On CPUs a tenth of the free memory, at most 4 GiB over all ranks, never less than one longest sequence; on GPUs
+    /// what weights and activations leave.
     Auto,
     /// As many as fit so many bytes on every rank.
     BytesPerRank(u64),
@@ -82,7 +109,19 @@ pub enum WorkerSource {
         program: PathBuf,
         /// Flags for it beside those of its rank.
         arguments: Vec<String>,
+        gpus: GpuEnvironment,
     },
     /// Others start them; they must know the token.
     External { join_token: String },
+}
+
+/// What local workers need of this process's environment to find CUDA.
+#[derive(Clone, Debug, Default)]
+pub struct GpuEnvironment {
+    /// `LD_LIBRARY_PATH`.
+    pub library_path: Option<OsString>,
+    /// `CUDA_VISIBLE_DEVICES`: rank `n` gets the `n`-th entry. None: all devices, by number.
+    pub visible_devices: Option<String>,
+    /// A directory of this process alone, for links to libraries under the names the workers look for.
+    pub scratch: PathBuf,
 }

@@ -10,16 +10,19 @@ use std::{
 
 use phalanx_proto::{
     RpcError,
-    v1::{GetStatusResponse, GroupState, cluster_server::ClusterServer},
+    v1::{Assign, GetStatusResponse, GroupState, Phase, cluster_server::ClusterServer},
 };
 use phalanx_shm::{EnginePort, Segment, ShmError, Wait, sweep_orphans};
 use tokio::{sync::watch, task::JoinHandle};
 
 use crate::{
     api::{Api, EngineSlot, ListenError, Listeners, StatusHandle, serve},
-    cluster::{AttachService, Cluster, ClusterError, LaunchSpec, Launcher, RankFailure, split_cpus},
-    config::{CoordinatorConfig, WorkerOptions, WorkerSource},
-    deployment::{Deployment, DeploymentError},
+    cluster::{
+        AttachService, Cluster, ClusterError, CudaLibraries, LaunchSpec, Launcher, RankFailure, split_cpus,
+        visible_devices,
+    },
+    config::{CoordinatorConfig, DeviceChoice, WorkerOptions, WorkerSource},
+    deployment::{Deployment, DeploymentError, Hardware, NoGpu, Proposal},
     engine::{EngineConfig, SamplingParams, StopRules},
     engine_thread::{EngineHandle, EngineThreadConfig, NewSequence, StartError, StreamEvent, spawn_engine},
     executor::ShmExecutor,
@@ -29,13 +32,16 @@ use crate::{
 
 /// The first group.
 const FIRST_EPOCH: u32 = 1;
-/// Joining a group maps a segment and allocates a few buffers.
-const JOIN_LIMIT: Duration = Duration::from_secs(30);
+/// Joining a group maps a segment and allocates a few buffers; on a large host NCCL takes seconds to connect its GPUs.
+/// Ranks on GPUs give up earlier.
+const JOIN_LIMIT: Duration = Duration::from_secs(120);
 
 #[derive(Debug, thiserror::Error)]
 pub enum CoordinatorError {
     #[error(transparent)]
     Deployment(#[from] DeploymentError),
+    #[error(transparent)]
+    NoGpu(#[from] NoGpu),
     #[error("tokenizer or chat template: {0}")]
     Text(#[from] TextError),
     #[error("{path}: {source}")]
@@ -58,7 +64,10 @@ pub enum CoordinatorError {
 
 /// A coordinator whose services answer and whose workers have been started. Dropping it kills local workers.
 pub struct Coordinator {
-    deployment: Deployment,
+    proposal: Proposal,
+    /// Set once it is known what the ranks compute on.
+    deployment: std::sync::OnceLock<Deployment>,
+    workers: WorkerPlan,
     config: CoordinatorConfig,
     cluster: Cluster,
     launcher: std::sync::Mutex<Option<Launcher>>,
@@ -80,12 +89,18 @@ impl Coordinator {
     /// Whatever makes a start pointless, before any weight is read.
     pub async fn start(config: CoordinatorConfig) -> Result<Self, CoordinatorError> {
         let started = Instant::now();
-        let shm_dir = &config.workers.shm_dir;
-        let swept = sweep_orphans(shm_dir)?;
+        // First, so that the memory of the dead is not counted as taken.
+        let swept = sweep_orphans(&config.workers.shm_dir)?;
         if swept > 0 {
             tracing::info!(swept, "removed segments of dead groups");
         }
-        let deployment = Deployment::resolve(config.model.clone(), shm_dir)?;
+        let proposal = Proposal::open(config.model.clone())?;
+        let libraries = CudaLibraries::of(&config.workers.source);
+        // Ranks that can only be on CPUs get their work when they attach; others are asked first what they have.
+        let deployment = std::sync::OnceLock::new();
+        if libraries.only_cpu(config.model.device) {
+            let _ = deployment.set(proposal.resolve(&Hardware::Cpu, &config.workers.shm_dir)?);
+        }
         let mut listeners = Listeners::default();
         let tcp = match config.api.tcp {
             Some(address) => Some(listeners.bind_tcp(address).await?),
@@ -94,28 +109,28 @@ impl Coordinator {
         if let Some(path) = &config.api.uds {
             listeners.bind_unix(path)?;
         }
-        let plan = WorkerPlan::new(&config.workers, deployment.memory.shards.ranks.len());
-        let assigns = deployment.assigns(&plan.threads, config.engine.step_timeout);
-        let cluster = Cluster::new(assigns, &plan.join_token);
-        let launcher = plan
-            .launch(&config, tcp, &cluster)
+        let workers = WorkerPlan::new(&config.workers, config.model.tensor_parallel_size);
+        let cluster = Cluster::new(config.model.tensor_parallel_size, &workers.join_token);
+        if let Some(deployment) = deployment.get() {
+            cluster.assign(workers.assigns(deployment, &config));
+        }
+        let launcher = workers
+            .launch((&config, &libraries), tcp, &cluster)
             .map_err(CoordinatorError::Launch)?;
-        let text = Arc::new(text_processor(&deployment, &config)?);
-        let name = config
-            .engine
-            .served_model_names
-            .first()
-            .cloned()
-            .unwrap_or_default();
+        let text = Arc::new(text_processor(&proposal, &config)?);
+        let names = &config.engine.served_model_names;
+        let name = names.first().cloned().unwrap_or_default();
         let coordinator = Self {
-            metrics: Arc::new(Metrics::new(&name, deployment.max_model_len)),
+            metrics: Arc::new(Metrics::new(&name, proposal.max_model_len as u32)),
             status: StatusHandle::new(),
             engine: EngineSlot::default(),
             running: std::sync::OnceLock::new(),
             launcher: std::sync::Mutex::new(launcher),
             shutdown: watch::Sender::new(false),
             services: std::sync::Mutex::new(None),
+            proposal,
             deployment,
+            workers,
             config,
             cluster,
             tcp,
@@ -176,10 +191,11 @@ impl Coordinator {
         if self.running.get().is_some() {
             return Ok(());
         }
+        let deployment = self.deployment().await?;
         self.cluster
             .wait_loaded(self.config.workers.ready_timeout)
             .await?;
-        let engine = self.start_engine(FIRST_EPOCH).await?;
+        let engine = self.start_engine(deployment, FIRST_EPOCH).await?;
         if let Err(error) = warm_up(&engine).await {
             return Err(self
                 .cluster
@@ -198,15 +214,38 @@ impl Coordinator {
         Ok(())
     }
 
+    /// What the ranks do; decided and told to them when all have said what they have, if not before.
+    async fn deployment(&self) -> Result<&Deployment, CoordinatorError> {
+        if let Some(deployment) = self.deployment.get() {
+            return Ok(deployment);
+        }
+        let devices = self
+            .cluster
+            .wait_attached(self.config.workers.ready_timeout)
+            .await?;
+        let hardware = Hardware::decide(self.config.model.device, &devices).inspect_err(|lack| {
+            self.cluster
+                .fail(lack.rank, Some(Phase::Starting), lack.reason.clone());
+        })?;
+        let resolved = self.proposal.resolve(&hardware, &self.config.workers.shm_dir)?;
+        tracing::info!(?hardware, style = ?resolved.style, kv_blocks = resolved.num_blocks, "deployment decided");
+        self.cluster.assign(self.workers.assigns(&resolved, &self.config));
+        Ok(self.deployment.get_or_init(|| resolved))
+    }
+
     /// Forms the group of `epoch` and starts the engine over it.
-    async fn start_engine(&self, epoch: u32) -> Result<EngineHandle, CoordinatorError> {
+    async fn start_engine(
+        &self,
+        deployment: &Deployment,
+        epoch: u32,
+    ) -> Result<EngineHandle, CoordinatorError> {
         let group = format!("{}", std::process::id());
-        let segment = Segment::create(&self.config.workers.shm_dir, &group, self.deployment.shape(epoch))?;
+        let segment = Segment::create(&self.config.workers.shm_dir, &group, deployment.shape(epoch))?;
         let segment = Arc::new(segment);
         let port = EnginePort::join(segment.clone(), Wait::ADAPTIVE)?;
         self.cluster.form_group(&segment, JOIN_LIMIT).await?;
         segment.unlink_when_joined(Duration::from_secs(1))?;
-        let executor = ShmExecutor::new(port, self.cluster.clone(), self.deployment.limits);
+        let executor = ShmExecutor::new(port, self.cluster.clone(), deployment.limits);
         let options = &self.config.engine;
         let engine = EngineConfig {
             epoch,
@@ -214,7 +253,7 @@ impl Coordinator {
             policy: options.policy,
             long_prefill_token_threshold: options.long_prefill_token_threshold as u32,
             step_timeout: options.step_timeout,
-            ..self.deployment.engine_config()
+            ..deployment.engine_config()
         };
         let thread = EngineThreadConfig {
             max_num_queued_reqs: options.max_num_queued_reqs,
@@ -307,13 +346,23 @@ impl WorkerPlan {
         }
     }
 
+    /// What each rank is told, in rank order.
+    fn assigns(&self, deployment: &Deployment, config: &CoordinatorConfig) -> Vec<Assign> {
+        deployment.assigns(&self.threads, config.engine.step_timeout)
+    }
+
     fn launch(
         &self,
-        config: &CoordinatorConfig,
+        (config, libraries): (&CoordinatorConfig, &CudaLibraries),
         tcp: Option<SocketAddr>,
         cluster: &Cluster,
     ) -> std::io::Result<Option<Launcher>> {
-        let WorkerSource::Local { program, arguments } = &config.workers.source else {
+        let WorkerSource::Local {
+            program,
+            arguments,
+            gpus,
+        } = &config.workers.source
+        else {
             return Ok(None);
         };
         let coordinator = match (&config.api.uds, tcp) {
@@ -321,19 +370,21 @@ impl WorkerPlan {
             (None, Some(address)) => format!("http://{address}"),
             (None, None) => return Err(std::io::Error::other("no address for workers to attach to")),
         };
-        let (program, arguments) = (program.clone(), arguments.clone());
-        let (join_token, cpus) = (self.join_token.clone(), self.cpus.clone());
-        Launcher::start(
-            &LaunchSpec {
-                program,
-                arguments,
-                coordinator,
-                join_token,
-                cpus,
+        let device = config.model.device;
+        let spec = LaunchSpec {
+            program: program.clone(),
+            arguments: arguments.clone(),
+            coordinator,
+            join_token: self.join_token.clone(),
+            cpus: self.cpus.clone(),
+            device,
+            visible_devices: visible_devices(gpus.visible_devices.as_deref(), self.cpus.len()),
+            library_path: match device {
+                DeviceChoice::Cpu => None,
+                DeviceChoice::Auto | DeviceChoice::Cuda => libraries.library_path(gpus)?,
             },
-            cluster,
-        )
-        .map(Some)
+        };
+        Launcher::start(&spec, cluster).map(Some)
     }
 }
 
@@ -349,12 +400,12 @@ fn own_cpus() -> Vec<usize> {
 }
 
 fn text_processor(
-    deployment: &Deployment,
+    proposal: &Proposal,
     config: &CoordinatorConfig,
 ) -> Result<TextProcessor, CoordinatorError> {
-    let model = match deployment.checkpoint.gguf() {
+    let model = match proposal.checkpoint.gguf() {
         Some(gguf) => TextModel::from_gguf(gguf)?,
-        None => TextModel::from_dir(deployment.checkpoint.path())?,
+        None => TextModel::from_dir(proposal.checkpoint.path())?,
     };
     let template = config.engine.chat_template.as_ref().map(|path| {
         let read = std::fs::read_to_string(path);
@@ -363,10 +414,11 @@ fn text_processor(
             source,
         })
     });
+    let step = proposal.limits(u32::MAX);
     let limits = ModelLimits {
-        max_model_len: deployment.max_model_len,
-        vocab_size: deployment.limits.vocab_size,
-        max_logprobs: deployment.limits.max_logprobs,
+        max_model_len: proposal.max_model_len as u32,
+        vocab_size: step.vocab_size,
+        max_logprobs: step.max_logprobs,
     };
     let options = TextOptions {
         limits,

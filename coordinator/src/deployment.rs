@@ -2,21 +2,23 @@
 //! Reads headers only. `phalanx plan` prints it, [`crate::Coordinator`] carries it out.
 
 mod assign;
+mod hardware;
 mod host;
 
-use std::path::Path;
+use std::{path::Path, sync::Arc};
 
 use phalanx_model::{
-    Checkpoint, CheckpointError, MemoryBudget, MemoryError, MemoryPlan, MemoryRequest, TensorFormats,
-    TensorParallelOptions, TensorParallelStyle, memory::RankBudget,
+    Checkpoint, CheckpointError, MemoryBudget, MemoryError, MemoryPlan, MemoryRequest, ShardError,
+    TensorFormats, TensorParallelOptions, TensorParallelStyle, memory::RankBudget,
 };
-use phalanx_proto::step::StepLimits;
+use phalanx_proto::{step::StepLimits, v1};
 use phalanx_shm::{GroupShape, MappedFile};
 
 use crate::{
     config::{KvCacheSize, ModelOptions},
     engine::{ConfigError, EngineConfig},
 };
+pub use hardware::{GpuMemory, Hardware, NoGpu};
 
 /// Plans and outputs in flight: one is computed while the next is written.
 const RING_SLOTS: u32 = 2;
@@ -59,10 +61,125 @@ pub enum DeploymentError {
     Host { what: String, source: std::io::Error },
 }
 
+/// A model and what is asked of it, before it is known what it will run on.
+pub struct Proposal {
+    pub checkpoint: Arc<Checkpoint<MappedFile>>,
+    pub options: ModelOptions,
+    pub max_model_len: usize,
+}
+
+impl Proposal {
+    /// Opens the model.
+    ///
+    /// # Errors
+    /// A model that is damaged or not supported, or a length it does not have.
+    pub fn open(options: ModelOptions) -> Result<Self, DeploymentError> {
+        let checkpoint = Arc::new(Checkpoint::open(&options.path, MappedFile::open)?);
+        let max_model_len = max_model_len(&options, checkpoint.config().max_position_embeddings)?;
+        Ok(Self {
+            checkpoint,
+            options,
+            max_model_len,
+        })
+    }
+
+    /// Decides everything that depends on the model and on the devices' and this machine's memory.
+    ///
+    /// # Errors
+    /// Options that do not fit the model or the memory: before anything is loaded.
+    pub fn resolve(&self, hardware: &Hardware, shm_dir: &Path) -> Result<Deployment, DeploymentError> {
+        let options = &self.options;
+        let formats = self.checkpoint.formats();
+        let (style, memory) = self.memory(hardware, &formats)?;
+        let budget = MemoryBudget {
+            ranks: match hardware {
+                Hardware::Cpu => RankBudget::Pooled(host::available_memory()?),
+                Hardware::Cuda(gpus) => {
+                    let budget = |gpu: &GpuMemory| gpu.budget(options.gpu_memory_utilization);
+                    RankBudget::Each(gpus.iter().map(budget).collect())
+                }
+            },
+            shared_memory: host::free_space(shm_dir)?,
+        };
+        memory.check(&self.request(style, &formats), &budget)?;
+        let num_blocks = num_blocks(options, &memory, &budget)?;
+        let deployment = Deployment {
+            checkpoint: self.checkpoint.clone(),
+            options: options.clone(),
+            device: hardware.kind(),
+            style,
+            memory,
+            num_blocks,
+            max_model_len: self.max_model_len as u32,
+            limits: self.limits(num_blocks),
+        };
+        deployment.engine_config().validate()?;
+        Ok(deployment)
+    }
+
+    /// How the model is cut for these devices, and the bytes.
+    fn memory(
+        &self,
+        hardware: &Hardware,
+        formats: &TensorFormats,
+    ) -> Result<(TensorParallelStyle, MemoryPlan), DeploymentError> {
+        let plan = |style| MemoryPlan::new(&self.request(style, formats));
+        let Hardware::Cuda(_) = hardware else {
+            let style = self.options.style.unwrap_or(TensorParallelStyle::Gather);
+            return Ok((style, plan(style)?));
+        };
+        let (style, mut memory) = match (self.options.style, plan(TensorParallelStyle::Reduce)) {
+            (Some(style), _) => (style, plan(style)?),
+            // Reduce style moves less, but may not cut a quantization block.
+            (None, Err(MemoryError::Shard(ShardError::CutsBlock { .. }))) => {
+                (TensorParallelStyle::Gather, plan(TensorParallelStyle::Gather)?)
+            }
+            (None, reduce) => (TensorParallelStyle::Reduce, reduce?),
+        };
+        hardware::place_on_gpus(&mut memory, self.checkpoint.config(), formats);
+        memory.segment += ledger_bytes(self.options.tensor_parallel_size);
+        Ok((style, memory))
+    }
+
+    fn request<'a>(&'a self, style: TensorParallelStyle, formats: &'a TensorFormats) -> MemoryRequest<'a> {
+        let options = &self.options;
+        MemoryRequest {
+            config: self.checkpoint.config(),
+            formats,
+            parallel: TensorParallelOptions {
+                world_size: options.tensor_parallel_size,
+                style,
+                rank_weights: options.rank_weights.clone(),
+            },
+            kv_dtype: options.kv_dtype,
+            block_size: options.block_size,
+            max_tokens: options.max_num_batched_tokens,
+            max_rows: options.max_num_seqs,
+            max_model_len: self.max_model_len,
+            control_bytes: control_shape(options, &self.limits(u32::MAX), 0).total_bytes(),
+        }
+    }
+
+    /// Of plans and outputs, with so many KV blocks.
+    pub fn limits(&self, num_blocks: u32) -> StepLimits {
+        let vocab_size = self.checkpoint.config().vocab_size as u32;
+        let options = &self.options;
+        EngineConfig {
+            block_size: options.block_size.max(1) as u32,
+            max_num_seqs: options.max_num_seqs as u32,
+            max_num_batched_tokens: options.max_num_batched_tokens as u32,
+            ..EngineConfig::new(num_blocks, self.max_model_len as u32, vocab_size)
+        }
+        .step_limits()
+    }
+}
+
 /// Everything about a deployment but its processes.
 pub struct Deployment {
-    pub checkpoint: Checkpoint<MappedFile>,
+    pub checkpoint: Arc<Checkpoint<MappedFile>>,
     pub options: ModelOptions,
+    pub device: v1::DeviceKind,
+    pub style: TensorParallelStyle,
     pub memory: MemoryPlan,
     pub num_blocks: u32,
     pub max_model_len: u32,
@@ -70,46 +187,27 @@ pub struct Deployment {
 }
 
 impl Deployment {
-    /// Opens the model and decides everything that depends on it and on this machine's memory.
-    ///
-    /// # Errors
-    /// A model that is damaged or not supported, or options that do not fit it or the memory: before anything is loaded.
-    pub fn resolve(options: ModelOptions, shm_dir: &Path) -> Result<Self, DeploymentError> {
-        let checkpoint = Checkpoint::open(&options.path, MappedFile::open)?;
-        let max_model_len = max_model_len(&options, checkpoint.config().max_position_embeddings)?;
-        let formats = checkpoint.formats();
-        let request = request(&options, &checkpoint, &formats, max_model_len);
-        let memory = MemoryPlan::new(&request)?;
-        let budget = MemoryBudget {
-            ranks: RankBudget::Pooled(host::available_memory()?),
-            shared_memory: host::free_space(shm_dir)?,
-        };
-        memory.check(&request, &budget)?;
-        let num_blocks = num_blocks(&options, &memory, &budget)?;
-        let limits = limits(
-            &options,
-            max_model_len,
-            num_blocks,
-            checkpoint.config().vocab_size,
-        );
-        let deployment = Self {
-            options,
-            memory,
-            num_blocks,
-            max_model_len: max_model_len as u32,
-            limits,
-            checkpoint,
-        };
-        deployment.engine_config().validate()?;
-        Ok(deployment)
-    }
-
     /// The shared segment of the group of `epoch`.
     pub fn shape(&self, epoch: u32) -> GroupShape {
-        let arena = arena_bytes(&self.options, &self.checkpoint);
+        let arena = match self.device {
+            v1::DeviceKind::Cuda => ledger_bytes(self.options.tensor_parallel_size),
+            _ => self.arena_bytes(),
+        };
         GroupShape {
             epoch,
             ..control_shape(&self.options, &self.limits, arena)
+        }
+    }
+
+    /// The two buffers that gathers alternate between; in reduce style the communicator uses messages instead.
+    fn arena_bytes(&self) -> u64 {
+        let config = self.checkpoint.config();
+        let wide = config.q_dim().max(config.intermediate_size);
+        let tokens = self.options.max_num_batched_tokens;
+        let bytes = |width: usize| ((tokens * width * 4) as u64).next_multiple_of(ARENA_ALIGN);
+        match self.style {
+            TensorParallelStyle::Gather => bytes(config.hidden_size) + bytes(wide),
+            TensorParallelStyle::Reduce => 0,
         }
     }
 
@@ -134,41 +232,6 @@ fn max_model_len(options: &ModelOptions, limit: usize) -> Result<usize, Deployme
     }
 }
 
-fn request<'a>(
-    options: &ModelOptions,
-    checkpoint: &'a Checkpoint<MappedFile>,
-    formats: &'a TensorFormats,
-    max_model_len: usize,
-) -> MemoryRequest<'a> {
-    let limits = limits(options, max_model_len, u32::MAX, checkpoint.config().vocab_size);
-    MemoryRequest {
-        config: checkpoint.config(),
-        formats,
-        parallel: TensorParallelOptions {
-            world_size: options.tensor_parallel_size,
-            style: options.style,
-            rank_weights: options.rank_weights.clone(),
-        },
-        kv_dtype: options.kv_dtype,
-        block_size: options.block_size,
-        max_tokens: options.max_num_batched_tokens,
-        max_rows: options.max_num_seqs,
-        max_model_len,
-        control_bytes: control_shape(options, &limits, 0).total_bytes(),
-    }
-}
-
-fn limits(options: &ModelOptions, max_model_len: usize, num_blocks: u32, vocab_size: usize) -> StepLimits {
-    let defaults = EngineConfig::new(num_blocks, max_model_len as u32, vocab_size as u32);
-    EngineConfig {
-        block_size: options.block_size.max(1) as u32,
-        max_num_seqs: options.max_num_seqs as u32,
-        max_num_batched_tokens: options.max_num_batched_tokens as u32,
-        ..defaults
-    }
-    .step_limits()
-}
-
 fn control_shape(options: &ModelOptions, limits: &StepLimits, arena_bytes: u64) -> GroupShape {
     GroupShape {
         world_size: options.tensor_parallel_size as u32,
@@ -182,16 +245,9 @@ fn control_shape(options: &ModelOptions, limits: &StepLimits, arena_bytes: u64) 
     }
 }
 
-/// The two buffers that gathers alternate between; in reduce style the communicator uses messages instead.
-fn arena_bytes(options: &ModelOptions, checkpoint: &Checkpoint<MappedFile>) -> u64 {
-    let config = checkpoint.config();
-    let wide = config.q_dim().max(config.intermediate_size);
-    let bytes =
-        |width: usize| ((options.max_num_batched_tokens * width * 4) as u64).next_multiple_of(ARENA_ALIGN);
-    match options.style {
-        TensorParallelStyle::Gather => bytes(config.hidden_size) + bytes(wide),
-        TensorParallelStyle::Reduce => 0,
-    }
+/// Where GPU ranks count their collectives.
+fn ledger_bytes(ranks: usize) -> u64 {
+    phalanx_shm::Progress::bytes(ranks as u32).next_multiple_of(ARENA_ALIGN)
 }
 
 fn num_blocks(
@@ -203,14 +259,14 @@ fn num_blocks(
     let (blocks, asked) = match options.kv_cache {
         KvCacheSize::Blocks(blocks) => (blocks as u64, true),
         KvCacheSize::BytesPerRank(bytes) => (memory.num_blocks_for_kv(bytes), true),
-        KvCacheSize::Auto => {
-            let RankBudget::Pooled(free) = budget.ranks else {
-                unreachable!("ranks of one host share its memory")
-            };
-            let per_block: u64 = memory.ranks.iter().map(|rank| rank.kv_bytes_per_block).sum();
-            let share = (free / AUTO_KV_SHARE).min(AUTO_KV_BYTES) / per_block.max(1);
-            (share.max(needed), false)
-        }
+        KvCacheSize::Auto => match budget.ranks {
+            RankBudget::Pooled(free) => {
+                let per_block: u64 = memory.ranks.iter().map(|rank| rank.kv_bytes_per_block).sum();
+                let share = (free / AUTO_KV_SHARE).min(AUTO_KV_BYTES) / per_block.max(1);
+                (share.max(needed), false)
+            }
+            RankBudget::Each(_) => (memory.num_blocks(budget)?, false),
+        },
     };
     if blocks < needed {
         let (block_size, max_model_len) = (memory.block_size, memory.max_model_len);

@@ -16,3 +16,15 @@ pub enum KernelError {
     #[error("collective failed: {0}")]
     Collective(String),
 }
+
+/// An error of shape unless `ok`.
+pub(crate) fn check(op: &'static str, ok: bool, message: impl FnOnce() -> String) -> Result<(), KernelError> {
+    if ok {
+        Ok(())
+    } else {
+        Err(KernelError::Shape {
+            op,
+            message: message(),
+        })
+    }
+}

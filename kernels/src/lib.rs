@@ -11,6 +11,7 @@ pub mod comm;
 #[cfg(feature = "conformance")]
 pub mod conformance;
 pub mod cpu;
+pub mod cuda;
 pub mod error;
 mod noise;
 pub mod philox;

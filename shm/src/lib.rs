@@ -90,6 +90,8 @@ mod mapped_file;
 #[cfg(not(loom))]
 mod mapping;
 #[cfg(not(loom))]
+mod progress;
+#[cfg(not(loom))]
 mod rank_port;
 #[cfg(not(loom))]
 mod segment;
@@ -108,6 +110,7 @@ pub use {
     error::{AbortReason, Awaited, Corruption, HeaderProblem, OutOfRange, Party, ShmError},
     janitor::sweep_orphans,
     mapped_file::MappedFile,
+    progress::Progress,
     rank_port::RankPort,
     segment::Segment,
     shape::{GroupShape, MAX_WORLD_SIZE},

@@ -5,7 +5,8 @@ use std::thread;
 use std::time::Duration;
 
 use phalanx_shm::{
-    AbortReason, Awaited, Corruption, EnginePort, GroupShape, Party, RankPort, Segment, ShmError, Wait,
+    AbortReason, Awaited, Corruption, EnginePort, GroupShape, Party, Progress, RankPort, Segment, ShmError,
+    Wait,
 };
 
 /// Short enough to run into, long enough to be hit by nobody who is on their way.
@@ -415,4 +416,29 @@ fn only_the_creator_removes_the_name() {
     assert!(path.exists());
     drop(segment);
     assert!(!path.exists());
+}
+
+#[test]
+fn everybody_sees_how_far_every_rank_is() {
+    let segment = group(GroupShape {
+        arena_bytes: Progress::bytes(2),
+        ..SHAPE
+    });
+    let progress = |number| Progress::new(rank(&segment, number, SHORT).arena(), 2).unwrap();
+    let (mine, other) = (progress(0), progress(1));
+    assert_eq!(mine.counts(), [0, 0]);
+    mine.set(0, 3);
+    other.set(1, u64::MAX);
+    other.set(2, 9);
+    assert_eq!(mine.counts(), [3, u64::MAX]);
+    assert_eq!(other.counts(), mine.counts());
+    other.beat(1);
+    other.beat(1);
+    other.beat(2);
+    assert_eq!(mine.beats(), [0, 2]);
+
+    let small = group(SHAPE);
+    let arena = rank(&small, 0, SHORT).arena();
+    assert!(Progress::new(arena.clone(), 64).is_some());
+    assert!(Progress::new(arena, 65).is_none());
 }

@@ -1,6 +1,7 @@
 //! `phalanx serve` as a user starts it.
 
 use std::{
+    ffi::OsStr,
     net::TcpListener,
     path::PathBuf,
     process::{Child, Command, ExitStatus, Stdio},
@@ -39,6 +40,11 @@ impl Server {
 
     /// Starts any model and does not wait.
     pub fn launch(model: &str, extra: &[&str]) -> Self {
+        Self::launch_in(model, extra, &[])
+    }
+
+    /// The same with changes to the environment.
+    pub fn launch_in(model: &str, extra: &[&str], environment: &[(&str, &OsStr)]) -> Self {
         let port = free_port();
         let directory = tempfile::tempdir().expect("a temporary directory");
         let log = directory.path().join("log");
@@ -55,6 +61,7 @@ impl Server {
                 "demo",
             ])
             .args(extra)
+            .envs(environment.iter().copied())
             .stdin(Stdio::null())
             .stdout(output.try_clone().expect("a second handle"))
             .stderr(output)

@@ -41,6 +41,13 @@ pub enum AssignmentError {
 
 type Result<T> = std::result::Result<T, AssignmentError>;
 
+/// What a rank computes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Device {
+    Cpu,
+    Cuda,
+}
+
 /// A checked [`v1::Assign`].
 #[derive(Clone, Debug)]
 pub struct Assignment {
@@ -53,7 +60,9 @@ pub struct Assignment {
     /// Token positions per KV block.
     pub block_size: usize,
     pub kv_dtype: KvDtype,
+    /// On CPUs.
     pub threads: usize,
+    pub device: Device,
     /// A collective that takes longer ends the group.
     pub step_timeout: Duration,
     pub limits: StepLimits,
@@ -86,6 +95,11 @@ impl TryFrom<&v1::Assign> for Assignment {
             v1::KvDtype::Bf16 => KvDtype::BF16,
             v1::KvDtype::Unspecified => return Err(AssignmentError::Missing("kv_dtype")),
         };
+        let device = match assign.device() {
+            v1::DeviceKind::Cpu => Device::Cpu,
+            v1::DeviceKind::Cuda => Device::Cuda,
+            v1::DeviceKind::Unspecified => return Err(AssignmentError::Missing("device")),
+        };
         let timeout_ms = within("step_timeout_ms", assign.step_timeout_ms, 1, MAX_TIMEOUT_MS)?;
         Ok(Self {
             rank,
@@ -95,6 +109,7 @@ impl TryFrom<&v1::Assign> for Assignment {
             block_size: assign.block_size as usize,
             kv_dtype,
             threads: within("threads", assign.threads, 1, MAX_THREADS)? as usize,
+            device,
             step_timeout: Duration::from_millis(timeout_ms),
             limits,
         })

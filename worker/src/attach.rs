@@ -20,10 +20,11 @@ use tonic::{Code, Status, Streaming};
 use crate::{
     assignment::Assignment,
     connect::connect,
+    device::DeviceChoice,
     error::{JoinError, WorkerError},
     group::GroupSlot,
     process,
-    rank::{self, RankContext, Report, Task},
+    rank::{self, Invitation, RankContext, Report, Task},
     sampler::MESSAGE_BYTES,
 };
 
@@ -42,6 +43,8 @@ pub struct WorkerConfig {
     pub rank: u32,
     /// Shared secret of the cluster.
     pub join_token: String,
+    /// What it looks for and offers.
+    pub device: DeviceChoice,
     /// CPUs to run on; none: all that the process may use.
     pub cpus: Option<Vec<usize>>,
     /// Die with this process, which must be the parent.
@@ -59,6 +62,7 @@ impl WorkerConfig {
             coordinator: coordinator.into(),
             rank,
             join_token: join_token.into(),
+            device: DeviceChoice::Auto,
             cpus: None,
             expected_parent: None,
             threads: None,
@@ -93,11 +97,13 @@ pub async fn serve(config: WorkerConfig) -> Result<(), WorkerError> {
 }
 
 async fn attach(config: &WorkerConfig, group: Arc<GroupSlot>) -> Result<(), WorkerError> {
+    // Before the coordinator waits for it: starting a driver takes a while.
+    let hello = hello(config);
     let channel = connect(&config.coordinator, config.connect_limit).await?;
     let mut client = ClusterClient::new(channel).max_decoding_message_size(MAX_COMMAND_BYTES);
     let (events, queue) = mpsc::channel(EVENT_QUEUE);
     // The queue is empty and its receiver at hand.
-    let _ = events.try_send(event(Event::Hello(hello(config))));
+    let _ = events.try_send(event(Event::Hello(hello)));
     let response = client.attach(ReceiverStream::new(queue)).await;
     let mut commands = response
         .map_err(|status| WorkerError::Refused(Box::new(status)))?
@@ -131,7 +137,7 @@ fn hello(config: &WorkerConfig) -> v1::Hello {
         rank: config.rank,
         pid: std::process::id(),
         host: process::host_name(),
-        device: "cpu".to_owned(),
+        device: Some(config.device.probe(config.rank)),
     }
 }
 
@@ -244,14 +250,18 @@ impl Session<'_> {
         let epoch = join.epoch;
         let failed = |source| WorkerError::Join { epoch, source };
         // Mapping a segment touches all its pages.
-        let opened = tokio::task::spawn_blocking(move || Segment::open(join.segment_path.as_ref())).await;
+        let path = join.segment_path;
+        let opened = tokio::task::spawn_blocking(move || Segment::open(path.as_ref())).await;
         let segment = opened.map_err(|_| WorkerError::ThreadLost)?;
         let segment = Arc::new(segment.map_err(|error| failed(JoinError::Segment(error)))?);
         check_shape(segment.shape(), world_size, epoch).map_err(failed)?;
         self.state = State::Grouped { world_size, epoch };
         // Ends the step loop of the last group, whose thread then takes up this task.
         self.group.replace(Arc::clone(&segment));
-        self.order(Task::Join(segment))
+        self.order(Task::Join(Invitation {
+            segment,
+            nccl_id: join.nccl_unique_id,
+        }))
     }
 
     fn order(&self, task: Task) -> Result<(), WorkerError> {

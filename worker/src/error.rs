@@ -93,6 +93,11 @@ pub enum RunError {
 }
 
 impl RunError {
+    /// Whether the device is what failed.
+    pub(crate) fn is_of_device(&self) -> bool {
+        matches!(self, Self::Kernel(KernelError::Device { .. }))
+    }
+
     /// Whether the group ended under this rank, which is itself in order and may join the next one.
     pub fn is_group_end(&self) -> bool {
         matches!(

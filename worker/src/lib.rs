@@ -6,19 +6,22 @@
 pub mod assignment;
 mod attach;
 mod connect;
+mod device;
 pub mod error;
 mod group;
 pub mod layers;
 pub mod loader;
 pub mod models;
+mod platform;
 mod process;
 mod rank;
 pub mod runner;
 pub mod sampler;
 pub mod workspace;
 
-pub use assignment::{Assignment, AssignmentError, MAX_LOGPROBS, step_limits};
+pub use assignment::{Assignment, AssignmentError, Device, MAX_LOGPROBS, step_limits};
 pub use attach::{WorkerConfig, run, serve};
+pub use device::DeviceChoice;
 pub use error::{JoinError, PlanError, RunError, WorkerError};
 pub use loader::{LoadError, LoadProgress, load};
 pub use runner::{LoadedModel, ModelRunner};

@@ -8,7 +8,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use phalanx_kernels::{comm::ShmCommunicator, cpu::CpuBackend};
 use phalanx_proto::{
     step::{StepLimits, StepPlan, decode_plan, encode_output},
     v1::{self, worker_event::Event},
@@ -17,9 +16,10 @@ use phalanx_shm::{AbortReason, Party, RankPort, Segment, Wait};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::{
-    assignment::Assignment,
+    assignment::{Assignment, Device},
     error::{RunError, WorkerError},
     loader::{self, LoadProgress},
+    platform::{self, Place, Platform},
     process,
     runner::{LoadedModel, ModelRunner},
 };
@@ -30,7 +30,14 @@ const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
 /// What the rank's thread is to do. `Load` is the first and comes once.
 pub(crate) enum Task {
     Load(Box<Assignment>),
-    Join(Arc<Segment>),
+    Join(Invitation),
+}
+
+/// To a group.
+pub(crate) struct Invitation {
+    pub(crate) segment: Arc<Segment>,
+    /// Empty on CPUs.
+    pub(crate) nccl_id: Vec<u8>,
 }
 
 pub(crate) enum Report {
@@ -74,16 +81,41 @@ impl RankContext {
         let Ok(Task::Load(assignment)) = tasks.recv() else {
             return Ok(());
         };
-        let mut model = self.load(*assignment)?;
-        while let Ok(Task::Join(segment)) = tasks.recv() {
-            self.serve(&mut model, &segment)?;
+        match assignment.device {
+            Device::Cpu => self.work(&platform::Cpu, *assignment, tasks),
+            Device::Cuda => self.work(&platform::Cuda, *assignment, tasks),
+        }
+    }
+
+    fn work<P: Platform>(
+        &self,
+        platform: &P,
+        assignment: Assignment,
+        tasks: &thread_mpsc::Receiver<Task>,
+    ) -> Result<(), WorkerError> {
+        let mut model = self.load(platform, assignment)?;
+        while let Ok(Task::Join(invitation)) = tasks.recv() {
+            self.serve(platform, &mut model, &invitation)?;
+            self.offer_group_id(platform, &model.assignment)?;
         }
         Ok(())
     }
 
-    fn load(&self, assignment: Assignment) -> Result<LoadedModel<CpuBackend>, WorkerError> {
+    /// Sends the identity of the next group, if it is this rank's to make.
+    fn offer_group_id<P: Platform>(&self, platform: &P, assignment: &Assignment) -> Result<(), WorkerError> {
+        if let Some(unique_id) = platform.group_id(assignment).map_err(RunError::from)? {
+            self.report(Report::Event(Event::NcclId(v1::NcclId { unique_id })));
+        }
+        Ok(())
+    }
+
+    fn load<P: Platform>(
+        &self,
+        platform: &P,
+        assignment: Assignment,
+    ) -> Result<LoadedModel<P::Backend>, WorkerError> {
         let started = Instant::now();
-        let backend = CpuBackend::new(assignment.threads).map_err(loader::LoadError::from)?;
+        let backend = platform.backend(&assignment).map_err(loader::LoadError::from)?;
         let mut last: Option<Instant> = None;
         let mut progress = |progress: LoadProgress| {
             let due = last.is_none_or(|last| last.elapsed() >= PROGRESS_INTERVAL);
@@ -103,26 +135,35 @@ impl RankContext {
             rss_bytes: process::resident_bytes(),
         };
         tracing::info!(rank = self.rank, ?loaded, elapsed = ?started.elapsed(), "loaded");
+        self.offer_group_id(platform, &model.assignment)?;
         self.report(Report::Event(Event::Loaded(loaded)));
         Ok(model)
     }
 
-    /// Serves the group of `segment` until it ends. That is an error only if this rank is why.
-    fn serve(&self, model: &mut LoadedModel<CpuBackend>, segment: &Arc<Segment>) -> Result<(), WorkerError> {
+    /// Serves the group of `invitation` until it ends. That is an error only if this rank is why.
+    fn serve<P: Platform>(
+        &self,
+        platform: &P,
+        model: &mut LoadedModel<P::Backend>,
+        invitation: &Invitation,
+    ) -> Result<(), WorkerError> {
+        let segment = &invitation.segment;
         let epoch = segment.shape().epoch;
-        let error = match self.join(model, segment) {
+        let error = match self.join(platform, model, invitation) {
             Ok(mut steps) => {
                 self.report(Report::Event(Event::GroupJoined(v1::GroupJoined { epoch })));
                 steps.run()
             }
             Err(error) => error,
         };
+        // A device whose collectives were aborted may fail in any way.
+        let ended_by_others = segment.abort_reason().is_some() && error.is_of_device();
         // Whoever waits for this rank must not wait longer. If the group has been aborted, the first reason stays.
         segment.abort(match &error {
             RunError::Peer { rank, .. } => AbortReason::OutOfStep(Party::Rank(*rank as u32)),
             _ => AbortReason::Lost(Party::Rank(self.rank)),
         });
-        if error.is_group_end() {
+        if error.is_group_end() || ended_by_others {
             tracing::info!(rank = self.rank, epoch, reason = %error, "the group ended");
             Ok(())
         } else {
@@ -130,23 +171,25 @@ impl RankContext {
         }
     }
 
-    fn join<'a>(
+    fn join<'a, P: Platform>(
         &self,
-        model: &'a mut LoadedModel<CpuBackend>,
-        segment: &Arc<Segment>,
-    ) -> Result<StepLoop<'a>, RunError> {
-        let Assignment {
-            limits,
-            plan,
-            step_timeout,
-            ..
-        } = &model.assignment;
-        let (limits, style) = (*limits, plan.style);
-        let port = RankPort::join(Arc::clone(segment), self.rank, Wait::calibrated(), *step_timeout)?;
+        platform: &P,
+        model: &'a mut LoadedModel<P::Backend>,
+        invitation: &Invitation,
+    ) -> Result<StepLoop<'a, P>, RunError> {
+        let segment = &invitation.segment;
+        let assignment = &model.assignment;
+        let limit = assignment.step_timeout;
+        let port = RankPort::join(Arc::clone(segment), self.rank, Wait::calibrated(), limit)?;
         let port = Rc::new(RefCell::new(port));
-        let comm = ShmCommunicator::new(Rc::clone(&port), style);
+        let place = Place {
+            assignment,
+            port: Rc::clone(&port),
+            group_id: &invitation.nccl_id,
+        };
+        let comm = platform.join(&model.backend, place)?;
         Ok(StepLoop {
-            limits,
+            limits: assignment.limits,
             epoch: segment.shape().epoch,
             last_step: None,
             port,
@@ -161,17 +204,17 @@ impl RankContext {
 }
 
 /// Plans in, outputs out, for one epoch.
-struct StepLoop<'a> {
+struct StepLoop<'a, P: Platform> {
     limits: StepLimits,
     epoch: u32,
     /// None before the first step.
     last_step: Option<u64>,
     /// The communicator's port, between steps.
     port: Rc<RefCell<RankPort>>,
-    runner: ModelRunner<'a, CpuBackend, ShmCommunicator>,
+    runner: ModelRunner<'a, P::Backend, P::Comm>,
 }
 
-impl StepLoop<'_> {
+impl<P: Platform> StepLoop<'_, P> {
     /// Returns what ended the group.
     fn run(&mut self) -> RunError {
         loop {

@@ -153,6 +153,7 @@ impl Scene {
             .order(Command::JoinGroup(v1::JoinGroup {
                 epoch,
                 segment_path: segment.path().to_str().unwrap().to_owned(),
+                nccl_unique_id: Vec::new(),
             }))
             .await;
         let (joined, _) = self.attached.event().await;

@@ -4,7 +4,7 @@ use std::{pin::Pin, time::Duration};
 
 use phalanx_proto::{
     ErrorKind, PROTOCOL_VERSION, RpcError,
-    v1::{self, cluster_server, worker_command::Command, worker_event::Event},
+    v1::{self, cluster_server, worker_event::Event},
 };
 use tokio::{sync::mpsc, time};
 use tokio_stream::{Stream, StreamExt, wrappers::ReceiverStream};
@@ -16,6 +16,9 @@ use super::members::{COMMAND_QUEUE, Cluster};
 const HELLO_LIMIT: Duration = Duration::from_secs(5);
 /// A stream that ended may be followed by a better explanation: the launcher's exit status.
 const EXPLANATION_GRACE: Duration = Duration::from_millis(50);
+
+/// `NCCL_UNIQUE_ID_BYTES`.
+const NCCL_ID_BYTES: usize = 128;
 
 type Commands = Pin<Box<dyn Stream<Item = Result<v1::WorkerCommand, Status>> + Send>>;
 
@@ -58,38 +61,17 @@ fn admit(cluster: &Cluster, hello: v1::Hello) -> Result<(u32, mpsc::Receiver<v1:
         );
         return Err(RpcError::invalid("protocol_version", message));
     }
-    let rank = hello.rank;
-    let (assign, free) = cluster.place(rank).ok_or_else(|| {
-        RpcError::invalid(
-            "rank",
-            format!("rank is {rank}, the group has {} ranks", cluster.world_size()),
-        )
-    })?;
-    if !free {
-        return Err(RpcError::invalid(
-            "rank",
-            format!("rank {rank} is attached already"),
-        ));
-    }
+    let (rank, pid, host) = (hello.rank, hello.pid, hello.host.clone());
+    let device = hello
+        .device
+        .as_ref()
+        .map_or("", |device| device.name.as_str())
+        .to_owned();
     let (sender, receiver) = mpsc::channel(COMMAND_QUEUE);
-    let command = v1::WorkerCommand {
-        command: Some(Command::Assign(assign)),
-    };
-    sender
-        .try_send(command)
-        .map_err(|_| RpcError::new(ErrorKind::Internal, "the command queue is full"))?;
-    tracing::info!(
-        rank,
-        pid = hello.pid,
-        host = hello.host,
-        device = hello.device,
-        "worker attached"
-    );
-    cluster.update_member(rank, |member| {
-        member.commands = Some(sender);
-        member.status.pid = hello.pid;
-        member.status.host = hello.host;
-    });
+    cluster
+        .admit(hello, sender)
+        .map_err(|refusal| RpcError::invalid("rank", refusal.to_string()))?;
+    tracing::info!(rank, pid, host, device, "worker attached");
     Ok((rank, receiver))
 }
 
@@ -139,6 +121,17 @@ fn record(cluster: &Cluster, rank: u32, event: Event) {
                 member.loaded = Some(loaded);
             });
         }
+        Event::NcclId(id) if rank == 0 && id.unique_id.len() == NCCL_ID_BYTES => {
+            cluster.offer_nccl_id(id.unique_id);
+        }
+        Event::NcclId(id) => {
+            let length = id.unique_id.len();
+            cluster.fail(
+                rank,
+                None,
+                format!("it sent an NCCL id of {length} bytes; rank 0 sends {NCCL_ID_BYTES}"),
+            );
+        }
         Event::GroupJoined(joined) => {
             cluster.update_member(rank, |member| {
                 member.status.phase = v1::Phase::WarmingUp.into();
@@ -150,6 +143,8 @@ fn record(cluster: &Cluster, rank: u32, event: Event) {
 
 #[cfg(test)]
 mod tests {
+    use phalanx_proto::v1::worker_command::Command;
+
     use super::*;
 
     fn hello() -> v1::Hello {
@@ -161,13 +156,95 @@ mod tests {
         }
     }
 
-    fn cluster() -> Cluster {
+    fn assigns(device: v1::DeviceKind) -> Vec<v1::Assign> {
         let assign = |rank| v1::Assign {
             rank,
             world_size: 2,
+            device: device.into(),
             ..Default::default()
         };
-        Cluster::new(vec![assign(0), assign(1)], "secret")
+        vec![assign(0), assign(1)]
+    }
+
+    fn cluster() -> Cluster {
+        let cluster = Cluster::new(2, "secret");
+        cluster.assign(assigns(v1::DeviceKind::Cpu));
+        cluster
+    }
+
+    #[tokio::test]
+    async fn work_that_depends_on_the_devices_follows_the_last_hello() {
+        let cluster = Cluster::new(2, "secret");
+        let device = |name: &str| v1::Device {
+            name: name.into(),
+            ..Default::default()
+        };
+        let greet = |rank, name| {
+            let hello = v1::Hello {
+                rank,
+                device: Some(device(name)),
+                ..hello()
+            };
+            admit(&cluster, hello).expect("the place is free").1
+        };
+        let mut first = greet(1, "b");
+        assert!(first.try_recv().is_err());
+        let limit = Duration::from_millis(1);
+        let missing = cluster.wait_attached(limit).await.unwrap_err();
+        assert_eq!(missing.to_string(), "ranks [0] did not attach within 1ms");
+        let mut second = greet(0, "a");
+        assert_eq!(
+            cluster.wait_attached(limit).await,
+            Ok(vec![device("a"), device("b")])
+        );
+        cluster.assign(assigns(v1::DeviceKind::Cuda));
+        for (rank, commands) in [(1, &mut first), (0, &mut second)] {
+            let command = commands.try_recv().expect("work").command;
+            assert!(matches!(command, Some(Command::Assign(assign)) if assign.rank == rank));
+        }
+    }
+
+    #[tokio::test]
+    async fn the_nccl_id_of_rank_0_serves_one_group() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let shape = phalanx_shm::GroupShape {
+            world_size: 2,
+            epoch: 1,
+            plan_slots: 1,
+            plan_slot_bytes: 64,
+            output_slots: 1,
+            output_slot_bytes: 64,
+            message_bytes: 64,
+            arena_bytes: 0,
+        };
+        let segment = phalanx_shm::Segment::create(dir.path(), "test", shape).expect("a segment");
+        let segment = std::sync::Arc::new(segment);
+        let cluster = Cluster::new(2, "secret");
+        cluster.assign(assigns(v1::DeviceKind::Cuda));
+        let mut queues =
+            [0, 1].map(|rank| admit(&cluster, v1::Hello { rank, ..hello() }).expect("a place").1);
+        let limit = Duration::from_millis(1);
+        let early = cluster.form_group(&segment, limit).await.unwrap_err();
+        assert_eq!(early.to_string(), "ranks [0] did not make an NCCL id within 1ms");
+        let unique_id = vec![7; NCCL_ID_BYTES];
+        record(
+            &cluster,
+            0,
+            Event::NcclId(v1::NcclId {
+                unique_id: unique_id.clone(),
+            }),
+        );
+        // Nobody answers here, but both are asked.
+        assert!(cluster.form_group(&segment, limit).await.is_err());
+        for queue in &mut queues {
+            let _assign = queue.try_recv().expect("work");
+            let command = queue.try_recv().expect("a group").command;
+            assert!(matches!(command, Some(Command::JoinGroup(join)) if join.nccl_unique_id == unique_id));
+        }
+        let again = cluster.form_group(&segment, limit).await.unwrap_err();
+        assert!(again.to_string().contains("NCCL id"), "{again}");
+        record(&cluster, 1, Event::NcclId(v1::NcclId { unique_id }));
+        assert_eq!(cluster.failure().map(|failure| failure.rank), Some(1));
     }
 
     #[test]

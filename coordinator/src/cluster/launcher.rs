@@ -1,6 +1,7 @@
 //! Worker processes of this machine: started pinned, watched, and never left behind.
 
 use std::{
+    ffi::OsString,
     io,
     os::unix::process::{CommandExt, ExitStatusExt},
     path::PathBuf,
@@ -14,6 +15,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::sync::mpsc;
 
 use super::members::Cluster;
+use crate::config::DeviceChoice;
 
 /// How to start a worker: the binary, and what every worker is told.
 #[derive(Clone, Debug)]
@@ -27,6 +29,11 @@ pub struct LaunchSpec {
     pub join_token: String,
     /// One CPU set per rank; empty sets are not pinned.
     pub cpus: Vec<Vec<usize>>,
+    pub device: DeviceChoice,
+    /// `CUDA_VISIBLE_DEVICES` of each rank: one device, or none.
+    pub visible_devices: Vec<String>,
+    /// `LD_LIBRARY_PATH` of the workers, where it is not this process's.
+    pub library_path: Option<OsString>,
 }
 
 /// Local workers that run. Dropping it kills whatever is left.
@@ -130,6 +137,11 @@ fn worker_command(spec: &LaunchSpec, rank: u32) -> Command {
     if !cpus.is_empty() {
         command.args(["--cpus", &cpus.join(",")]);
     }
+    command.args(["--device", spec.device.name()]);
+    command.env("CUDA_VISIBLE_DEVICES", &spec.visible_devices[rank as usize]);
+    if let Some(path) = &spec.library_path {
+        command.env("LD_LIBRARY_PATH", path);
+    }
     // In a process group of its own: Ctrl-C at a terminal is for the coordinator, which then stops its workers.
     command.process_group(0);
     // Its flags are all here; the file's are not its own.
@@ -165,9 +177,32 @@ pub fn split_cpus(cpus: &[usize], ranks: usize) -> Vec<Vec<usize>> {
         .collect()
 }
 
+/// `CUDA_VISIBLE_DEVICES` of each of `ranks` workers: one of those this process was given, in order, or by number if it
+/// was given no list. Ranks beyond the list see none.
+pub fn visible_devices(given: Option<&str>, ranks: usize) -> Vec<String> {
+    match given {
+        None => (0..ranks).map(|rank| rank.to_string()).collect(),
+        Some(list) => {
+            let devices = list.split(',').map(|device| device.trim().to_owned());
+            devices
+                .chain(std::iter::repeat(String::new()))
+                .take(ranks)
+                .collect()
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_rank_sees_one_gpu() {
+        assert_eq!(visible_devices(None, 3), ["0", "1", "2"]);
+        assert_eq!(visible_devices(Some("4, GPU-5f3a"), 2), ["4", "GPU-5f3a"]);
+        assert_eq!(visible_devices(Some("4"), 2), ["4", ""]);
+        assert_eq!(visible_devices(Some(""), 1), [""]);
+    }
 
     #[test]
     fn cpu_sets_are_disjoint_and_cover_everything() {

@@ -5,7 +5,7 @@ use std::{
     time::Duration,
 };
 
-use phalanx_proto::v1;
+use phalanx_proto::v1::{self, worker_command::Command};
 use phalanx_shm::{AbortReason, Party, Segment};
 use tokio::{sync::mpsc, sync::watch, time};
 
@@ -24,6 +24,15 @@ pub enum ClusterError {
     },
     #[error("rank {0} is not attached")]
     NotAttached(u32),
+}
+
+/// Why a worker gets no place.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(super) enum Refusal {
+    #[error("rank is {rank}, the group has {world_size} ranks")]
+    NoSuchRank { rank: u32, world_size: usize },
+    #[error("rank {0} is attached already")]
+    Taken(u32),
 }
 
 /// The first thing that went wrong in a group: every later error is a consequence of it.
@@ -53,17 +62,36 @@ pub(super) struct Member {
     /// None: not attached, or gone.
     pub(super) commands: Option<mpsc::Sender<v1::WorkerCommand>>,
     pub(super) status: v1::RankStatus,
+    /// What it said it would compute on.
+    pub(super) device: Option<v1::Device>,
     pub(super) loaded: Option<v1::Loaded>,
     pub(super) epoch: Option<u32>,
 }
 
 struct Table {
     members: Vec<Member>,
-    assigns: Vec<v1::Assign>,
+    /// In rank order; none before [`Cluster::assign`].
+    assigns: Option<Vec<v1::Assign>>,
     failure: Option<RankFailure>,
     group: Option<Arc<Segment>>,
+    /// Of the next group on GPUs.
+    nccl_id: Option<Vec<u8>>,
     /// Set by [`Cluster::shutdown`]: from then on a rank that leaves has not failed.
     closing: bool,
+}
+
+impl Table {
+    /// The ranks for which `done` does not hold.
+    fn missing(&self, done: impl Fn(&Member) -> bool) -> Vec<u32> {
+        let missing = self.members.iter().filter(|member| !done(member));
+        missing.map(|member| member.status.rank).collect()
+    }
+}
+
+fn command(command: Command) -> v1::WorkerCommand {
+    v1::WorkerCommand {
+        command: Some(command),
+    }
 }
 
 /// Handle to the table; cheap to clone.
@@ -76,11 +104,11 @@ pub struct Cluster {
 }
 
 impl Cluster {
-    /// A cluster of `assigns.len()` ranks, in rank order, which a worker may join with `join_token`.
-    pub fn new(assigns: Vec<v1::Assign>, join_token: &str) -> Self {
-        let members = assigns.iter().map(|assign| Member {
+    /// A cluster of so many ranks, which a worker may join with `join_token`.
+    pub fn new(world_size: usize, join_token: &str) -> Self {
+        let members = (0..world_size as u32).map(|rank| Member {
             status: v1::RankStatus {
-                rank: assign.rank,
+                rank,
                 phase: v1::Phase::Starting.into(),
                 ..Default::default()
             },
@@ -88,9 +116,10 @@ impl Cluster {
         });
         let table = Table {
             members: members.collect(),
-            assigns,
+            assigns: None,
             failure: None,
             group: None,
+            nccl_id: None,
             closing: false,
         };
         Self {
@@ -127,30 +156,80 @@ impl Cluster {
         self.changes.subscribe()
     }
 
+    /// Gives every rank its work, in rank order: those that have attached at once, the others when they do.
+    pub fn assign(&self, assigns: Vec<v1::Assign>) {
+        self.update(|table| {
+            for (member, assign) in table.members.iter().zip(&assigns) {
+                if let Some(commands) = &member.commands {
+                    // Whoever has gone meanwhile, or is replaced, is told by its stream.
+                    let _ = commands.try_send(command(Command::Assign(assign.clone())));
+                }
+            }
+            table.assigns = Some(assigns);
+        });
+    }
+
+    /// Waits until every rank has attached; returns what they would compute on, in rank order.
+    pub async fn wait_attached(&self, limit: Duration) -> Result<Vec<v1::Device>, ClusterError> {
+        let attached = |table: &Table| table.missing(|member| member.device.is_some());
+        self.wait_until("attach", limit, attached).await?;
+        let devices = self
+            .lock()
+            .members
+            .iter()
+            .map(|member| member.device.clone().unwrap_or_default())
+            .collect();
+        Ok(devices)
+    }
+
     /// Waits until every rank holds its weights and KV cache.
     pub async fn wait_loaded(&self, limit: Duration) -> Result<(), ClusterError> {
-        self.wait_for("load", limit, |member| member.loaded.is_some())
-            .await
+        self.wait_until("load", limit, |table| {
+            table.missing(|member| member.loaded.is_some())
+        })
+        .await
     }
 
     /// Tells every rank to join the group of `segment`, and waits until all have.
     pub async fn form_group(&self, segment: &Arc<Segment>, limit: Duration) -> Result<(), ClusterError> {
         let epoch = segment.shape().epoch;
-        let command = v1::WorkerCommand {
-            command: Some(v1::worker_command::Command::JoinGroup(v1::JoinGroup {
-                epoch,
-                segment_path: segment.path().to_string_lossy().into_owned(),
-            })),
-        };
+        let nccl_unique_id = self.take_nccl_id(limit).await?;
+        let join = command(Command::JoinGroup(v1::JoinGroup {
+            epoch,
+            segment_path: segment.path().to_string_lossy().into_owned(),
+            nccl_unique_id,
+        }));
         self.lock().group = Some(segment.clone());
         for (rank, commands) in self.command_senders() {
             let sender = commands.ok_or(ClusterError::NotAttached(rank))?;
             sender
-                .try_send(command.clone())
+                .try_send(join.clone())
                 .map_err(|_| ClusterError::NotAttached(rank))?;
         }
-        self.wait_for("join the group", limit, |member| member.epoch == Some(epoch))
-            .await
+        self.wait_until("join the group", limit, |table| {
+            table.missing(|member| member.epoch == Some(epoch))
+        })
+        .await
+    }
+
+    /// The identity of the next NCCL clique, which rank 0 makes and which serves one group. Empty where there is none:
+    /// on CPUs, and for a rank that is alone.
+    async fn take_nccl_id(&self, limit: Duration) -> Result<Vec<u8>, ClusterError> {
+        let needed = |table: &Table| {
+            let first = table.assigns.as_ref().and_then(|assigns| assigns.first());
+            first.is_some_and(|assign| assign.device() == v1::DeviceKind::Cuda && assign.world_size > 1)
+        };
+        self.wait_until("make an NCCL id", limit, |table| {
+            let missing = needed(table) && table.nccl_id.is_none();
+            missing.then_some(0).into_iter().collect()
+        })
+        .await?;
+        Ok(self.lock().nccl_id.take().unwrap_or_default())
+    }
+
+    /// Keeps what rank 0 has made for the next group.
+    pub(super) fn offer_nccl_id(&self, unique_id: Vec<u8>) {
+        self.update(|table| table.nccl_id = Some(unique_id));
     }
 
     /// Marks every rank as serving: the first step has come back from all of them.
@@ -168,16 +247,14 @@ impl Cluster {
             table.closing = true;
             table.group = None;
         });
-        let command = v1::WorkerCommand {
-            command: Some(v1::worker_command::Command::Shutdown(v1::Shutdown {})),
-        };
+        let shutdown = command(Command::Shutdown(v1::Shutdown {}));
         for sender in self
             .command_senders()
             .into_iter()
             .filter_map(|(_, sender)| sender)
         {
             // A worker whose queue is full or gone is ended by its stream, or killed.
-            let _ = sender.try_send(command.clone());
+            let _ = sender.try_send(shutdown.clone());
         }
     }
 
@@ -219,11 +296,38 @@ impl Cluster {
         found
     }
 
-    /// What `rank` is to load, and whether its place is free.
-    pub(super) fn place(&self, rank: u32) -> Option<(v1::Assign, bool)> {
-        let table = self.lock();
-        let assign = table.assigns.get(rank as usize)?.clone();
-        Some((assign, table.members[rank as usize].commands.is_none()))
+    /// Gives a worker its place and, if that is known already, its work.
+    pub(super) fn admit(
+        &self,
+        hello: v1::Hello,
+        commands: mpsc::Sender<v1::WorkerCommand>,
+    ) -> Result<(), Refusal> {
+        let rank = hello.rank;
+        let mut result = Ok(());
+        self.update(|table| {
+            let world_size = table.members.len();
+            let Some(member) = table.members.get_mut(rank as usize) else {
+                result = Err(Refusal::NoSuchRank { rank, world_size });
+                return;
+            };
+            if member.commands.is_some() {
+                result = Err(Refusal::Taken(rank));
+                return;
+            }
+            if let Some(assign) = table
+                .assigns
+                .as_ref()
+                .and_then(|assigns| assigns.get(rank as usize))
+            {
+                // The queue is empty and its receiver at hand.
+                let _ = commands.try_send(command(Command::Assign(assign.clone())));
+            }
+            member.commands = Some(commands);
+            member.status.pid = hello.pid;
+            member.status.host = hello.host;
+            member.device = Some(hello.device.unwrap_or_default());
+        });
+        result
     }
 
     pub(crate) fn is_closing(&self) -> bool {
@@ -244,11 +348,12 @@ impl Cluster {
             .collect()
     }
 
-    async fn wait_for(
+    /// Waits until no rank is `missing`.
+    async fn wait_until(
         &self,
         what: &'static str,
         limit: Duration,
-        done: impl Fn(&Member) -> bool,
+        missing: impl Fn(&Table) -> Vec<u32>,
     ) -> Result<(), ClusterError> {
         let mut changes = self.subscribe();
         let deadline = time::Instant::now() + limit;
@@ -258,12 +363,7 @@ impl Cluster {
                 if let Some(failure) = &table.failure {
                     return Err(ClusterError::RankFailed(failure.clone()));
                 }
-                table
-                    .members
-                    .iter()
-                    .filter(|member| !done(member))
-                    .map(|member| member.status.rank)
-                    .collect()
+                missing(&table)
             };
             if missing.is_empty() {
                 return Ok(());

@@ -6,9 +6,11 @@
 //! that a process is gone.
 
 mod attach;
+mod cuda_libraries;
 mod launcher;
 mod members;
 
 pub use attach::AttachService;
-pub use launcher::{LaunchSpec, Launcher, split_cpus};
+pub use cuda_libraries::CudaLibraries;
+pub use launcher::{LaunchSpec, Launcher, split_cpus, visible_devices};
 pub use members::{Cluster, ClusterError, RankFailure};

@@ -17,7 +17,7 @@ impl Deployment {
             model_path: self.checkpoint.path().to_string_lossy().into_owned(),
             model: Some(spec(self.checkpoint.config())),
             shards: shards.clone(),
-            style: match self.options.style {
+            style: match self.style {
                 TensorParallelStyle::Gather => v1::TensorParallelStyle::Gather.into(),
                 TensorParallelStyle::Reduce => v1::TensorParallelStyle::Reduce.into(),
             },
@@ -35,6 +35,7 @@ impl Deployment {
             step_timeout_ms: step_timeout.as_millis() as u64,
             max_edits_per_row: self.limits.max_edits_per_row,
             max_logprobs: self.limits.max_logprobs,
+            device: self.device.into(),
         };
         threads.iter().enumerate().map(assign).collect()
     }

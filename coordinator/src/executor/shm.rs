@@ -60,10 +60,27 @@ impl ShmExecutor {
                 return ExecutorError::Closed;
             }
             if Instant::now() > give_up {
-                return ExecutorError::Protocol(error.to_string());
+                let Some(rank) = blamed(error) else {
+                    return ExecutorError::Protocol(error.to_string());
+                };
+                // Its peers say so; nobody else does. The next look finds it.
+                self.cluster.fail(rank, None, error.to_string());
             }
             thread::sleep(Duration::from_millis(5));
         }
+    }
+}
+
+/// The rank that a group was aborted because of.
+fn blamed(error: &ShmError) -> Option<u32> {
+    let ShmError::Aborted { reason } = error else {
+        return None;
+    };
+    match reason {
+        AbortReason::TimedOut(Party::Rank(rank))
+        | AbortReason::Lost(Party::Rank(rank))
+        | AbortReason::OutOfStep(Party::Rank(rank)) => Some(*rank),
+        _ => None,
     }
 }
 

@@ -1,4 +1,5 @@
-//! The demo model's text side, shared by the tests of text and api.
+//! The demo model and its text side, shared by the tests.
+#![allow(dead_code, reason = "each test binary uses its own part")]
 
 use std::{env, fs, path::PathBuf};
 
@@ -6,7 +7,7 @@ use phalanx_coordinator::text::{ModelLimits, TextModel, TextOptions, TextProcess
 use phalanx_model::gguf::Gguf;
 
 /// The demo model's file. Tests that need it fail without it: a skipped test proves nothing.
-fn demo_path() -> PathBuf {
+pub(crate) fn demo_path() -> PathBuf {
     let path = env::var_os("PHALANX_DEMO_MODEL").map_or_else(
         || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../.cache/models/SmolLM2-135M-Instruct.Q4_1.gguf"),
         PathBuf::from,

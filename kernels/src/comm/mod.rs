@@ -1,7 +1,10 @@
-//! [`Communicator`]s that need no device library.
+//! [`Communicator`](crate::Communicator)s.
 
+mod layout;
+mod nccl;
 mod shm;
 mod solo;
 
+pub use nccl::{NcclCommunicator, NcclGroup};
 pub use shm::{ShmCommunicator, arena_bytes};
 pub use solo::Solo;

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use phalanx_model::TensorParallelStyle;
 use phalanx_shm::{AbortReason, RankPort, Segment, ShmError};
 
+use super::layout::check_layout;
 use crate::cpu::{CpuBackend, CpuBuffer};
 use crate::{Backend, Communicator, GatherLayout, KernelError, Result};
 
@@ -114,26 +115,6 @@ impl ShmCommunicator {
         }
         Ok(())
     }
-}
-
-/// An error unless the layout describes a buffer of `rows` rows of `width` values.
-fn check_layout(layout: GatherLayout<'_>, world_size: usize, rows: usize, width: usize) -> Result<()> {
-    let fits = match layout {
-        GatherLayout::Columns(ranges) => {
-            ranges.len() == world_size && ranges.iter().all(|r| r.start <= r.end && r.end <= width)
-        }
-        GatherLayout::Rows(writers) => {
-            writers.len() == rows && writers.iter().all(|&w| (w as usize) < world_size)
-        }
-    };
-    if fits {
-        return Ok(());
-    }
-    let message = format!("{layout:?} for {world_size} ranks, {rows} rows of {width}");
-    Err(KernelError::Shape {
-        op: "all_gather",
-        message,
-    })
 }
 
 /// The values of a buffer that `rank` has written.

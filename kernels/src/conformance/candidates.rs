@@ -213,6 +213,8 @@ pub fn noise_draws_from_the_softmax<B: Backend>(make: &impl Fn(usize) -> B, _: &
             vocab: 0..logits.len(),
             inverse_temperature: 1.0,
             noise: Some(Noise { seed: 77, position }),
+            top: 0,
+            raw_top: 0,
             ..request(&ban)
         })
         .collect();

@@ -66,13 +66,14 @@ impl Tolerances {
 /// Thread counts under which results must be the same.
 const THREADS: [usize; 3] = [1, 2, 3];
 
-/// Tests of `$make`, a `Fn(threads) -> Backend`, with the errors `$tolerances` allows.
+/// Tests of `$make`, a `Fn(threads) -> Backend`, with the errors `$tolerances` allows. Attributes are those of each test,
+/// e.g. `#[ignore = "needs a device"]`.
 #[macro_export]
 macro_rules! conformance_suite {
-    ($name:ident, $make:expr, $tolerances:expr) => {
+    ($(#[$attribute:meta])* $name:ident, $make:expr, $tolerances:expr) => {
         mod $name {
             use super::*;
-            $crate::conformance_suite!(@tests $make, $tolerances;
+            $crate::conformance_suite!(@tests [$(#[$attribute])*] $make, $tolerances;
                 rms_norm fused_add_rms_norm silu_and_mul rotary_embedding embedding select_rows
                 linear linear_is_the_same_on_any_rank
                 attention_is_of_its_definition attention_is_the_same_however_prompts_are_cut
@@ -81,11 +82,15 @@ macro_rules! conformance_suite {
                 noise_draws_from_the_softmax not_finite_logits_are_reported);
         }
     };
-    (@tests $make:expr, $tolerances:expr; $($test:ident)*) => {
-        $(#[test]
+    (@tests $attributes:tt $make:expr, $tolerances:expr; $($test:ident)*) => {
+        $($crate::conformance_suite!(@test $attributes $test, $make, $tolerances);)*
+    };
+    (@test [$(#[$attribute:meta])*] $test:ident, $make:expr, $tolerances:expr) => {
+        #[test]
+        $(#[$attribute])*
         fn $test() {
             $crate::conformance::$test(&$make, &$tolerances);
-        })*
+        }
     };
 }
 

@@ -5,7 +5,9 @@ use std::sync::OnceLock;
 
 use super::pool::Pool;
 use super::simd::Isa;
-use crate::{KernelError, Result};
+use crate::Result;
+
+pub(crate) use crate::error::check;
 
 /// Values worth a task of their own; smaller ones cost more to hand out than to do.
 const VALUES_PER_TASK: usize = 8192;
@@ -40,17 +42,5 @@ impl Exec<'_> {
             }
         });
         error.into_inner().map_or(Ok(()), Err)
-    }
-}
-
-/// An error unless `ok`.
-pub(crate) fn check(op: &'static str, ok: bool, message: impl FnOnce() -> String) -> Result<()> {
-    if ok {
-        Ok(())
-    } else {
-        Err(KernelError::Shape {
-            op,
-            message: message(),
-        })
     }
 }

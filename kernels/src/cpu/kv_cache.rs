@@ -215,7 +215,9 @@ pub(crate) fn reshape_and_cache(
     let slots = &batch.input().slot_mapping;
     kv.check_heads(OP, heads)?;
     qkv.check(OP, slots.len(), heads.qkv_width())?;
-    batch.check_slots(OP, kv.spec.num_blocks * kv.spec.block_size)?;
+    batch
+        .checked()
+        .check_slots(OP, kv.spec.num_blocks * kv.spec.block_size)?;
     let layout = kv.layout();
     let store = Store {
         qkv,

@@ -107,6 +107,7 @@ pub(crate) fn assign(path: &Path, rank: usize, options: &TensorParallelOptions) 
         step_timeout_ms: 30_000,
         max_edits_per_row: 1024,
         max_logprobs: 20,
+        device: v1::DeviceKind::Cpu.into(),
     }
 }
 

@@ -132,7 +132,7 @@ impl<'a, E: KvElement> TileRows<'a, E> {
     /// K and V of the positions from `start`, up to `end` or the end of the tile.
     #[inline(always)]
     fn tile(&self, start: usize, end: usize) -> Tile<'a, E> {
-        let table = self.attention.batch.block_table(self.task.sequence);
+        let table = self.attention.batch.checked().block_table(self.task.sequence);
         let block_size = self.attention.kv.spec().block_size;
         let mut groups = [KvGroup { k: &[], v: &[] }; TILE_GROUPS];
         for (position, group) in (start..end).step_by(LANES).zip(&mut groups) {

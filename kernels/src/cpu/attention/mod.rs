@@ -59,7 +59,9 @@ pub(crate) fn paged_attention(
     qkv.check(OP, rows, heads.qkv_width())?;
     out.check(OP, rows, start.saturating_add(heads.num_q * heads.head_dim))?;
     kv.check_heads(OP, heads)?;
-    batch.check_blocks(OP, kv.spec().num_blocks, kv.spec().block_size)?;
+    batch
+        .checked()
+        .check_blocks(OP, kv.spec().num_blocks, kv.spec().block_size)?;
     check_mapping(OP, heads)?;
     let tasks = tasks(attention);
     let out = Output {

@@ -1,0 +1,11 @@
+//! The CUDA backend. What is ignored needs a device: `soft_gpu` runs it on the soft GPU, and
+//! `cargo test -p phalanx-kernels --test cuda -- --ignored` on this machine's own.
+
+mod attention;
+mod conformance;
+mod features;
+mod kernel_cache;
+mod libraries;
+mod memory;
+mod soft_gpu;
+mod support;

@@ -1,0 +1,89 @@
+//! What ranks are built on: a backend and the collectives that go with it. The step loop is compiled once for each, so
+//! that nothing on the way of a step is called through a table.
+
+use std::{cell::RefCell, rc::Rc};
+
+use phalanx_kernels::{
+    Backend, Communicator, KernelError,
+    comm::{NcclCommunicator, NcclGroup, ShmCommunicator},
+    cpu::CpuBackend,
+    cuda::CudaBackend,
+};
+use phalanx_shm::RankPort;
+
+use crate::{assignment::Assignment, device::gpu_of};
+
+pub(crate) trait Platform {
+    type Backend: Backend;
+    type Comm: Communicator<Self::Backend>;
+
+    /// Opens the rank's device.
+    fn backend(&self, assignment: &Assignment) -> Result<Self::Backend, KernelError>;
+
+    /// The identity of the group to come, where one rank has to make it and this is the one.
+    fn group_id(&self, assignment: &Assignment) -> Result<Option<Vec<u8>>, KernelError>;
+
+    fn join(&self, backend: &Self::Backend, place: Place<'_>) -> Result<Self::Comm, KernelError>;
+}
+
+/// A rank's place in a group.
+pub(crate) struct Place<'a> {
+    pub(crate) assignment: &'a Assignment,
+    pub(crate) port: Rc<RefCell<RankPort>>,
+    /// As one rank made it in [`Platform::group_id`], if any did.
+    pub(crate) group_id: &'a [u8],
+}
+
+/// CPUs of one host, which share activations in `/dev/shm`.
+pub(crate) struct Cpu;
+
+impl Platform for Cpu {
+    type Backend = CpuBackend;
+    type Comm = ShmCommunicator;
+
+    fn backend(&self, assignment: &Assignment) -> Result<CpuBackend, KernelError> {
+        CpuBackend::new(assignment.threads)
+    }
+
+    fn group_id(&self, _assignment: &Assignment) -> Result<Option<Vec<u8>>, KernelError> {
+        Ok(None)
+    }
+
+    fn join(&self, _backend: &CpuBackend, place: Place<'_>) -> Result<ShmCommunicator, KernelError> {
+        Ok(ShmCommunicator::new(place.port, place.assignment.plan.style))
+    }
+}
+
+/// One GPU per rank, with NCCL between them.
+pub(crate) struct Cuda;
+
+impl Platform for Cuda {
+    type Backend = CudaBackend;
+    type Comm = NcclCommunicator;
+
+    fn backend(&self, assignment: &Assignment) -> Result<CudaBackend, KernelError> {
+        let gpu = gpu_of(assignment.rank as u32).map_err(|message| KernelError::Device {
+            op: "opening the device",
+            message,
+        })?;
+        CudaBackend::new(gpu.ordinal)
+    }
+
+    fn group_id(&self, assignment: &Assignment) -> Result<Option<Vec<u8>>, KernelError> {
+        if assignment.rank == 0 && assignment.world_size() > 1 {
+            NcclCommunicator::unique_id().map(Some)
+        } else {
+            Ok(None)
+        }
+    }
+
+    fn join(&self, backend: &CudaBackend, place: Place<'_>) -> Result<NcclCommunicator, KernelError> {
+        let group = NcclGroup {
+            port: place.port,
+            unique_id: place.group_id,
+            style: place.assignment.plan.style,
+            step_timeout: place.assignment.step_timeout,
+        };
+        NcclCommunicator::join(backend, group)
+    }
+}
