@@ -181,9 +181,15 @@ pub(crate) struct EngineArgs {
     /// Seconds that running requests may take to end after SIGTERM; 0: they are aborted.
     #[arg(long, env = "PHALANX_SHUTDOWN_TIMEOUT", default_value_t = 30)]
     pub(crate) shutdown_timeout: u64,
-    /// Port of the gRPC API (0: any free one); without it, serve offers gRPC on a unix socket only.
+    /// Port of the gRPC API (0: any free one); without it, gRPC is offered on a unix socket only.
     #[arg(long, env = "PHALANX_GRPC_PORT")]
     pub(crate) grpc_port: Option<u16>,
+    /// Address of the gRPC port.
+    #[arg(long, env = "PHALANX_GRPC_HOST", default_value = "127.0.0.1")]
+    pub(crate) grpc_host: String,
+    /// Keys of which clients over HTTP and over gRPC's port must bring one as a bearer token; probes need none.
+    #[arg(long, env = "PHALANX_API_KEY", value_delimiter = ',', hide_env_values = true)]
+    pub(crate) api_key: Vec<String>,
     /// Unix socket of the gRPC API; default: one in a private directory.
     #[arg(long, env = "PHALANX_GRPC_UDS")]
     pub(crate) grpc_uds: Option<PathBuf>,
@@ -210,9 +216,6 @@ pub(crate) struct FrontendArgs {
     /// Unix socket to listen on instead of host and port.
     #[arg(long, env = "PHALANX_UDS")]
     pub(crate) uds: Option<PathBuf>,
-    /// Keys of which every request but probes must bring one as a bearer token.
-    #[arg(long, env = "PHALANX_API_KEY", value_delimiter = ',', hide_env_values = true)]
-    pub(crate) api_key: Vec<String>,
 }
 
 #[derive(Debug, Args)]
@@ -234,9 +237,6 @@ pub(crate) struct CoordinatorArgs {
     pub(crate) model: ModelArgs,
     #[command(flatten)]
     pub(crate) engine: EngineArgs,
-    /// Address the gRPC API listens on.
-    #[arg(long, env = "PHALANX_HOST", default_value = "127.0.0.1")]
-    pub(crate) host: String,
     /// mp: start the workers; external_launcher: wait for workers that others start.
     #[arg(long, env = "PHALANX_DISTRIBUTED_EXECUTOR_BACKEND", default_value = "mp")]
     pub(crate) distributed_executor_backend: ExecutorBackend,
@@ -288,6 +288,9 @@ pub(crate) struct GatewayArgs {
     pub(crate) coordinator: String,
     #[command(flatten)]
     pub(crate) frontend: FrontendArgs,
+    /// Keys of which every request but probes must bring one as a bearer token. The coordinator is shown the first.
+    #[arg(long, env = "PHALANX_API_KEY", value_delimiter = ',', hide_env_values = true)]
+    pub(crate) api_key: Vec<String>,
     /// Seconds that running streams may take to end after SIGTERM.
     #[arg(long, env = "PHALANX_SHUTDOWN_TIMEOUT", default_value_t = 30)]
     pub(crate) shutdown_timeout: u64,

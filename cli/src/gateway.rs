@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use anyhow::Context;
-use phalanx_gateway::{ApiKeys, Gateway, GatewayConfig};
+use phalanx_gateway::{Gateway, GatewayConfig};
+use phalanx_proto::secret::ApiKeys;
 use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
 
 use crate::{
@@ -25,7 +26,9 @@ pub(crate) fn run(args: GatewayArgs) -> anyhow::Result<()> {
 async fn serve(args: GatewayArgs) -> anyhow::Result<()> {
     let mut signals = Signals::install()?;
     let drain = Duration::from_secs(args.shutdown_timeout);
-    let gateway = Gateway::bind(config(args.frontend, args.coordinator, drain)?).await?;
+    let mut config = config(args.frontend, args.coordinator, drain);
+    config.api_keys = ApiKeys::new(args.api_key)?;
+    let gateway = Gateway::bind(config).await?;
     for address in gateway.local_addrs() {
         tracing::info!(%address, "HTTP gateway listening");
     }
@@ -44,19 +47,14 @@ async fn serve(args: GatewayArgs) -> anyhow::Result<()> {
 }
 
 /// The gateway's settings from the flags.
-fn config(
-    frontend: FrontendArgs,
-    coordinator: String,
-    drain_timeout: Duration,
-) -> anyhow::Result<GatewayConfig> {
+fn config(frontend: FrontendArgs, coordinator: String, drain_timeout: Duration) -> GatewayConfig {
     let mut config = GatewayConfig::new(format!("{}:{}", frontend.host, frontend.port), coordinator);
     if frontend.uds.is_some() {
         config.listen.clear();
     }
     config.uds = frontend.uds;
-    config.api_keys = ApiKeys::new(frontend.api_key)?;
     config.drain_timeout = drain_timeout;
-    Ok(config)
+    config
 }
 
 /// Asks the kernel to end this process with its parent, and ends it if the parent has gone already.

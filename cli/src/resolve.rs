@@ -15,6 +15,7 @@ use phalanx_coordinator::{
     engine::SchedulingPolicy,
 };
 use phalanx_model::{KvDtype, TensorParallelStyle};
+use phalanx_proto::secret::ApiKeys;
 
 use crate::args::{Device, EngineArgs, KvCacheDtype, ModelArgs, Policy, Style};
 
@@ -103,10 +104,11 @@ pub(crate) fn local_workers(program: PathBuf, arguments: Vec<String>, scratch: P
 }
 
 /// `default_uds` is used when no socket was named.
-pub(crate) fn api(args: &EngineArgs, host: &str, default_uds: PathBuf) -> anyhow::Result<ApiOptions> {
-    let tcp = args.grpc_port.map(|port| address(host, port)).transpose()?;
+pub(crate) fn api(args: &EngineArgs, default_uds: PathBuf) -> anyhow::Result<ApiOptions> {
+    let tcp = args.grpc_port.map(|port| address(&args.grpc_host, port));
     Ok(ApiOptions {
-        tcp,
+        tcp: tcp.transpose()?,
+        api_keys: ApiKeys::new(args.api_key.iter().cloned()).context("--api-key")?,
         uds: Some(args.grpc_uds.clone().unwrap_or(default_uds)),
     })
 }
@@ -114,8 +116,8 @@ pub(crate) fn api(args: &EngineArgs, host: &str, default_uds: PathBuf) -> anyhow
 fn address(host: &str, port: u16) -> anyhow::Result<SocketAddr> {
     let mut addresses = (host, port)
         .to_socket_addrs()
-        .with_context(|| format!("--host {host:?}"))?;
+        .with_context(|| format!("--grpc-host {host:?}"))?;
     addresses
         .next()
-        .with_context(|| format!("--host {host:?} has no address"))
+        .with_context(|| format!("--grpc-host {host:?} has no address"))
 }

@@ -35,7 +35,7 @@ pub(crate) fn serve(args: ServeArgs, logging: &LoggingArgs) -> anyhow::Result<()
     let config = CoordinatorConfig {
         engine: resolve::engine(&args.engine, &model),
         model,
-        api: resolve::api(&args.engine, &args.frontend.host, directory.socket())?,
+        api: resolve::api(&args.engine, directory.socket())?,
         workers: resolve::workers(
             &args.engine,
             &args.model,
@@ -56,7 +56,7 @@ pub(crate) fn coordinator(args: CoordinatorArgs, logging: &LoggingArgs) -> anyho
     let config = CoordinatorConfig {
         engine: resolve::engine(&args.engine, &model),
         model,
-        api: resolve::api(&args.engine, &args.host, directory.socket())?,
+        api: resolve::api(&args.engine, directory.socket())?,
         workers: resolve::workers(&args.engine, &args.model, source),
     };
     run(config, args.engine.shutdown_timeout, None)
@@ -181,7 +181,7 @@ impl GatewayCommand {
         Self {
             program: program.to_owned(),
             arguments,
-            api_keys: frontend.api_key.join(","),
+            api_keys: args.engine.api_key.join(","),
         }
     }
 

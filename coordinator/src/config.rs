@@ -3,6 +3,7 @@
 use std::{ffi::OsString, net::SocketAddr, path::PathBuf, time::Duration};
 
 use phalanx_model::{KvDtype, TensorParallelStyle};
+use phalanx_proto::secret::ApiKeys;
 
 use crate::engine::SchedulingPolicy;
 
@@ -88,6 +89,8 @@ pub struct EngineOptions {
 pub struct ApiOptions {
     pub tcp: Option<SocketAddr>,
     pub uds: Option<PathBuf>,
+    /// What clients over TCP must present.
+    pub api_keys: ApiKeys,
 }
 
 #[derive(Clone, Debug)]

@@ -10,6 +10,7 @@ use std::{
 
 use phalanx_proto::{
     RpcError,
+    secret::random_u64,
     v1::{Assign, GetStatusResponse, GroupState, Phase, cluster_server::ClusterServer},
 };
 use phalanx_shm::{EnginePort, Segment, ShmError, Wait, sweep_orphans};
@@ -21,13 +22,13 @@ use crate::{
         AttachService, Cluster, ClusterError, CudaLibraries, LaunchSpec, Launcher, RankFailure, split_cpus,
         visible_devices,
     },
-    config::{CoordinatorConfig, DeviceChoice, WorkerOptions, WorkerSource},
+    config::{ApiOptions, CoordinatorConfig, DeviceChoice, WorkerOptions, WorkerSource},
     deployment::{Deployment, DeploymentError, Hardware, NoGpu, Proposal},
     engine::{EngineConfig, SamplingParams, StopRules},
     engine_thread::{EngineHandle, EngineThreadConfig, NewSequence, StartError, StreamEvent, spawn_engine},
     executor::ShmExecutor,
     metrics::Metrics,
-    text::{ModelLimits, TextError, TextModel, TextOptions, TextProcessor, random_u64},
+    text::{ModelLimits, TextError, TextModel, TextOptions, TextProcessor},
 };
 
 /// The first group.
@@ -75,7 +76,6 @@ pub struct Coordinator {
     running: std::sync::OnceLock<EngineHandle>,
     status: StatusHandle,
     metrics: Arc<Metrics>,
-    tcp: Option<SocketAddr>,
     /// Ends the services.
     shutdown: watch::Sender<bool>,
     services: std::sync::Mutex<Option<JoinHandle<()>>>,
@@ -101,14 +101,7 @@ impl Coordinator {
         if libraries.only_cpu(config.model.device) {
             let _ = deployment.set(proposal.resolve(&Hardware::Cpu, &config.workers.shm_dir)?);
         }
-        let mut listeners = Listeners::default();
-        let tcp = match config.api.tcp {
-            Some(address) => Some(listeners.bind_tcp(address).await?),
-            None => None,
-        };
-        if let Some(path) = &config.api.uds {
-            listeners.bind_unix(path)?;
-        }
+        let (listeners, tcp) = listen(&config.api).await?;
         let workers = WorkerPlan::new(&config.workers, config.model.tensor_parallel_size);
         let cluster = Cluster::new(config.model.tensor_parallel_size, &workers.join_token);
         if let Some(deployment) = deployment.get() {
@@ -133,7 +126,6 @@ impl Coordinator {
             workers,
             config,
             cluster,
-            tcp,
         };
         coordinator.serve(listeners, text);
         tracing::info!(took = ?started.elapsed(), "coordinator started");
@@ -149,6 +141,7 @@ impl Coordinator {
             status: self.status.clone(),
             served_model_names: self.config.engine.served_model_names.clone(),
             model_root: self.config.model.path.to_string_lossy().into_owned(),
+            api_keys: self.config.api.api_keys.clone(),
         };
         let attach = ClusterServer::new(AttachService(self.cluster.clone()));
         let routes = api.routes().add_service(attach);
@@ -168,11 +161,6 @@ impl Coordinator {
             self.status.clone(),
             self.shutdown.subscribe(),
         ));
-    }
-
-    /// Where gRPC is served over TCP.
-    pub fn grpc_address(&self) -> Option<SocketAddr> {
-        self.tcp
     }
 
     pub fn status(&self) -> watch::Receiver<GetStatusResponse> {
@@ -320,6 +308,26 @@ impl Coordinator {
 
 fn lock<T>(mutex: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// Opens the listeners and says where they are: port 0 and the default socket are known only here. Returns the TCP
+/// address.
+async fn listen(options: &ApiOptions) -> Result<(Listeners, Option<SocketAddr>), ListenError> {
+    let mut listeners = Listeners::default();
+    let mut tcp = None;
+    if let Some(address) = options.tcp {
+        let address = listeners.bind_tcp(address).await?;
+        tracing::info!(%address, "gRPC listening");
+        if !address.ip().is_loopback() && options.api_keys.is_empty() {
+            tracing::warn!(%address, "gRPC answers everybody who reaches it: there is no --api-key");
+        }
+        tcp = Some(address);
+    }
+    if let Some(path) = &options.uds {
+        listeners.bind_unix(path)?;
+        tracing::info!(path = %path.display(), "gRPC listening");
+    }
+    Ok((listeners, tcp))
 }
 
 /// CPUs, threads and the secret of the workers.

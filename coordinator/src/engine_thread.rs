@@ -12,8 +12,7 @@ mod stream;
 mod tests;
 
 use std::{
-    fs::File,
-    io::{self, Read},
+    io,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -24,7 +23,7 @@ use std::{
 };
 
 use phalanx_proto::{
-    ErrorKind, RpcError,
+    ErrorKind, RpcError, secret,
     step::{SampledToken, SequenceId},
 };
 use tokio::sync::{mpsc, watch};
@@ -118,7 +117,7 @@ pub enum StartError {
     Config(#[from] ConfigError),
     #[error("{field} is zero")]
     Zero { field: &'static str },
-    /// No thread, or no random numbers.
+    /// No thread.
     #[error("the engine could not be started: {0}")]
     System(#[from] io::Error),
 }
@@ -187,7 +186,7 @@ pub fn spawn_engine(
             return Err(StartError::Zero { field });
         }
     }
-    File::open("/dev/urandom")?.read_exact(&mut config.engine.prefix_cache_seed)?;
+    config.engine.prefix_cache_seed = secret::random();
     metrics.engine_started(&config.engine);
     let core = run::new_core(&config.engine, executor)?;
     let status = EngineStatus {

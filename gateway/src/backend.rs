@@ -5,6 +5,7 @@ use std::{error::Error, fmt, time::Duration};
 use futures_util::{StreamExt, stream::BoxStream};
 use phalanx_proto::{
     ErrorKind, RpcError,
+    secret::ApiKeys,
     v1::{
         ChatRequest, GenerateChunk, GenerateRequest, GenerateResponse, GetMetricsRequest, GetMetricsResponse,
         GetStatusRequest, GetStatusResponse, ListModelsRequest, ListModelsResponse,
@@ -13,6 +14,8 @@ use phalanx_proto::{
 };
 use tonic::{
     Code, Request, Response, Status, Streaming,
+    metadata::{Ascii, MetadataValue},
+    service::{Interceptor, interceptor::InterceptedService},
     transport::{Channel, Endpoint},
 };
 
@@ -38,19 +41,48 @@ pub(crate) type Chunks = BoxStream<'static, Result<GenerateChunk, RpcError>>;
 /// A coordinator. Connects when first needed and again whenever the connection was lost.
 #[derive(Clone, Debug)]
 pub(crate) struct Backend {
-    inference: InferenceClient<Channel>,
+    inference: InferenceClient<Keyed>,
     /// On a connection of its own, so that probes are answered however busy the other one is.
-    admin: AdminClient<Channel>,
+    admin: AdminClient<Keyed>,
+}
+
+type Keyed = InterceptedService<Channel, Credentials>;
+
+/// Presents an API key with every call: the coordinator wants the same keys as the gateway.
+#[derive(Clone, Debug)]
+struct Credentials(Option<MetadataValue<Ascii>>);
+
+impl Credentials {
+    fn of(keys: &ApiKeys) -> Self {
+        // Keys without control characters fit a header.
+        let value = keys
+            .authorization()
+            .and_then(|value| MetadataValue::try_from(value.as_bytes()).ok());
+        Self(value.map(|mut value: MetadataValue<Ascii>| {
+            value.set_sensitive(true);
+            value
+        }))
+    }
+}
+
+impl Interceptor for Credentials {
+    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
+        if let Some(value) = &self.0 {
+            request.metadata_mut().insert("authorization", value.clone());
+        }
+        Ok(request)
+    }
 }
 
 impl Backend {
     /// Prepares for the coordinator at `address`, without connecting.
-    pub(crate) fn new(address: &str) -> Result<Self, GatewayError> {
+    pub(crate) fn new(address: &str, keys: &ApiKeys) -> Result<Self, GatewayError> {
         let endpoint = endpoint(address)?;
-        let (inference, admin) = (endpoint.connect_lazy(), endpoint.connect_lazy());
+        let credentials = Credentials::of(keys);
+        let keyed = || InterceptedService::new(endpoint.connect_lazy(), credentials.clone());
         Ok(Self {
-            inference: InferenceClient::new(inference).max_decoding_message_size(MAX_REPLY_BYTES),
-            admin: AdminClient::new(admin).max_decoding_message_size(MAX_REPLY_BYTES),
+            inference: InferenceClient::new(keyed()).max_decoding_message_size(MAX_REPLY_BYTES),
+            admin: AdminClient::new(keyed()).max_decoding_message_size(MAX_REPLY_BYTES),
         })
     }
 
@@ -188,9 +220,20 @@ mod tests {
         }
     }
 
+    #[test]
+    fn the_first_key_is_presented() {
+        let keys = ApiKeys::new(["first".to_owned(), "second".to_owned()]).expect("keys");
+        let request = Credentials::of(&keys).call(Request::new(())).expect("no error");
+        let presented = request.metadata().get("authorization").expect("a header");
+        assert_eq!(presented, "Bearer first");
+        let request = Credentials::of(&ApiKeys::default()).call(Request::new(()));
+        assert!(request.expect("no error").metadata().is_empty());
+    }
+
     #[tokio::test]
     async fn an_absent_coordinator_is_unavailable_at_once() {
-        let backend = Backend::new("unix:/nonexistent/phalanx.sock").expect("a good address");
+        let backend =
+            Backend::new("unix:/nonexistent/phalanx.sock", &ApiKeys::default()).expect("a good address");
         let start = Instant::now();
         let error = backend.status().await.expect_err("nobody there");
         assert_eq!(error.kind, ErrorKind::Unavailable);

@@ -2,7 +2,9 @@
 
 use std::{io, path::PathBuf, time::Duration};
 
-use crate::{auth::ApiKeys, limits::HttpLimits};
+use phalanx_proto::secret::ApiKeys;
+
+use crate::limits::HttpLimits;
 
 /// A gateway's configuration. All of it is fixed at start.
 #[derive(Clone, Debug)]
@@ -13,7 +15,7 @@ pub struct GatewayConfig {
     pub uds: Option<PathBuf>,
     /// Where the coordinator serves gRPC: `http://host:port` or `unix:/path`.
     pub coordinator: String,
-    /// Keys of which a client must present one; empty: no key is needed.
+    /// Keys of which a client must present one; without any, no key is needed. The coordinator is shown the first.
     pub api_keys: ApiKeys,
     /// Whether `usage` reports how many prompt tokens came from the prefix cache.
     pub prompt_tokens_details: bool,
@@ -59,12 +61,6 @@ pub enum GatewayError {
         address: String,
         /// What is wrong with it.
         reason: String,
-    },
-    /// An empty key would let everybody in.
-    #[error("API key number {position} is empty")]
-    EmptyApiKey {
-        /// Counted from one.
-        position: usize,
     },
     /// A limit of zero would refuse everything.
     #[error("limit {field} must be at least 1")]

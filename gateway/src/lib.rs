@@ -19,7 +19,6 @@ mod routes;
 mod server;
 mod stall;
 
-pub use auth::ApiKeys;
 pub use config::{GatewayConfig, GatewayError};
 pub use limits::HttpLimits;
 pub use server::Gateway;

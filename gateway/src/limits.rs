@@ -1,22 +1,14 @@
 //! Every bound the gateway puts on what a client may send.
 //!
 //! Values the coordinator judges with more knowledge (context length, sampling ranges, number of alternatives) are not
-//! repeated here.
+//! repeated here; those that both check are in `phalanx_proto::limits`.
 
 use std::time::Duration;
 
 /// Prompts in one completions request; each becomes a gRPC request of its own.
 pub(crate) const MAX_PROMPTS: usize = 128;
-/// Completions per prompt.
-pub(crate) const MAX_N: u32 = 128;
 /// Prompts times completions: what one HTTP request may have running at once.
 pub(crate) const MAX_CHOICES: usize = 256;
-/// Stop strings.
-pub(crate) const MAX_STOP_STRINGS: usize = 64;
-/// Stop token ids.
-pub(crate) const MAX_STOP_TOKEN_IDS: usize = 1024;
-/// Messages of one conversation.
-pub(crate) const MAX_MESSAGES: usize = 8192;
 /// Bytes of a client's `X-Request-Id`; a longer one is replaced, as it ends up in every log line.
 pub(crate) const MAX_REQUEST_ID: usize = 128;
 

@@ -1,9 +1,6 @@
 //! The outermost middleware: a name for every request, its metrics and its log line.
 
-use std::{
-    hash::{BuildHasher, RandomState},
-    sync::Arc,
-};
+use std::sync::Arc;
 
 use axum::{
     extract::{Request, State},
@@ -11,6 +8,7 @@ use axum::{
     response::Response,
 };
 use http::{HeaderMap, HeaderName, HeaderValue};
+use phalanx_proto::secret;
 
 use crate::{
     limits::MAX_REQUEST_ID,
@@ -37,10 +35,9 @@ impl RequestId {
     }
 }
 
-/// 128 bits that no other request of any gateway has: two SipHash states, keyed by the system's randomness.
+/// 128 bits that no other request of any gateway has.
 fn random_hex() -> String {
-    let word = || RandomState::new().hash_one(std::process::id());
-    format!("{:016x}{:016x}", word(), word())
+    format!("{:032x}", u128::from_ne_bytes(secret::random()))
 }
 
 /// Middleware: gives the request its id, answers with it, measures and logs.

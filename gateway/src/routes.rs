@@ -10,10 +10,10 @@ use axum::{
     routing::{get, post},
 };
 use http::{Method, Uri};
-use phalanx_proto::{ErrorKind, RpcError};
+use phalanx_proto::{ErrorKind, RpcError, secret::ApiKeys};
 
 use crate::{
-    auth::{ApiKeys, require_key},
+    auth::require_key,
     backend::Backend,
     lifecycle::Lifecycle,
     limits::HttpLimits,

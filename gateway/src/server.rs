@@ -1,15 +1,6 @@
 //! Listeners, connections, and the way down.
 
-use std::{
-    future::pending,
-    io,
-    net::SocketAddr,
-    os::unix::fs::FileTypeExt,
-    path::{Path, PathBuf},
-    pin::pin,
-    sync::Arc,
-    time::Duration,
-};
+use std::{future::pending, io, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 
 use axum::Router;
 use hyper::server::conn::http1;
@@ -17,9 +8,10 @@ use hyper_util::{
     rt::{TokioIo, TokioTimer},
     service::TowerToHyperService,
 };
+use phalanx_proto::socket::{Access, UnixSocket};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
-    net::{TcpListener, TcpStream, UnixListener, UnixStream},
+    net::{TcpListener, TcpStream, UnixStream},
     sync::{OwnedSemaphorePermit, Semaphore, watch},
     task::JoinSet,
     time::{sleep, timeout},
@@ -58,7 +50,7 @@ impl Gateway {
         check(&config.limits)?;
         let lifecycle = Arc::new(Lifecycle::new(config.limits.running_prompts));
         let service = Service {
-            backend: Backend::new(&config.coordinator)?,
+            backend: Backend::new(&config.coordinator, &config.api_keys)?,
             lifecycle: Arc::clone(&lifecycle),
             metrics: Arc::new(HttpMetrics::new()),
             limits: config.limits.clone(),
@@ -72,7 +64,11 @@ impl Gateway {
             local_addrs.push(local);
         }
         if let Some(path) = config.uds {
-            listeners.push(Listener::Unix(UnixSocket::bind(path).await?));
+            let socket = UnixSocket::bind(&path, Access::Umask).map_err(|source| GatewayError::Bind {
+                address: path.display().to_string(),
+                source,
+            })?;
+            listeners.push(Listener::Unix(socket));
         }
         if listeners.is_empty() {
             return Err(GatewayError::NoListener);
@@ -143,47 +139,6 @@ async fn bind_tcp(address: &str) -> Result<(TcpListener, SocketAddr), GatewayErr
         address: address.to_owned(),
         source,
     })
-}
-
-/// A unix socket whose file goes when the listener does.
-struct UnixSocket {
-    listener: UnixListener,
-    path: PathBuf,
-}
-
-impl UnixSocket {
-    async fn bind(path: PathBuf) -> Result<Self, GatewayError> {
-        let bind = async {
-            remove_stale(&path).await?;
-            UnixListener::bind(&path)
-        };
-        match bind.await {
-            Ok(listener) => Ok(Self { listener, path }),
-            Err(source) => Err(GatewayError::Bind {
-                address: path.display().to_string(),
-                source,
-            }),
-        }
-    }
-}
-
-impl Drop for UnixSocket {
-    fn drop(&mut self) {
-        // Left behind, it is stale and the next start removes it.
-        let _ = std::fs::remove_file(&self.path);
-    }
-}
-
-/// Removes the socket of a gateway that was killed: one on which nobody listens. Anything else stays where it is.
-async fn remove_stale(path: &Path) -> io::Result<()> {
-    let is_socket = std::fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket());
-    if !is_socket {
-        return Ok(());
-    }
-    match UnixStream::connect(path).await {
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => std::fs::remove_file(path),
-        _ => Ok(()),
-    }
 }
 
 enum Listener {

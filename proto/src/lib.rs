@@ -1,12 +1,22 @@
-//! Everything that crosses a process boundary: the gRPC services, the step codec, the error table.
+//! Everything that crosses a process boundary: the gRPC services, the step codec, the error table, and what both sides of
+//! a boundary must treat alike: limits, secrets, sockets.
 #![forbid(unsafe_code)]
 
 pub mod error;
+pub mod limits;
+pub mod secret;
+pub mod socket;
 pub mod step;
 
 /// Generated from `proto/phalanx/v1/*.proto`.
 pub mod v1 {
-    #![allow(unreachable_pub, unused_qualifications, clippy::all, missing_docs)]
+    #![allow(
+        unreachable_pub,
+        unused_qualifications,
+        clippy::all,
+        missing_docs,
+        reason = "generated"
+    )]
     tonic::include_proto!("phalanx.v1");
 }
 

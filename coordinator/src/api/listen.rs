@@ -1,23 +1,9 @@
 //! Where the services are served: TCP and unix sockets.
 
-use std::{
-    fs, io,
-    net::SocketAddr,
-    os::unix::{
-        fs::{FileTypeExt, MetadataExt},
-        net::{UnixListener as StdUnixListener, UnixStream as StdUnixStream},
-    },
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{io, net::SocketAddr, path::Path, time::Duration};
 
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
-use tokio::{
-    net::{TcpListener, UnixListener},
-    sync::watch,
-    task::JoinSet,
-    time::timeout,
-};
+use phalanx_proto::socket::{Access, UnixSocket};
+use tokio::{net::TcpListener, sync::watch, task::JoinSet, time::timeout};
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::{
     service::Routes,
@@ -30,7 +16,6 @@ const MAX_HEADER_LIST_BYTES: u32 = 16 << 10;
 /// A peer that does not answer a ping for so long is gone, and its streams with it.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
-const BACKLOG: i32 = 1024;
 
 #[derive(Debug, thiserror::Error)]
 pub enum ListenError {
@@ -64,7 +49,7 @@ impl Listeners {
 
     /// Adds a unix socket (mode 0600), replacing a socket file that nobody listens on. It is removed when serving ends.
     pub fn bind_unix(&mut self, path: &Path) -> Result<(), ListenError> {
-        let socket = UnixSocket::bind(path).map_err(|source| ListenError::Bind {
+        let socket = UnixSocket::bind(path, Access::Owner).map_err(|source| ListenError::Bind {
             address: path.display().to_string(),
             source,
         })?;
@@ -139,70 +124,4 @@ fn server() -> Server {
 /// Until told to stop, or the one who would tell is gone.
 async fn stopped(mut stop: watch::Receiver<bool>) {
     let _ = stop.wait_for(|&stop| stop).await;
-}
-
-#[derive(Debug)]
-struct UnixSocket {
-    listener: UnixListener,
-    file: SocketFile,
-}
-
-/// A socket's file, removed with this value unless somebody has put another in its place.
-#[derive(Debug)]
-struct SocketFile {
-    path: PathBuf,
-    /// Device and inode.
-    identity: (u64, u64),
-}
-
-impl UnixSocket {
-    fn bind(path: &Path) -> io::Result<Self> {
-        remove_stale(path)?;
-        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-        rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
-        let metadata = fs::symlink_metadata(path)?;
-        let file = SocketFile {
-            path: path.to_owned(),
-            identity: (metadata.dev(), metadata.ino()),
-        };
-        // Nobody can connect before `listen`, so nobody can before the mode is set.
-        rustix::fs::chmod(path, rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR)?;
-        rustix::net::listen(&socket, BACKLOG)?;
-        let listener = UnixListener::from_std(StdUnixListener::from(socket))?;
-        Ok(Self { listener, file })
-    }
-}
-
-/// Removes a socket file whose server is gone. Errors: it is not a socket, or a server answers.
-fn remove_stale(path: &Path) -> io::Result<()> {
-    let metadata = match fs::symlink_metadata(path) {
-        Ok(metadata) => metadata,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(error),
-    };
-    if !metadata.file_type().is_socket() {
-        return Err(io::Error::new(
-            io::ErrorKind::AlreadyExists,
-            "the path exists and is not a socket",
-        ));
-    }
-    match StdUnixStream::connect(path) {
-        Ok(_) => Err(io::Error::new(
-            io::ErrorKind::AddrInUse,
-            "another server listens there",
-        )),
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path),
-        Err(error) => Err(error),
-    }
-}
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        let is_ours = fs::symlink_metadata(&self.path)
-            .is_ok_and(|metadata| (metadata.dev(), metadata.ino()) == self.identity);
-        if is_ours && let Err(error) = fs::remove_file(&self.path) {
-            tracing::warn!(path = %self.path.display(), %error, "cannot remove the socket");
-        }
-    }
 }

@@ -2,6 +2,7 @@
 
 mod admin;
 mod assembler;
+mod auth;
 mod engine;
 mod inference;
 mod listen;
@@ -11,8 +12,11 @@ mod stream;
 
 use std::{sync::Arc, time::SystemTime};
 
-use phalanx_proto::v1::{self, ModelCard, admin_server::AdminServer, inference_server::InferenceServer};
-use tonic::service::Routes;
+use phalanx_proto::{
+    secret::ApiKeys,
+    v1::{self, ModelCard, admin_server::AdminServer, inference_server::InferenceServer},
+};
+use tonic::service::{Routes, interceptor::InterceptedService};
 
 pub use engine::EngineSlot;
 pub use listen::{ListenError, Listeners, serve};
@@ -35,6 +39,8 @@ pub struct Api {
     pub served_model_names: Vec<String>,
     /// Path or repository of the weights.
     pub model_root: String,
+    /// What clients of Inference and Admin must present, unless they come over a unix socket.
+    pub api_keys: ApiKeys,
 }
 
 impl Api {
@@ -62,17 +68,17 @@ impl Api {
         };
         let (reporter, health) = tonic_health::server::health_reporter();
         tokio::spawn(status::follow(self.status.subscribe(), reporter));
-        let routes = Routes::new(
-            InferenceServer::new(inference)
-                .max_decoding_message_size(MAX_REQUEST_BYTES)
-                .max_encoding_message_size(MAX_RESPONSE_BYTES),
-        )
-        .add_service(
-            AdminServer::new(admin)
-                .max_decoding_message_size(MAX_REQUEST_BYTES)
-                .max_encoding_message_size(MAX_RESPONSE_BYTES),
-        )
-        .add_service(health);
+        let inference = InferenceServer::new(inference)
+            .max_decoding_message_size(MAX_REQUEST_BYTES)
+            .max_encoding_message_size(MAX_RESPONSE_BYTES);
+        let admin = AdminServer::new(admin)
+            .max_decoding_message_size(MAX_REQUEST_BYTES)
+            .max_encoding_message_size(MAX_RESPONSE_BYTES);
+        // Probes and reflection tell nothing that the contract does not; they need no key.
+        let check = auth::KeyCheck(self.api_keys);
+        let routes = Routes::new(InterceptedService::new(inference, check.clone()))
+            .add_service(InterceptedService::new(admin, check))
+            .add_service(health);
         let reflection = tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(phalanx_proto::FILE_DESCRIPTOR_SET)
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
@@ -97,7 +103,7 @@ fn unix_seconds() -> i64 {
 fn request_id(given: String, prefix: &str) -> Result<String, phalanx_proto::RpcError> {
     const MAX_BYTES: usize = 256;
     if given.is_empty() {
-        return Ok(format!("{prefix}-{:016x}", crate::text::random_u64()));
+        return Ok(format!("{prefix}-{:016x}", phalanx_proto::secret::random_u64()));
     }
     if given.len() > MAX_BYTES || given.chars().any(char::is_control) {
         let message = format!("request_id must have at most {MAX_BYTES} bytes and no control characters.");

@@ -3,7 +3,7 @@
 use std::{pin::Pin, time::Duration};
 
 use phalanx_proto::{
-    ErrorKind, PROTOCOL_VERSION, RpcError,
+    ErrorKind, PROTOCOL_VERSION, RpcError, secret,
     v1::{self, cluster_server, worker_event::Event},
 };
 use tokio::{sync::mpsc, time};
@@ -51,7 +51,7 @@ impl cluster_server::Cluster for AttachService {
 
 /// Checks a worker's credentials and gives it its place and its work.
 fn admit(cluster: &Cluster, hello: v1::Hello) -> Result<(u32, mpsc::Receiver<v1::WorkerCommand>), RpcError> {
-    if !same_token(&hello.join_token, &cluster.join_token) {
+    if !secret::same(cluster.join_token.as_bytes(), hello.join_token.as_bytes()) {
         return Err(RpcError::new(ErrorKind::Unauthenticated, "wrong join token").with_param("join_token"));
     }
     if hello.protocol_version != PROTOCOL_VERSION {
@@ -73,17 +73,6 @@ fn admit(cluster: &Cluster, hello: v1::Hello) -> Result<(u32, mpsc::Receiver<v1:
         .map_err(|refusal| RpcError::invalid("rank", refusal.to_string()))?;
     tracing::info!(rank, pid, host, device, "worker attached");
     Ok((rank, receiver))
-}
-
-/// Compares in a time that depends on the given token's length only.
-fn same_token(given: &str, want: &str) -> bool {
-    let differing = |i: usize, byte: u8| byte ^ want.as_bytes().get(i).copied().unwrap_or(!byte);
-    given.len() == want.len()
-        && given
-            .bytes()
-            .enumerate()
-            .fold(0, |all, (i, byte)| all | differing(i, byte))
-            == 0
 }
 
 /// Follows a worker's events until its stream ends, which is the end of the worker.

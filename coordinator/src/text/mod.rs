@@ -9,15 +9,13 @@ mod sampling;
 mod stop;
 mod tokenizer;
 
-pub use chat::{ChatTemplate, Conversation, MAX_KWARGS_BYTES, MAX_MESSAGES};
+pub use chat::{ChatTemplate, Conversation, MAX_KWARGS_BYTES};
 pub use detokenizer::Detokenizer;
 pub use error::TextError;
 pub use pool::TextPool;
 pub use processor::{PreparedRequest, TextModel, TextOptions, TextProcessor};
-pub use sampling::{DEFAULT_MAX_LOGPROBS, GenerationDefaults, MAX_N, MAX_STOP_TOKEN_IDS, ModelLimits};
-pub use stop::{MAX_STOP_STRING_BYTES, MAX_STOP_STRINGS, StopMatcher};
+pub use sampling::{DEFAULT_MAX_LOGPROBS, GenerationDefaults, ModelLimits};
+pub use stop::{MAX_STOP_STRING_BYTES, StopMatcher};
 pub use tokenizer::{
     GgufVocab, HfFiles, MAX_VOCAB_SIZE, SpecialTokens, TokenEncoding, TokenTable, Tokenizer,
 };
-
-pub(crate) use sampling::random_u64;

@@ -1,23 +1,21 @@
 //! Sampling parameters of a request: defaults filled in, every range checked, with vLLM's wording.
 
-use std::{
-    hash::{BuildHasher, Hasher},
-    ops::RangeInclusive,
-};
+use std::ops::RangeInclusive;
 
-use phalanx_proto::{ErrorKind, RpcError, v1};
+use phalanx_proto::{
+    ErrorKind, RpcError,
+    limits::{MAX_N, MAX_STOP_TOKEN_IDS},
+    secret::random_u64,
+    v1,
+};
 use serde::Deserialize;
 use serde_json::Value;
 
 use super::{StopMatcher, TextError, tokenizer::SpecialTokens};
 use crate::engine::{SamplingParams, StopRules};
 
-/// Most completions of one request.
-pub const MAX_N: u32 = 128;
 /// Most alternatives reported per token, unless the server is told otherwise.
 pub const DEFAULT_MAX_LOGPROBS: u32 = 20;
-/// Most stop tokens a request may name.
-pub const MAX_STOP_TOKEN_IDS: usize = 128;
 /// Smaller temperatures than this are raised to it, as in vLLM: dividing logits by less overflows.
 const MIN_TEMPERATURE: f32 = 0.01;
 
@@ -291,13 +289,6 @@ fn stop_token_ids(params: &v1::SamplingParams, rules: Rules<'_>) -> Result<Vec<u
     ids.sort_unstable();
     ids.dedup();
     Ok(ids)
-}
-
-/// A number no client can foresee: the standard library seeds every hasher from the system's entropy.
-pub(crate) fn random_u64() -> u64 {
-    std::collections::hash_map::RandomState::new()
-        .build_hasher()
-        .finish()
 }
 
 #[cfg(test)]

@@ -1,9 +1,7 @@
 //! Stop strings, found across token borders.
 
-use phalanx_proto::RpcError;
+use phalanx_proto::{RpcError, limits::MAX_STOP_STRINGS};
 
-/// Most stop strings of a request.
-pub const MAX_STOP_STRINGS: usize = 64;
 /// Most bytes of one stop string.
 pub const MAX_STOP_STRING_BYTES: usize = 4096;
 

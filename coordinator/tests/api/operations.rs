@@ -2,18 +2,21 @@
 
 use std::{
     fs,
+    future::pending,
     os::unix::{
         fs::PermissionsExt,
         net::{UnixListener, UnixStream},
     },
 };
 
-use phalanx_coordinator::api::{EngineSlot, Listeners, StatusHandle, serve};
+use phalanx_coordinator::api::{Api, EngineSlot, Listeners, StatusHandle, serve};
 use phalanx_proto::{
     ErrorKind, RpcError,
+    secret::ApiKeys,
     v1::{self, FinishReason, GroupState, admin_client::AdminClient, inference_client::InferenceClient},
 };
 use tokio::{sync::oneshot, time::timeout};
+use tonic::transport::Endpoint;
 use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
@@ -176,4 +179,56 @@ async fn the_services_answer_before_there_is_an_engine() {
     stop.send(()).expect("serving");
     let served = timeout(DEADLINE, serving).await.expect("ends");
     served.expect("no panic").expect("no error");
+}
+
+#[tokio::test]
+async fn keys_are_needed_over_tcp_by_all_but_probes_and_reflection() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let mut listeners = Listeners::default();
+    let any = "127.0.0.1:0".parse().expect("an address");
+    let address = listeners.bind_tcp(any).await.expect("binds");
+    listeners.bind_unix(&dir.path().join("s")).expect("binds");
+    let keyed = Api {
+        api_keys: ApiKeys::new(["first".to_owned(), "second".to_owned()]).expect("keys"),
+        ..api(EngineSlot::default(), StatusHandle::new())
+    };
+    let serving = tokio::spawn(serve(keyed.routes(), listeners, pending(), DEADLINE));
+    let tcp = Endpoint::from_shared(format!("http://{address}")).expect("an endpoint");
+    let tcp = tcp.connect().await.expect("connects");
+
+    for (key, admitted) in [
+        (None, false),
+        (Some("Bearer third"), false),
+        (Some("first"), false),
+        (Some("Bearer second"), true),
+    ] {
+        let present = |mut request: tonic::Request<()>| {
+            if let Some(key) = key {
+                request
+                    .metadata_mut()
+                    .insert("authorization", key.parse().expect("ascii"));
+            }
+            Ok(request)
+        };
+        let kind = |error: tonic::Status| RpcError::from(&error).kind;
+        let expected = (!admitted).then_some(ErrorKind::Unauthenticated);
+        let mut inference = InferenceClient::with_interceptor(tcp.clone(), present);
+        let models = inference.list_models(v1::ListModelsRequest {}).await;
+        assert_eq!(models.err().map(kind), expected, "{key:?}");
+        let mut admin = AdminClient::with_interceptor(tcp.clone(), present);
+        let status = admin.get_status(v1::GetStatusRequest {}).await;
+        assert_eq!(status.err().map(kind), expected, "{key:?}");
+    }
+    let mut health = HealthClient::new(tcp.clone());
+    health
+        .check(HealthCheckRequest::default())
+        .await
+        .expect("no key for probes");
+    // The file's mode is the key of the socket.
+    let mut local = InferenceClient::new(connect(&dir.path().join("s")).await);
+    local
+        .list_models(v1::ListModelsRequest {})
+        .await
+        .expect("no key for the own user");
+    serving.abort();
 }

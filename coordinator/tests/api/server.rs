@@ -16,6 +16,7 @@ use phalanx_coordinator::{
 };
 use phalanx_proto::{
     RpcError,
+    secret::ApiKeys,
     v1::{self, generate_request::Prompt, inference_client::InferenceClient},
 };
 use tokio::{
@@ -78,6 +79,7 @@ pub(crate) fn api(engine: EngineSlot, status: StatusHandle) -> Api {
         status,
         served_model_names: vec!["demo".into(), "alias".into()],
         model_root: "/models/demo.gguf".into(),
+        api_keys: ApiKeys::default(),
     }
 }
 

@@ -2,14 +2,13 @@
 
 use std::fmt;
 
-use phalanx_proto::{RpcError, v1::ChatMessage};
+use phalanx_proto::{RpcError, limits::MAX_MESSAGES, v1::ChatMessage};
 use serde::{
     Deserialize, Deserializer,
     de::{Error, IgnoredAny, MapAccess, SeqAccess, Visitor, value::MapAccessDeserializer},
 };
 
 use super::body::{Bounded, Object};
-use crate::limits::MAX_MESSAGES;
 
 const ROLES: [&str; 5] = ["system", "developer", "user", "assistant", "tool"];
 

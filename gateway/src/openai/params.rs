@@ -4,6 +4,7 @@ use std::fmt;
 
 use phalanx_proto::{
     RpcError,
+    limits::{MAX_N, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS},
     v1::{OutputOptions, SamplingParams},
 };
 use serde::{
@@ -12,7 +13,6 @@ use serde::{
 };
 
 use super::body::{Bounded, Object};
-use crate::limits::{MAX_N, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS};
 
 /// Sampling and streaming. `null` and absent are the same: the model's default.
 #[derive(Debug, Deserialize)]

@@ -2,7 +2,8 @@
 
 use std::os::unix::net::UnixListener;
 
-use phalanx_gateway::{ApiKeys, Gateway, GatewayConfig, GatewayError};
+use phalanx_gateway::{Gateway, GatewayConfig, GatewayError};
+use phalanx_proto::secret::ApiKeys;
 use tokio::net::UnixStream;
 
 use crate::support::{Connection, Coordinator, Script, Server, config, get, pair, post_with};

@@ -8,7 +8,7 @@ mod functions;
 use std::io;
 
 use minijinja::{Environment, ErrorKind as JinjaError, Value, context};
-use phalanx_proto::{ErrorKind, RpcError, v1::ChatMessage};
+use phalanx_proto::{ErrorKind, RpcError, limits::MAX_MESSAGES, v1::ChatMessage};
 
 use super::{TextError, tokenizer::SpecialTokens};
 
@@ -16,8 +16,6 @@ use super::{TextError, tokenizer::SpecialTokens};
 const MAX_TEMPLATE_BYTES: usize = 1 << 20;
 /// Template instructions per rendering: about a second of work.
 const FUEL: u64 = 10_000_000;
-/// Most messages of a conversation; each takes some tokens, so longer ones hardly fit any context.
-pub const MAX_MESSAGES: usize = 16_384;
 /// Most bytes of `template_kwargs_json`.
 pub const MAX_KWARGS_BYTES: usize = 64 << 10;
 const NAME: &str = "chat_template";

@@ -1,0 +1,21 @@
+//! API keys over gRPC.
+
+use phalanx_proto::{ErrorKind, RpcError, secret::ApiKeys};
+use tonic::{Request, Status, service::Interceptor, transport::server::UdsConnectInfo};
+
+/// Admits whoever presents a key (`authorization: Bearer <key>`), and whoever comes over a unix socket: its file has
+/// mode 0600, so that is this server's own user, like the gateway beside it.
+#[derive(Clone, Debug)]
+pub(super) struct KeyCheck(pub(super) ApiKeys);
+
+impl Interceptor for KeyCheck {
+    fn call(&mut self, request: Request<()>) -> Result<Request<()>, Status> {
+        let local = request.extensions().get::<UdsConnectInfo>().is_some();
+        let authorization = request.metadata().get("authorization");
+        if local || self.0.admit(authorization.map(|value| value.as_bytes())) {
+            return Ok(request);
+        }
+        let message = "this server needs an API key: authorization: Bearer <key>";
+        Err(RpcError::new(ErrorKind::Unauthenticated, message).into())
+    }
+}

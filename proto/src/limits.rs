@@ -1,0 +1,15 @@
+//! What one request may ask for, whichever door it comes through: the gateway refuses more before it allocates, the
+//! coordinator before it queues.
+
+/// Completions of one prompt.
+pub const MAX_N: u32 = 128;
+/// Stop strings.
+pub const MAX_STOP_STRINGS: usize = 64;
+/// Stop token ids.
+pub const MAX_STOP_TOKEN_IDS: usize = 128;
+/// Entries of `logit_bias`.
+pub const MAX_LOGIT_BIAS: usize = 512;
+/// Bytes of `cache_salt`.
+pub const MAX_CACHE_SALT_BYTES: usize = 256;
+/// Messages of a conversation; each takes some tokens, so more hardly fit any context.
+pub const MAX_MESSAGES: usize = 8192;
