@@ -3,7 +3,7 @@
 
 use std::path::PathBuf;
 
-use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
+use clap::{ArgAction, ArgMatches, Args, Parser, Subcommand, ValueEnum, parser::ValueSource};
 
 /// A distributed tensor-parallel LLM serving cluster.
 #[derive(Debug, Parser)]
@@ -70,10 +70,10 @@ pub(crate) enum LogFormat {
 #[derive(Debug, Args)]
 pub(crate) struct ModelArgs {
     /// A .gguf file, or a directory with config.json, tokenizer.json and safetensors files.
-    #[arg(value_name = "MODEL", env = "PHALANX_MODEL_TAG")]
+    #[arg(value_name = "MODEL")]
     pub(crate) model_tag: Option<PathBuf>,
-    /// The same as the positional argument.
-    #[arg(long, env = "PHALANX_MODEL", conflicts_with = "model_tag")]
+    /// The same as the positional argument, which wins over the environment and the file.
+    #[arg(long, env = "PHALANX_MODEL")]
     pub(crate) model: Option<PathBuf>,
     /// Number of ranks the model is cut into; any number up to the number of attention heads.
     #[arg(
@@ -151,12 +151,17 @@ pub(crate) struct EngineArgs {
     /// Names clients may call the model by; default: the MODEL argument's file name.
     #[arg(long, env = "PHALANX_SERVED_MODEL_NAME", num_args = 1.., value_delimiter = ',')]
     pub(crate) served_model_name: Vec<String>,
-    /// Reuse the KV of prompts that begin alike.
-    #[arg(long, env = "PHALANX_ENABLE_PREFIX_CACHING", action = ArgAction::Set, num_args = 0..=1, default_missing_value = "true", default_value_t = true)]
+    /// Reuse the KV of prompts that begin alike; --no-enable-prefix-caching: compute every prompt anew.
+    #[arg(
+        long,
+        env = "PHALANX_ENABLE_PREFIX_CACHING",
+        action = ArgAction::Set,
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "true",
+        default_value_t = true
+    )]
     pub(crate) enable_prefix_caching: bool,
-    /// Compute every prompt anew.
-    #[arg(long, conflicts_with = "enable_prefix_caching")]
-    pub(crate) no_enable_prefix_caching: bool,
     /// Order in which waiting requests are admitted.
     #[arg(long, env = "PHALANX_SCHEDULING_POLICY", default_value = "fcfs")]
     pub(crate) scheduling_policy: Policy,
@@ -335,6 +340,22 @@ pub(crate) struct PlanArgs {
     /// YAML file of flags.
     #[arg(long, env = "PHALANX_CONFIG")]
     pub(crate) config: Option<PathBuf>,
+}
+
+/// MODEL and `--model` on one command line contradict each other. A clap conflict would also count the environment.
+pub(crate) fn refuse_two_models(matches: &ArgMatches) -> anyhow::Result<()> {
+    let Some((_, matches)) = matches.subcommand() else {
+        return Ok(());
+    };
+    let typed = |id| {
+        matches.try_contains_id(id).unwrap_or(false)
+            && matches.value_source(id) == Some(ValueSource::CommandLine)
+    };
+    anyhow::ensure!(
+        !(typed("model_tag") && typed("model")),
+        "the model is given twice, as MODEL and as --model"
+    );
+    Ok(())
 }
 
 /// A number of bytes with an optional decimal (k, M, G) or binary (Ki, Mi, Gi) suffix, as vLLM and Kubernetes write it.

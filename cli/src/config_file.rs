@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use clap::{ArgAction, Command};
+use clap::{Arg, ArgAction, Command};
 use serde_yaml_ng::Value;
 
 /// A file larger than this is not a list of flags.
@@ -27,10 +27,11 @@ pub(crate) enum ConfigFileError {
     BadValue { path: PathBuf, key: String },
 }
 
-/// vLLM's `-tp N` in clap's terms, which knows no short flags of two letters.
+/// vLLM's `-tp N` and `--no-<flag>` in clap's terms, which knows no short flags of two letters and no negations.
 pub(crate) fn normalize(argument: OsString) -> OsString {
     match argument.to_str() {
         Some("-tp") => "--tensor-parallel-size".into(),
+        Some("--no-enable-prefix-caching") => "--enable-prefix-caching=false".into(),
         Some(text) if text.starts_with("-tp=") => format!("--tensor-parallel-size={}", &text[4..]).into(),
         _ => argument,
     }
@@ -53,22 +54,44 @@ pub(crate) fn apply(command: Command, arguments: &[OsString]) -> Result<Command,
         return Ok(command);
     };
     let values = read(&path)?;
-    let mut failure = None;
-    let command = command.mut_subcommand(chosen, |sub| {
-        let defaults = values
-            .into_iter()
-            .map(|(key, value)| default_for(&sub, &path, key, value));
-        match defaults.collect::<Result<Vec<_>, _>>() {
-            Ok(defaults) => defaults.into_iter().fold(sub, |sub, (id, values)| {
-                sub.mut_arg(id, |argument| argument.default_values(values))
-            }),
-            Err(error) => {
-                failure = Some(error);
-                sub
-            }
-        }
-    });
-    failure.map_or(Ok(command), Err)
+    let mut command = command;
+    for (key, value) in values {
+        // Flags of every subcommand are the main command's.
+        let id = id_of(&key);
+        let is_global = command
+            .get_arguments()
+            .any(|argument| argument.get_id() == id.as_str());
+        let owner = if is_global {
+            Some(&command)
+        } else {
+            command.find_subcommand(chosen)
+        };
+        let named = Key {
+            path: &path,
+            key,
+            command: chosen,
+        };
+        let (id, values) = default_for(owner.unwrap_or(&command), named, value)?;
+        let set = |argument: Arg| argument.default_values(values);
+        command = if is_global {
+            command.mut_arg(id, set)
+        } else {
+            command.mut_subcommand(chosen, |sub| sub.mut_arg(id, set))
+        };
+    }
+    Ok(command)
+}
+
+/// A key of the file, and where it stands.
+struct Key<'a> {
+    path: &'a Path,
+    key: String,
+    /// The subcommand whose flag it should be.
+    command: &'a str,
+}
+
+fn id_of(key: &str) -> String {
+    key.trim_start_matches("--").replace('-', "_")
 }
 
 fn config_path(arguments: &[OsString]) -> Option<PathBuf> {
@@ -113,23 +136,27 @@ fn read(path: &Path) -> Result<Vec<(String, Value)>, ConfigFileError> {
         .collect()
 }
 
-/// The flag's id and its values as clap parses them.
+/// The flag's id and its values as clap parses them. `no-<flag>: true` is `<flag>: false`.
 fn default_for(
-    command: &Command,
-    path: &Path,
-    key: String,
+    owner: &Command,
+    named: Key<'_>,
     value: Value,
 ) -> Result<(String, Vec<String>), ConfigFileError> {
-    let id = key.trim_start_matches("--").replace('-', "_");
-    let known = command
-        .get_arguments()
-        .find(|argument| argument.get_id() == id.as_str() && id != "config");
-    let Some(argument) = known else {
-        let command = command.get_name().to_owned();
+    let id = id_of(&named.key);
+    let flag_of = |id: &str| {
+        let mut arguments = owner.get_arguments();
+        arguments.find(|argument| argument.get_id() == id && id != "config" && !argument.is_positional())
+    };
+    let negated = id.strip_prefix("no_").filter(|id| flag_of(id).is_some());
+    let (id, value) = match (negated, value) {
+        (Some(id), Value::Bool(value)) => (id.to_owned(), Value::Bool(!value)),
+        (_, value) => (id, value),
+    };
+    let Some(argument) = flag_of(&id) else {
         return Err(ConfigFileError::UnknownKey {
-            path: path.to_owned(),
-            key,
-            command,
+            path: named.path.to_owned(),
+            key: named.key,
+            command: named.command.to_owned(),
         });
     };
     let flag = matches!(argument.get_action(), ArgAction::SetTrue | ArgAction::SetFalse);
@@ -139,8 +166,8 @@ fn default_for(
         single => scalar(&single).map(|value| vec![value]),
     };
     let values = values.ok_or_else(|| ConfigFileError::BadValue {
-        path: path.to_owned(),
-        key,
+        path: named.path.to_owned(),
+        key: named.key,
     })?;
     Ok((id, values))
 }
@@ -175,6 +202,7 @@ mod tests {
         let matches = command
             .try_get_matches_from(&arguments)
             .map_err(|error| error.to_string())?;
+        crate::args::refuse_two_models(&matches).map_err(|error| error.to_string())?;
         Cli::from_arg_matches(&matches).map_err(|error| error.to_string())
     }
 
@@ -193,6 +221,42 @@ mod tests {
         assert_eq!(args.engine.served_model_name, ["a", "b"]);
         let args = serve(yaml, &["-tp", "2"]);
         assert_eq!((args.model.tensor_parallel_size, args.frontend.port), (2, 9000));
+    }
+
+    #[test]
+    fn flags_of_every_subcommand_are_keys_too() {
+        let cli = parse("log-level: debug\nlog-format: json\n", &[]).expect("valid");
+        assert_eq!(
+            cli.logging.arguments(),
+            ["--log-level", "debug", "--log-format", "json"]
+        );
+        let cli = parse("log-level: debug\n", &["--log-level", "warn"]).expect("valid");
+        assert_eq!(cli.logging.log_level, "warn");
+    }
+
+    #[test]
+    fn the_last_word_on_prefix_caching_counts() {
+        let enabled = |yaml: &str, extra: &[&str]| serve(yaml, extra).engine.enable_prefix_caching;
+        let (on, off) = ("--enable-prefix-caching", "--no-enable-prefix-caching");
+        assert!(enabled("", &[]) && !enabled("", &[off]) && enabled("", &[off, on]));
+        for yaml in [
+            "no-enable-prefix-caching: true\n",
+            "enable-prefix-caching: false\n",
+        ] {
+            assert!(!enabled(yaml, &[]) && enabled(yaml, &[on]), "{yaml}");
+        }
+        assert!(!enabled("enable-prefix-caching: true\n", &[off]));
+        // A flag without a value must not take the model for one.
+        let args = serve("", &[on, "m.gguf"]);
+        assert_eq!(args.model.model_tag, Some("m.gguf".into()));
+    }
+
+    #[test]
+    fn the_model_is_given_once_on_the_command_line() {
+        let args = serve("model: file.gguf\n", &["typed.gguf"]);
+        assert_eq!(args.model.model_tag, Some("typed.gguf".into()));
+        let error = parse("", &["a.gguf", "--model", "b.gguf"]).unwrap_err();
+        assert!(error.contains("given twice"), "{error}");
     }
 
     #[test]

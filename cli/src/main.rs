@@ -4,6 +4,7 @@
 mod args;
 mod config_file;
 mod gateway;
+mod limits;
 mod logging;
 mod plan;
 mod progress;
@@ -36,7 +37,9 @@ fn main() -> ExitCode {
 
 fn run(arguments: Vec<OsString>) -> anyhow::Result<()> {
     let command = config_file::apply(Cli::command(), &arguments)?;
-    let cli = Cli::from_arg_matches(&command.get_matches_from(&arguments))?;
+    let matches = command.get_matches_from(&arguments);
+    args::refuse_two_models(&matches)?;
+    let cli = Cli::from_arg_matches(&matches)?;
     logging::init(&cli.logging)?;
     match cli.command {
         Command::Serve(args) => serve::serve(*args, &cli.logging),

@@ -17,13 +17,17 @@ use phalanx_coordinator::{
 use phalanx_model::{KvDtype, TensorParallelStyle};
 use phalanx_proto::secret::ApiKeys;
 
-use crate::args::{Device, EngineArgs, KvCacheDtype, ModelArgs, Policy, Style};
+use crate::{
+    args::{Device, EngineArgs, KvCacheDtype, ModelArgs, Policy, Style},
+    limits,
+};
 
 pub(crate) fn model(args: &ModelArgs) -> anyhow::Result<ModelOptions> {
     let Some(path) = args.model_tag.clone().or_else(|| args.model.clone()) else {
         bail!("MODEL is missing: give a .gguf file or a model directory");
     };
     ensure!(path.exists(), "{}: no such file or directory", path.display());
+    limits::model(args)?;
     let kv_cache = match (args.num_gpu_blocks_override, args.kv_cache_memory_bytes) {
         (Some(blocks), _) => KvCacheSize::Blocks(blocks),
         (None, Some(bytes)) => KvCacheSize::BytesPerRank(bytes),
@@ -62,13 +66,14 @@ impl From<KvCacheDtype> for KvDtype {
     }
 }
 
-pub(crate) fn engine(args: &EngineArgs, model: &ModelOptions) -> EngineOptions {
+pub(crate) fn engine(args: &EngineArgs, model: &ModelOptions) -> anyhow::Result<EngineOptions> {
+    limits::engine(args)?;
     let file_name = model.path.file_name().unwrap_or(model.path.as_os_str());
     let default_name = || vec![file_name.to_string_lossy().trim_end_matches(".gguf").to_owned()];
     let names = args.served_model_name.clone();
-    EngineOptions {
+    Ok(EngineOptions {
         served_model_names: if names.is_empty() { default_name() } else { names },
-        enable_prefix_caching: args.enable_prefix_caching && !args.no_enable_prefix_caching,
+        enable_prefix_caching: args.enable_prefix_caching,
         policy: match args.scheduling_policy {
             Policy::Fcfs => SchedulingPolicy::Fcfs,
             Policy::Priority => SchedulingPolicy::Priority,
@@ -78,7 +83,7 @@ pub(crate) fn engine(args: &EngineArgs, model: &ModelOptions) -> EngineOptions {
         chat_template: args.chat_template.clone(),
         seed: args.seed,
         step_timeout: Duration::from_secs(args.execute_model_timeout_seconds),
-    }
+    })
 }
 
 pub(crate) fn workers(args: &EngineArgs, model: &ModelArgs, source: WorkerSource) -> WorkerOptions {

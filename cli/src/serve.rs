@@ -33,7 +33,7 @@ pub(crate) fn serve(args: ServeArgs, logging: &LoggingArgs) -> anyhow::Result<()
     let program = own_binary()?;
     let model = resolve::model(&args.model)?;
     let config = CoordinatorConfig {
-        engine: resolve::engine(&args.engine, &model),
+        engine: resolve::engine(&args.engine, &model)?,
         model,
         api: resolve::api(&args.engine, directory.socket())?,
         workers: resolve::workers(
@@ -54,7 +54,7 @@ pub(crate) fn coordinator(args: CoordinatorArgs, logging: &LoggingArgs) -> anyho
         _ => resolve::local_workers(own_binary()?, logging.arguments(), directory.path()),
     };
     let config = CoordinatorConfig {
-        engine: resolve::engine(&args.engine, &model),
+        engine: resolve::engine(&args.engine, &model)?,
         model,
         api: resolve::api(&args.engine, directory.socket())?,
         workers: resolve::workers(&args.engine, &args.model, source),
