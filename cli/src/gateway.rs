@@ -1,11 +1,12 @@
 //! `phalanx gateway`: the HTTP side.
 
-use std::time::Duration;
+use std::{pin::pin, time::Duration};
 
 use anyhow::Context;
 use phalanx_gateway::{Gateway, GatewayConfig};
 use phalanx_proto::secret::ApiKeys;
 use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
+use tokio::sync::oneshot;
 
 use crate::{
     args::{FrontendArgs, GatewayArgs},
@@ -20,7 +21,10 @@ pub(crate) fn run(args: GatewayArgs) -> anyhow::Result<()> {
         .worker_threads(1)
         .enable_all()
         .build()?;
-    runtime.block_on(serve(args))
+    let result = runtime.block_on(serve(args));
+    // Drops what still runs, and the listeners with their socket files.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    result
 }
 
 async fn serve(args: GatewayArgs) -> anyhow::Result<()> {
@@ -32,18 +36,20 @@ async fn serve(args: GatewayArgs) -> anyhow::Result<()> {
     for address in gateway.local_addrs() {
         tracing::info!(%address, "HTTP gateway listening");
     }
-    gateway
-        .run(async move {
-            let name = signals.next().await;
-            tracing::info!("{name}: letting running streams end");
-            // A second signal ends the process at once.
-            tokio::spawn(async move {
-                signals.next().await;
-                std::process::exit(1);
-            });
-        })
-        .await;
-    Ok(())
+    let (drain, draining) = oneshot::channel::<()>();
+    let mut running = pin!(gateway.run(async {
+        // The sender lives until it has sent.
+        let _ = draining.await;
+    }));
+    tokio::select! {
+        () = running.as_mut() => return Ok(()),
+        name = signals.next() => tracing::info!("{name}: letting running streams end"),
+    }
+    let _ = drain.send(());
+    tokio::select! {
+        () = running => Ok(()),
+        name = signals.next() => anyhow::bail!("{name} again: running streams were cut off"),
+    }
 }
 
 /// The gateway's settings from the flags.

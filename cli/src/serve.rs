@@ -11,6 +11,7 @@ use phalanx_coordinator::{
     Coordinator,
     config::{CoordinatorConfig, WorkerSource},
 };
+use phalanx_proto::socket::remove_stale;
 use tokio::{
     process::{Child, Command},
     time,
@@ -23,8 +24,13 @@ use crate::{
     signals::Signals,
 };
 
-/// A gateway that ends unasked is started again, but not faster than this.
-const GATEWAY_PAUSE: Duration = Duration::from_millis(250);
+/// A gateway that ends unasked is started again after a pause, which doubles each time it does not live long.
+const FIRST_PAUSE: Duration = Duration::from_millis(250);
+const LONGEST_PAUSE: Duration = Duration::from_secs(8);
+/// A gateway that has lived so long could start: whatever ended it was not its configuration.
+const PROVEN_AFTER: Duration = Duration::from_secs(10);
+/// A gateway that is told a second time to end leaves within this time, or is killed.
+const GATEWAY_HURRY: Duration = Duration::from_secs(1);
 /// What the gateway may take beyond the drain time before it is killed.
 const GATEWAY_GRACE: Duration = Duration::from_secs(5);
 
@@ -110,7 +116,7 @@ async fn supervise(
         name = signals.next() => {
             tracing::warn!("{name} again: ending now");
             if let Some(gateway) = &mut gateway {
-                gateway.kill().await;
+                gateway.end(GATEWAY_HURRY).await;
             }
         }
     }
@@ -150,7 +156,7 @@ async fn serve_until_failure(
 async fn stop(coordinator: &Coordinator, gateway: Option<&mut GatewayProcess>, drain: Duration) {
     coordinator.begin_drain();
     if let Some(gateway) = gateway {
-        gateway.stop(drain).await;
+        gateway.end(drain + GATEWAY_GRACE).await;
     }
     coordinator.drain(drain).await;
 }
@@ -160,6 +166,7 @@ struct GatewayCommand {
     program: PathBuf,
     arguments: Vec<String>,
     api_keys: String,
+    uds: Option<PathBuf>,
 }
 
 impl GatewayCommand {
@@ -182,6 +189,7 @@ impl GatewayCommand {
             program: program.to_owned(),
             arguments,
             api_keys: args.engine.api_key.join(","),
+            uds: frontend.uds.clone(),
         }
     }
 
@@ -207,7 +215,6 @@ impl GatewayCommand {
 struct GatewayProcess {
     command: GatewayCommand,
     child: Child,
-    /// Whether it has ever answered; one that cannot even start is not started again.
     started: time::Instant,
 }
 
@@ -220,21 +227,29 @@ impl GatewayProcess {
         })
     }
 
-    /// Starts it again whenever it ends. Returns only when that is hopeless.
+    /// Starts it again whenever it ends. Returns only when it never was up: a port that is taken or a bad flag would
+    /// end it again.
     async fn keep_alive(&mut self) -> anyhow::Result<()> {
+        let (mut pause, mut proven) = (FIRST_PAUSE, false);
         loop {
             let status: ExitStatus = self.child.wait().await?;
-            // By its own decision (a port that is taken, a bad flag): it would decide the same again.
-            anyhow::ensure!(status.code().is_none(), "the gateway ended with {status}");
-            tracing::error!(%status, lived = ?self.started.elapsed(), "the gateway was killed, starting it again");
-            time::sleep(GATEWAY_PAUSE).await;
+            let lived = self.started.elapsed();
+            let failed = status.code().is_some_and(|code| code != 0);
+            proven |= !failed || lived >= PROVEN_AFTER;
+            anyhow::ensure!(proven, "the gateway ended with {status}");
+            if lived >= PROVEN_AFTER {
+                pause = FIRST_PAUSE;
+            }
+            tracing::error!(%status, ?lived, ?pause, "the gateway ended, starting it again");
+            time::sleep(pause).await;
+            pause = (2 * pause).min(LONGEST_PAUSE);
             self.child = self.command.spawn()?;
             self.started = time::Instant::now();
         }
     }
 
-    /// SIGTERM, so that running streams end; SIGKILL when they do not.
-    async fn stop(&mut self, drain: Duration) {
+    /// SIGTERM: the first lets running streams end, a second cuts them off. SIGKILL if it has not ended within `limit`.
+    async fn end(&mut self, limit: Duration) {
         let pid = self
             .child
             .id()
@@ -243,15 +258,12 @@ impl GatewayProcess {
             // The pid is ours until the child has been waited for.
             let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
         }
-        if time::timeout(drain + GATEWAY_GRACE, self.child.wait())
-            .await
-            .is_err()
-        {
-            self.kill().await;
+        if time::timeout(limit, self.child.wait()).await.is_err() {
+            let _ = self.child.kill().await;
+            if let Some(path) = &self.command.uds {
+                // It could not do so itself. One that somebody else listens on stays.
+                let _ = remove_stale(path);
+            }
         }
-    }
-
-    async fn kill(&mut self) {
-        let _ = self.child.kill().await;
     }
 }

@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 
 /// A process and all its descendants, itself first.
 pub fn family(root: u32) -> Vec<u32> {
@@ -53,6 +53,12 @@ pub fn is_alive(pid: u32) -> bool {
 pub fn kill(pid: u32, signal: Signal) {
     let pid = Pid::from_raw(pid as i32).expect("a process id");
     let _ = kill_process(pid, signal);
+}
+
+/// What a terminal does at Ctrl-C: everybody in the group of this leader gets the signal.
+pub fn kill_group(leader: u32, signal: Signal) {
+    let pid = Pid::from_raw(leader as i32).expect("a process id");
+    let _ = kill_process_group(pid, signal);
 }
 
 /// User and system time a process has used so far.

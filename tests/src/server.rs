@@ -3,6 +3,7 @@
 use std::{
     ffi::OsStr,
     net::TcpListener,
+    os::unix::process::CommandExt,
     path::PathBuf,
     process::{Child, Command, ExitStatus, Stdio},
     time::{Duration, Instant},
@@ -45,11 +46,25 @@ impl Server {
 
     /// The same with changes to the environment.
     pub fn launch_in(model: &str, extra: &[&str], environment: &[(&str, &OsStr)]) -> Self {
+        Self::spawn(model, extra, |command| {
+            command.envs(environment.iter().copied());
+        })
+    }
+
+    /// The same in a process group of its own, as a shell starts it.
+    pub fn launch_in_group(model: &str, extra: &[&str]) -> Self {
+        Self::spawn(model, extra, |command| {
+            command.process_group(0);
+        })
+    }
+
+    fn spawn(model: &str, extra: &[&str], adapt: impl FnOnce(&mut Command)) -> Self {
         let port = free_port();
         let directory = tempfile::tempdir().expect("a temporary directory");
         let log = directory.path().join("log");
         let output = std::fs::File::create(&log).expect("a log file");
-        let child = Command::new(phalanx())
+        let mut command = Command::new(phalanx());
+        command
             .args([
                 "serve",
                 model,
@@ -61,12 +76,11 @@ impl Server {
                 "demo",
             ])
             .args(extra)
-            .envs(environment.iter().copied())
             .stdin(Stdio::null())
             .stdout(output.try_clone().expect("a second handle"))
-            .stderr(output)
-            .spawn()
-            .expect("phalanx starts");
+            .stderr(output);
+        adapt(&mut command);
+        let child = command.spawn().expect("phalanx starts");
         Self {
             child,
             address: format!("127.0.0.1:{port}"),
@@ -90,6 +104,18 @@ impl Server {
             );
             std::thread::sleep(Duration::from_millis(20));
         }
+    }
+
+    /// The same where there is no port to ask: on a unix socket.
+    pub fn wait_logged(&self, words: &str) {
+        eventually(words, READY_LIMIT, || {
+            assert!(
+                processes::is_alive(self.pid()),
+                "phalanx ended:\n{}",
+                self.log_text()
+            );
+            self.log_text().contains(words)
+        });
     }
 
     pub fn pid(&self) -> u32 {
@@ -184,7 +210,7 @@ impl Drop for Server {
     }
 }
 
-#[allow(clippy::print_stderr)]
+#[expect(clippy::print_stderr, reason = "the test harness shows it with the failure")]
 fn eprint_log(text: &str) {
     eprintln!("---- output of phalanx ----\n{text}");
 }

@@ -10,7 +10,10 @@ use phalanx_proto::{
         inference_client::InferenceClient, worker_event::Event,
     },
 };
-use phalanx_tests::server::{Server, free_port};
+use phalanx_tests::{
+    http,
+    server::{Server, free_port},
+};
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint};
 
@@ -115,6 +118,29 @@ async fn clients_reach_it_over_tcp_and_unix_socket() {
     strangers_may_not_attach(channel).await;
     assert!(tokio::task::block_in_place(|| server.stop()).success());
     assert!(!socket.exists(), "the socket is removed");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_port_wants_a_key_and_the_gateway_still_works() {
+    let arguments = ["--grpc-port", "0", "--api-key", "sesame"];
+    let server = tokio::task::block_in_place(|| Server::start(&arguments));
+    let log = server.log_text();
+    let address = log.lines().find_map(|line| {
+        let (_, rest) = line.split_once("gRPC listening address=")?;
+        rest.trim().parse::<std::net::SocketAddr>().ok()
+    });
+    let address = address.expect("the port that was chosen is logged");
+    assert!(address.ip().is_loopback(), "{address}");
+    let mut inference = InferenceClient::new(tcp(address.port()).await);
+    let error = inference.generate(request("Hello")).await.expect_err("no key");
+    assert_eq!(RpcError::from(&error).kind, ErrorKind::Unauthenticated);
+    let mut keyed = tonic::Request::new(request("Hello"));
+    let value = "Bearer sesame".parse().expect("ascii");
+    keyed.metadata_mut().insert("authorization", value);
+    inference.generate(keyed).await.expect("a reply");
+    let models = tokio::task::block_in_place(|| http::get(&server.address, "/v1/models"));
+    assert_eq!(models.expect("a reply").status, 401);
+    assert!(tokio::task::block_in_place(|| server.stop()).success());
 }
 
 async fn strangers_may_not_attach(channel: Channel) {

@@ -2,6 +2,8 @@
 //! One test at a time: they look at the whole machine's /dev/shm.
 
 use std::{
+    io::{Read, Write},
+    os::unix::net::UnixStream,
     sync::{Mutex, MutexGuard, PoisonError},
     thread,
     time::{Duration, Instant},
@@ -143,6 +145,66 @@ fn a_killed_gateway_comes_back_and_its_requests_are_freed() {
     server.wait_idle();
     assert!(!server.complete("Hello", 4).is_empty());
     assert!(server.stop().success());
+}
+
+#[test]
+fn a_gateway_that_ends_by_itself_comes_back_too() {
+    let _alone = alone();
+    let server = Server::start(&[]);
+    let gateway = server.part("gateway")[0];
+    processes::kill(gateway, Signal::TERM);
+    eventually("another gateway", Duration::from_secs(20), || {
+        let now = server.part("gateway");
+        !now.is_empty() && !now.contains(&gateway)
+    });
+    server.wait_ready();
+    assert!(!server.complete("Hello", 4).is_empty());
+    assert!(server.stop().success());
+}
+
+/// Sends what a terminal sends, to the group; then nothing is left: no process, no segment, no socket.
+fn ends_clean_by(signals: &[Signal], streaming: bool) {
+    let before = processes::segments();
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let socket = directory.path().join("http.sock");
+    let path = socket.to_string_lossy();
+    let mut server = Server::launch_in_group(&demo_model().to_string_lossy(), &["-tp", "2", "--uds", &path]);
+    server.wait_logged(" ready");
+    eventually("the socket", Duration::from_secs(30), || socket.exists());
+    let stream = streaming.then(|| {
+        let body = r#"{"prompt": "a", "stream": true, "ignore_eos": true, "max_tokens": 4000}"#;
+        let mut stream = UnixStream::connect(&socket).expect("a connection");
+        let head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n";
+        write!(stream, "{head}Content-Length: {}\r\n\r\n{body}", body.len()).expect("sent");
+        let mut begin = [0; 12];
+        stream.read_exact(&mut begin).expect("an answer");
+        assert_eq!(&begin, b"HTTP/1.1 200");
+        stream
+    });
+    let family = server.family();
+    for (count, signal) in signals.iter().enumerate() {
+        processes::kill_group(server.pid(), *signal);
+        if count == 0 {
+            server.wait_logged("letting running requests end");
+        }
+    }
+    assert!(
+        server.wait(Duration::from_secs(20)).success(),
+        "{}",
+        server.log_text()
+    );
+    assert_gone(&family);
+    assert_eq!(processes::segments(), before);
+    assert!(!socket.exists(), "the socket is left: {}", server.log_text());
+    drop(stream);
+}
+
+#[test]
+fn ctrl_c_and_hangup_leave_nothing() {
+    let _alone = alone();
+    ends_clean_by(&[Signal::INT], false);
+    ends_clean_by(&[Signal::HUP], false);
+    ends_clean_by(&[Signal::INT, Signal::INT], true);
 }
 
 #[test]
