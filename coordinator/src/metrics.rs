@@ -205,6 +205,13 @@ impl Metrics {
         }
     }
 
+    /// A request's completions, each of so many tokens, have all ended.
+    pub(crate) fn request_completed(&self, generated: impl ExactSizeIterator<Item = u32>) {
+        self.request.params_n.observe(generated.len() as f64);
+        let longest = generated.max().unwrap_or(0);
+        self.request.max_num_generation_tokens.observe(longest.into());
+    }
+
     /// A request ended with an error of ours rather than with tokens.
     pub(crate) fn request_failed(&self) {
         self.request

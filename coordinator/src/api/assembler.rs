@@ -32,8 +32,13 @@ pub(super) struct ChoiceAssembler {
 }
 
 impl ChoiceAssembler {
-    /// The assembler of completion `index` of `request`.
-    pub(super) fn new(request: &PreparedRequest, index: usize, tokenizer: &Tokenizer) -> Self {
+    /// The assembler of completion `index` of `request`, which ends by `rules`.
+    pub(super) fn new(
+        request: &PreparedRequest,
+        index: usize,
+        rules: StopRules,
+        tokenizer: &Tokenizer,
+    ) -> Self {
         let table = tokenizer.table().clone();
         let echo = request.echo.clone().unwrap_or_default();
         Self {
@@ -41,7 +46,7 @@ impl ChoiceAssembler {
             table,
             include_stop_in_output: request.stop_strings.includes_in_output(),
             stop_strings: request.stop_strings.clone(),
-            rules: request.sequences[index].stop.clone(),
+            rules,
             eos: tokenizer.special_tokens().eos,
             logprobs: request.output.logprobs.is_some(),
             undecided: None,

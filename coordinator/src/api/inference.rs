@@ -16,12 +16,16 @@ use super::{
     stream::RequestStream,
     unix_seconds,
 };
-use crate::text::{PreparedRequest, TextProcessor};
+use crate::{
+    metrics::Metrics,
+    text::{PreparedRequest, TextProcessor},
+};
 
 pub(super) struct Parts {
     pub(super) text: Arc<TextProcessor>,
     pub(super) engine: EngineSlot,
     pub(super) registry: Registry,
+    pub(super) metrics: Arc<Metrics>,
     /// The first is the one replies name.
     pub(super) models: Vec<v1::ModelCard>,
 }
@@ -58,7 +62,7 @@ impl InferenceService {
     }
 
     fn register(&self, id: String, prefix: &str) -> Result<Registration, RpcError> {
-        self.parts.registry.register(request_id(id, prefix)?)
+        Ok(self.parts.registry.register(request_id(id, prefix)?))
     }
 
     fn start(
@@ -75,8 +79,7 @@ impl InferenceService {
                 .map_or_else(String::new, |model| model.id.clone()),
             created: unix_seconds(),
         };
-        let Parts { text, engine, .. } = &self.parts;
-        RequestStream::start(prepared, envelope, registration, text, engine)
+        RequestStream::start(prepared, envelope, registration, &self.parts)
     }
 }
 

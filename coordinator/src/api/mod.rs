@@ -59,6 +59,7 @@ impl Api {
             text: self.text.clone(),
             engine: self.engine,
             registry: registry.clone(),
+            metrics: self.metrics.clone(),
             models: models.collect(),
         });
         let admin = admin::AdminService {

@@ -5,56 +5,68 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use phalanx_proto::RpcError;
 use tokio::sync::oneshot;
 
-/// The abort signal of every running request; none once it was sent.
-type Running = HashMap<String, Option<oneshot::Sender<()>>>;
+/// Clients choose ids, so that several running requests may have the same: they are told apart by a number.
+#[derive(Default)]
+struct Running {
+    by_id: HashMap<String, Vec<Entry>>,
+    next: u64,
+}
+
+struct Entry {
+    number: u64,
+    /// None once it was sent.
+    abort: Option<oneshot::Sender<()>>,
+}
 
 #[derive(Clone, Default)]
 pub(super) struct Registry {
     running: Arc<Mutex<Running>>,
 }
 
-/// A running request. Dropping it frees the id.
+/// A running request. Dropping it takes it off the list.
 pub(super) struct Registration {
     pub(super) id: String,
     /// Fires when somebody asks for an abort.
     pub(super) aborted: oneshot::Receiver<()>,
+    number: u64,
     registry: Registry,
 }
 
 impl Registry {
-    /// Errors: `InvalidArgument` if a request of this id is running.
-    pub(super) fn register(&self, id: String) -> Result<Registration, RpcError> {
+    pub(super) fn register(&self, id: String) -> Registration {
         let (abort, aborted) = oneshot::channel();
         let mut running = self.lock();
-        if running.contains_key(&id) {
-            let message = format!("a request with the id {id:?} is already running.");
-            return Err(RpcError::invalid("request_id", message));
-        }
-        running.insert(id.clone(), Some(abort));
+        let number = running.next;
+        running.next += 1;
+        running.by_id.entry(id.clone()).or_default().push(Entry {
+            number,
+            abort: Some(abort),
+        });
         drop(running);
-        Ok(Registration {
+        Registration {
             id,
             aborted,
+            number,
             registry: self.clone(),
-        })
-    }
-
-    /// Asks a request to end; false if there is none of this id.
-    pub(super) fn abort(&self, id: &str) -> bool {
-        match self.lock().get_mut(id) {
-            None => false,
-            Some(abort) => {
-                // A receiver that is gone belongs to a request that is ending anyway.
-                let _ = abort.take().map(|abort| abort.send(()));
-                true
-            }
         }
     }
 
-    /// The map is whole between any two statements, so a panic elsewhere does not spoil it.
+    /// Asks every request of this id to end; false if there is none.
+    pub(super) fn abort(&self, id: &str) -> bool {
+        let mut running = self.lock();
+        let Some(entries) = running.by_id.get_mut(id) else {
+            return false;
+        };
+        for abort in entries.iter_mut().filter_map(|entry| entry.abort.take()) {
+            // A receiver that is gone belongs to a request that is ending anyway.
+            let _ = abort.send(());
+        }
+        true
+    }
+
+    /// The lists are whole between any two statements, so a panic elsewhere does not spoil them.
     fn lock(&self) -> MutexGuard<'_, Running> {
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -62,7 +74,13 @@ impl Registry {
 
 impl Drop for Registration {
     fn drop(&mut self) {
-        self.registry.lock().remove(&self.id);
+        let mut running = self.registry.lock();
+        if let Some(entries) = running.by_id.get_mut(&self.id) {
+            entries.retain(|entry| entry.number != self.number);
+            if entries.is_empty() {
+                running.by_id.remove(&self.id);
+            }
+        }
     }
 }
 
@@ -71,15 +89,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_id_is_taken_until_its_request_ends() {
+    fn an_id_names_its_requests_until_the_last_has_ended() {
         let registry = Registry::default();
-        let mut first = registry.register("a".into()).expect("free");
-        let error = registry.register("a".into()).err().expect("taken");
-        assert_eq!(error.param.as_deref(), Some("request_id"));
-        assert!(registry.abort("a") && registry.abort("a") && !registry.abort("b"));
-        assert_eq!(first.aborted.try_recv(), Ok(()));
+        let (first, mut second) = (registry.register("a".into()), registry.register("a".into()));
         drop(first);
+        assert!(registry.abort("a") && registry.abort("a") && !registry.abort("b"));
+        assert_eq!(second.aborted.try_recv(), Ok(()));
+        drop(second);
         assert!(!registry.abort("a"));
-        registry.register("a".into()).expect("free again");
+        assert!(registry.lock().by_id.is_empty());
     }
 }

@@ -1,15 +1,16 @@
 //! One running request: the events of its sequences become chunks, merged in the order they happen.
 
-use std::{future::poll_fn, pin::Pin, task::Poll};
+use std::{future::poll_fn, pin::Pin, sync::Arc, task::Poll};
 
 use phalanx_proto::{ErrorKind, RpcError, v1};
 use tokio::sync::mpsc;
 
-use super::{EngineSlot, Envelope, assembler::ChoiceAssembler, registry::Registration};
+use super::{Envelope, assembler::ChoiceAssembler, inference::Parts, registry::Registration};
 use crate::{
     engine::FinishReason,
     engine_thread::{StreamEvent, Submission},
-    text::{PreparedRequest, TextProcessor},
+    metrics::Metrics,
+    text::PreparedRequest,
 };
 
 /// Tokens that are put into one chunk when a client reads more slowly than tokens are made.
@@ -29,6 +30,8 @@ pub(super) struct RequestStream {
     final_usage: bool,
     /// Still to be sent, instead of the usage.
     failure: Option<RpcError>,
+    /// Where its end is still to be recorded.
+    metrics: Option<Arc<Metrics>>,
 }
 
 struct Choice {
@@ -49,25 +52,23 @@ impl RequestStream {
         mut request: PreparedRequest,
         envelope: Envelope,
         registration: Registration,
-        text: &TextProcessor,
-        engine: &EngineSlot,
+        parts: &Parts,
     ) -> Result<Self, RpcError> {
-        let assemblers: Vec<_> = (0..request.sequences.len())
-            .map(|index| ChoiceAssembler::new(&request, index, text.tokenizer()))
-            .collect();
+        // All are submitted before anything is set up for them: a full queue must not cost more than the refusal.
         let sequences = std::mem::take(&mut request.sequences).into_iter();
-        let choices = assemblers
-            .into_iter()
-            .zip(sequences)
-            .map(|(assembler, sequence)| {
-                let submission = Some(engine.submit(sequence)?);
-                Ok(Choice {
-                    assembler,
-                    submission,
-                })
-            });
+        let submitted = sequences.map(|sequence| {
+            let rules = sequence.stop.clone();
+            Ok((rules, parts.engine.submit(sequence)?))
+        });
+        let submitted = submitted.collect::<Result<Vec<_>, RpcError>>()?;
+        let choices = submitted.into_iter().enumerate();
+        let choices = choices.map(|(index, (rules, submission))| Choice {
+            assembler: ChoiceAssembler::new(&request, index, rules, parts.text.tokenizer()),
+            submission: Some(submission),
+        });
         Ok(Self {
-            choices: choices.collect::<Result<_, RpcError>>()?,
+            choices: choices.collect(),
+            metrics: Some(parts.metrics.clone()),
             envelope,
             registration,
             turn: 0,
@@ -97,8 +98,12 @@ impl RequestStream {
                 }
             }
         }
+        let metrics = self.metrics.take();
         if let Some(error) = self.failure.take() {
             return Some(Err(error));
+        }
+        if let Some(metrics) = metrics {
+            metrics.request_completed(self.choices.iter().map(|choice| choice.assembler.tokens()));
         }
         std::mem::take(&mut self.final_usage).then(|| Ok(self.envelope.chunk(None, Some(self.usage()))))
     }

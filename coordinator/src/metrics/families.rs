@@ -231,6 +231,8 @@ pub(super) struct RequestMetrics {
     pub(super) prompt_tokens: Histogram,
     pub(super) generation_tokens: Histogram,
     pub(super) params_max_tokens: Histogram,
+    pub(super) params_n: Histogram,
+    pub(super) max_num_generation_tokens: Histogram,
     pub(super) num_preemptions: Histogram,
     pub(super) prefill_kv_computed_tokens: Histogram,
 }
@@ -267,6 +269,13 @@ impl RequestMetrics {
                 r,
                 "vllm:request_params_max_tokens",
                 "max_tokens of the request",
+                &tokens,
+            ),
+            params_n: histogram(r, "vllm:request_params_n", "n of the request", &one_two_five(20)),
+            max_num_generation_tokens: histogram(
+                r,
+                "vllm:request_max_num_generation_tokens",
+                "Generated tokens of a request's longest completion",
                 &tokens,
             ),
             num_preemptions: histogram(

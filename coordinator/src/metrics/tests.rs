@@ -70,6 +70,7 @@ fn recorded() -> Metrics {
         prefill: Some(Duration::from_millis(40)),
         decode: Some(Duration::from_millis(20)),
     });
+    metrics.request_completed([2, 7, 3].into_iter());
     metrics
 }
 
@@ -109,6 +110,8 @@ fn names_are_those_that_dashboards_know() {
         "vllm:request_prompt_tokens",
         "vllm:request_generation_tokens",
         "vllm:request_params_max_tokens",
+        "vllm:request_params_n",
+        "vllm:request_max_num_generation_tokens",
         "vllm:request_num_preemptions",
         "vllm:request_prefill_kv_computed_tokens",
         "phalanx_step_seconds",
@@ -176,6 +179,8 @@ fn labels_and_values_are_those_recorded() {
         value("vllm:request_generation_tokens_bucket", Some(("le", "5000.0"))),
         1.0
     );
+    assert_eq!(value("vllm:request_params_n_sum", None), 3.0);
+    assert_eq!(value("vllm:request_max_num_generation_tokens_sum", None), 7.0);
     assert_eq!(value("vllm:request_inference_time_seconds_sum", None), 0.06);
     assert_eq!(value("phalanx_epoch", None), 2.0);
 }

@@ -1,5 +1,7 @@
 //! Stop strings, found across token borders.
 
+use std::sync::Arc;
+
 use phalanx_proto::{RpcError, limits::MAX_STOP_STRINGS};
 
 /// Most bytes of one stop string.
@@ -12,19 +14,20 @@ pub const MAX_STOP_STRING_BYTES: usize = 4096;
 /// amortized.
 #[derive(Clone, Debug)]
 pub struct StopMatcher {
-    strings: Vec<StopString>,
+    /// All completions of a request share them.
+    strings: Arc<[StopString]>,
+    /// Bytes of each string that the end of the input matches.
+    matched: Vec<usize>,
     include_in_output: bool,
     /// Text that ends in the longest partial match.
     held: String,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 struct StopString {
     text: String,
     /// `failure[i]`: length of the longest proper border of the first `i + 1` bytes.
     failure: Vec<u16>,
-    /// Bytes of `text` that the end of the input matches.
-    matched: usize,
 }
 
 impl StopMatcher {
@@ -40,6 +43,7 @@ impl StopMatcher {
         let strings = stop.iter().map(|text| StopString::new(text));
         Ok(Self {
             strings: strings.collect::<Result<_, _>>()?,
+            matched: vec![0; stop.len()],
             include_in_output,
             held: String::new(),
         })
@@ -62,8 +66,8 @@ impl StopMatcher {
         self.held.push_str(text);
         for (at, byte) in text.bytes().enumerate() {
             let mut found: Option<&StopString> = None;
-            for string in &mut self.strings {
-                if string.advance(byte)
+            for (string, matched) in self.strings.iter().zip(&mut self.matched) {
+                if string.advance(matched, byte)
                     && armed
                     && found.is_none_or(|other| other.text.len() < string.text.len())
                 {
@@ -83,7 +87,9 @@ impl StopMatcher {
                 return Some(text);
             }
         }
-        let hold = self.strings.iter().map(StopString::partial).max().unwrap_or(0);
+        let partial = self.strings.iter().zip(&self.matched);
+        let hold = partial.map(|(string, &matched)| string.partial(matched)).max();
+        let hold = hold.unwrap_or(0);
         let release = self.held.len() - hold;
         out.push_str(&self.held[..release]);
         self.held.drain(..release);
@@ -122,27 +128,26 @@ impl StopString {
         Ok(Self {
             text: text.to_owned(),
             failure,
-            matched: 0,
         })
     }
 
-    /// Takes the next byte; true if it completes the string.
-    fn advance(&mut self, byte: u8) -> bool {
+    /// Takes the next byte after `matched` ones; true if it completes the string.
+    fn advance(&self, matched: &mut usize, byte: u8) -> bool {
         let bytes = self.text.as_bytes();
-        while self.matched > 0 && (self.matched == bytes.len() || bytes[self.matched] != byte) {
-            self.matched = usize::from(self.failure[self.matched - 1]);
+        while *matched > 0 && (*matched == bytes.len() || bytes[*matched] != byte) {
+            *matched = usize::from(self.failure[*matched - 1]);
         }
-        self.matched += usize::from(bytes[self.matched] == byte);
-        self.matched == bytes.len()
+        *matched += usize::from(bytes[*matched] == byte);
+        *matched == bytes.len()
     }
 
     /// Bytes at the end of the input that may yet grow into this string. Always whole characters: the input ends with
     /// one, and the string begins with one.
-    fn partial(&self) -> usize {
-        if self.matched == self.text.len() {
-            return usize::from(self.failure[self.matched - 1]);
+    fn partial(&self, matched: usize) -> usize {
+        if matched == self.text.len() {
+            return usize::from(self.failure[matched - 1]);
         }
-        self.matched
+        matched
     }
 }
 
@@ -201,6 +206,18 @@ mod tests {
         assert_eq!(out, "Hi.");
         assert_eq!(matcher.push("ually", true, &mut out), None);
         assert_eq!(out, "Hi.\n\nUsually");
+    }
+
+    #[test]
+    fn completions_share_the_strings_and_not_the_state() {
+        let mut first = StopMatcher::new(&["ab".into()], false).expect("valid");
+        let mut second = first.clone();
+        assert!(Arc::ptr_eq(&first.strings, &second.strings));
+        let mut out = String::new();
+        assert_eq!(first.push("a", true, &mut out), None);
+        assert_eq!(second.push("b", true, &mut out), None);
+        assert_eq!(first.push("b", true, &mut out), Some("ab".into()));
+        assert_eq!(out, "b");
     }
 
     #[test]
