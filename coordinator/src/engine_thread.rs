@@ -32,7 +32,7 @@ use self::{admission::AdmissionQueue, lifecycle::Lifecycle, stream::Stream};
 use crate::{
     engine::{
         ConfigError, EngineConfig, EngineFailure, EngineRequest, Executor, ExecutorError, FinishReason,
-        RequestError, SamplingParams, Snapshot, StopRules,
+        RequestError, SamplingParams, SchedulingPolicy, Snapshot, StopRules,
     },
     metrics::Metrics,
 };
@@ -230,6 +230,7 @@ impl EngineHandle {
             priority: request.priority,
             cache_salt: request.cache_salt,
         };
+        check_priority(request.priority, shared.config.engine.policy)?;
         request.check(&shared.config.engine).map_err(refusal)?;
         let ticket = shared
             .admission
@@ -302,6 +303,15 @@ fn check_admits(state: EngineState) -> Result<(), RpcError> {
         EngineState::Failed => "the engine has failed",
     };
     Err(RpcError::new(ErrorKind::Unavailable, why))
+}
+
+/// A priority that nobody looks at would answer another question than the one asked.
+fn check_priority(priority: i32, policy: SchedulingPolicy) -> Result<(), RpcError> {
+    if priority == 0 || policy == SchedulingPolicy::Priority {
+        return Ok(());
+    }
+    let message = format!("Got priority {priority} but Priority scheduling is not enabled.");
+    Err(RpcError::invalid("priority", message))
 }
 
 fn stopped() -> RpcError {

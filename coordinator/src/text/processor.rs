@@ -3,7 +3,7 @@
 use std::{path::Path, sync::Arc, thread};
 
 use phalanx_model::gguf::Gguf;
-use phalanx_proto::{ErrorKind, RpcError, v1};
+use phalanx_proto::{ErrorKind, RpcError, limits::MAX_CACHE_SALT_BYTES, v1};
 
 use super::{
     ChatTemplate, Conversation, GenerationDefaults, GgufVocab, HfFiles, ModelLimits, StopMatcher, TextError,
@@ -124,6 +124,7 @@ impl TextProcessor {
     /// wait to be tokenized.
     pub async fn prepare(&self, mut request: v1::GenerateRequest) -> Result<PreparedRequest, RpcError> {
         let output = request.output.take().unwrap_or_default();
+        let place = Place::checked(request.priority, request.cache_salt.take())?;
         let params = self.check(&request.sampling.take().unwrap_or_default(), &output)?;
         let add_special_tokens = request.add_special_tokens.unwrap_or(true);
         let (prompt, echo) = match request.prompt {
@@ -146,12 +147,13 @@ impl TextProcessor {
                 (ids.ids, echo)
             }
         };
-        self.assemble(params, prompt, echo, output)
+        self.assemble(params, prompt, place, (echo, output))
     }
 
     /// Renders, checks and tokenizes a conversation. Errors as [`Self::prepare`], and those of the template.
     pub async fn prepare_chat(&self, mut request: v1::ChatRequest) -> Result<PreparedRequest, RpcError> {
         let output = request.output.take().unwrap_or_default();
+        let place = Place::checked(request.priority, request.cache_salt.take())?;
         let params = self.check(&request.sampling.take().unwrap_or_default(), &output)?;
         let Some(template) = self.template.clone() else {
             let message = "the model has no chat template, and there is no default one; start the server with \
@@ -177,7 +179,7 @@ impl TextProcessor {
                 Ok((prompt, echoed(request).filter(|_| echo_last)))
             })
             .await?;
-        self.assemble(params, prompt, echo, output)
+        self.assemble(params, prompt, place, (echo, output))
     }
 
     fn check(
@@ -185,6 +187,10 @@ impl TextProcessor {
         params: &v1::SamplingParams,
         output: &v1::OutputOptions,
     ) -> Result<CheckedParams, RpcError> {
+        if output.echo && output.logprobs.is_some() {
+            let message = "echo cannot be combined with logprobs: there are none of the prompt";
+            return Err(RpcError::invalid("echo", message));
+        }
         let rules = Rules {
             limits: &self.limits,
             defaults: &self.defaults,
@@ -240,8 +246,8 @@ impl TextProcessor {
         &self,
         params: CheckedParams,
         prompt: Vec<u32>,
-        echo: Option<String>,
-        output: v1::OutputOptions,
+        place: Place,
+        (echo, output): (Option<String>, v1::OutputOptions),
     ) -> Result<PreparedRequest, RpcError> {
         if prompt.is_empty() {
             return Err(RpcError::invalid("prompt", "The decoder prompt cannot be empty"));
@@ -254,8 +260,8 @@ impl TextProcessor {
             prompt: prompt.clone(),
             sampling: params.sampling_of(index),
             stop: stop.clone(),
-            priority: 0,
-            cache_salt: None,
+            priority: place.priority,
+            cache_salt: place.cache_salt.clone(),
         });
         Ok(PreparedRequest {
             sequences: sequences.collect(),
@@ -265,6 +271,24 @@ impl TextProcessor {
             skip_special_tokens: params.skip_special_tokens,
             output,
         })
+    }
+}
+
+/// A request's place in the queue and in the prefix cache.
+struct Place {
+    priority: i32,
+    cache_salt: Option<String>,
+}
+
+impl Place {
+    /// Errors: a salt that is empty or too long. Whether priorities are offered is the engine's to say.
+    fn checked(priority: i32, cache_salt: Option<String>) -> Result<Self, RpcError> {
+        let bytes = cache_salt.as_ref().map_or(1, String::len);
+        if !(1..=MAX_CACHE_SALT_BYTES).contains(&bytes) {
+            let message = format!("cache_salt has {bytes} bytes, allowed are 1 to {MAX_CACHE_SALT_BYTES}.");
+            return Err(RpcError::invalid("cache_salt", message));
+        }
+        Ok(Self { priority, cache_salt })
     }
 }
 

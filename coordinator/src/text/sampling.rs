@@ -4,7 +4,7 @@ use std::ops::RangeInclusive;
 
 use phalanx_proto::{
     ErrorKind, RpcError,
-    limits::{MAX_N, MAX_STOP_TOKEN_IDS},
+    limits::{MAX_LOGIT_BIAS, MAX_N, MAX_STOP_TOKEN_IDS},
     secret::random_u64,
     v1,
 };
@@ -18,6 +18,8 @@ use crate::engine::{SamplingParams, StopRules};
 pub const DEFAULT_MAX_LOGPROBS: u32 = 20;
 /// Smaller temperatures than this are raised to it, as in vLLM: dividing logits by less overflows.
 const MIN_TEMPERATURE: f32 = 0.01;
+/// Larger biases are lowered to it, as in vLLM: it forces or bans a token already.
+const MOST_BIAS: f32 = 100.0;
 
 /// A model's own defaults, from generation_config.json; unset ones are the fields' standard defaults.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
@@ -130,7 +132,7 @@ pub(crate) fn check(
             frequency_penalty: numbers.frequency_penalty,
             seed: params.seed.unwrap_or_else(random_u64),
             logprobs: output.logprobs,
-            logit_bias: Vec::new(),
+            logit_bias: logit_bias(params, rules.limits)?,
         },
         stop_strings: StopMatcher::new(&params.stop, params.include_stop_str_in_output)?,
         skip_special_tokens: params.skip_special_tokens.unwrap_or(true),
@@ -269,6 +271,33 @@ fn checked_n(n: u32, greedy: bool) -> Result<u32, RpcError> {
     Err(RpcError::invalid("n", message))
 }
 
+/// The request's bias by rising token id.
+fn logit_bias(params: &v1::SamplingParams, limits: &ModelLimits) -> Result<Vec<(u32, f32)>, RpcError> {
+    const PARAM: &str = "logit_bias";
+    let count = params.logit_bias.len();
+    if count > MAX_LOGIT_BIAS {
+        let message = format!("logit_bias has {count} entries, at most {MAX_LOGIT_BIAS} are allowed.");
+        return Err(RpcError::invalid(PARAM, message));
+    }
+    let mut bias: Vec<(u32, f32)> = params.logit_bias.iter().map(|(&id, &bias)| (id, bias)).collect();
+    bias.sort_unstable_by_key(|&(id, _)| id);
+    if let Some((id, _)) = bias.iter().find(|&&(id, _)| id >= limits.vocab_size) {
+        let message = format!(
+            "logit_bias holds token {id}, but token ids are below {}.",
+            limits.vocab_size
+        );
+        return Err(RpcError::invalid(PARAM, message));
+    }
+    if let Some((id, value)) = bias.iter().find(|(_, value)| !value.is_finite()) {
+        let message = format!("logit_bias of token {id} must be finite, got {value}.");
+        return Err(RpcError::invalid(PARAM, message));
+    }
+    for (_, value) in &mut bias {
+        *value = value.clamp(-MOST_BIAS, MOST_BIAS);
+    }
+    Ok(bias)
+}
+
 /// The request's stop tokens, and the model's unless they are to be ignored.
 fn stop_token_ids(params: &v1::SamplingParams, rules: Rules<'_>) -> Result<Vec<u32>, RpcError> {
     const PARAM: &str = "stop_token_ids";
@@ -381,6 +410,15 @@ mod tests {
         refused("stop_token_ids", "at most 128 are allowed.", |p| {
             p.stop_token_ids = vec![1; 129];
         });
+        refused("logit_bias", "token 50, but token ids are below 50.", |p| {
+            p.logit_bias.insert(50, 1.0);
+        });
+        refused("logit_bias", "must be finite, got NaN.", |p| {
+            p.logit_bias.insert(7, f32::NAN);
+        });
+        refused("logit_bias", "at most 512 are allowed.", |p| {
+            p.logit_bias = (0..513).map(|id| (id, 1.0)).collect();
+        });
         let output = v1::OutputOptions {
             logprobs: Some(21),
             ..Default::default()
@@ -456,6 +494,12 @@ mod tests {
         assert_eq!((greedy.temperature, greedy.top_k, greedy.top_p), (0.0, 0, 1.0));
         let tiny = edited(|p| p.temperature = Some(1e-30)).expect("valid");
         assert_eq!(tiny.sampling.temperature, 0.01);
+    }
+
+    #[test]
+    fn bias_is_ordered_and_clamped() {
+        let biased = edited(|p| p.logit_bias = [(9, 1e9), (3, -0.5), (4, -101.0)].into()).expect("valid");
+        assert_eq!(biased.sampling.logit_bias, [(3, -0.5), (4, -100.0), (9, 100.0)]);
     }
 
     #[test]

@@ -31,10 +31,9 @@ impl ScriptedRanks {
         let sampling = row.sampling.as_ref()?;
         let known = row.num_computed_tokens + row.token_ids.len() as u32;
         let script = self.scripts.get(&sampling.seed).map_or(&[][..], Vec::as_slice);
-        let token = script
-            .get((known - PROMPT_TOKENS) as usize)
-            .copied()
-            .unwrap_or(FILLER);
+        let scripted = script.get((known - PROMPT_TOKENS) as usize).copied();
+        let forced = sampling.bias.iter().find(|(_, bias)| *bias >= 100.0);
+        let token = forced.map(|(token, _)| *token).or(scripted).unwrap_or(FILLER);
         let count = sampling.logprobs.unwrap_or(0);
         Some(SampledToken {
             sequence: row.sequence,

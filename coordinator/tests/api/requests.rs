@@ -43,7 +43,7 @@ async fn a_stream_carries_text_tokens_logprobs_and_usage() {
     ask.model = "alias".into();
     ask.output = Some(v1::OutputOptions {
         logprobs: Some(1),
-        echo: true,
+        echo: false,
         include_usage: true,
         continuous_usage: true,
     });
@@ -61,10 +61,10 @@ async fn a_stream_carries_text_tokens_logprobs_and_usage() {
     };
     assert_eq!(first.usage, Some(usage(1, 0)));
     let choice = first.choice.expect("a choice");
-    assert_eq!(choice.text, "Hello world world");
+    assert_eq!(choice.text, " world");
     assert_eq!(choice.token_ids, [FILLER]);
     let logprobs = &choice.logprobs[0];
-    assert_eq!((logprobs.text_offset, logprobs.top.len()), (11, 1));
+    assert_eq!((logprobs.text_offset, logprobs.top.len()), (0, 1));
     let chosen = logprobs.chosen.clone().expect("chosen");
     assert_eq!((chosen.token.as_str(), chosen.logprob), (" world", -0.5));
     assert_eq!(chosen.bytes, b" world");
@@ -77,6 +77,90 @@ async fn a_stream_carries_text_tokens_logprobs_and_usage() {
 
     let again = client.generate(ask).await.expect("a reply").into_inner();
     assert_eq!(again.usage, Some(usage(2, 1)), "the second time finds the prefix");
+}
+
+#[tokio::test]
+async fn the_prompt_comes_first_if_asked_for_but_has_no_logprobs() {
+    let server = Server::free(scripted([(1, vec![FILLER, EOS])]));
+    let mut client = server.inference().await;
+    let mut ask = request(1, |_| {});
+    ask.output = Some(v1::OutputOptions {
+        echo: true,
+        ..Default::default()
+    });
+    let reply = client.generate(ask.clone()).await.expect("a reply").into_inner();
+    assert_eq!(reply.choices[0].text, "Hello world world");
+    ask.output = Some(v1::OutputOptions {
+        echo: true,
+        logprobs: Some(0),
+        ..Default::default()
+    });
+    let error = RpcError::from(&client.generate(ask).await.expect_err("refused"));
+    assert_eq!(
+        (error.kind, error.param.as_deref()),
+        (ErrorKind::InvalidArgument, Some("echo"))
+    );
+}
+
+#[tokio::test]
+async fn requests_of_one_id_run_beside_each_other_and_end_together() {
+    let server = Server::start(Setup::default());
+    let mut client = server.inference().await;
+    let mut ask = request(1, |sampling| sampling.ignore_eos = true);
+    ask.request_id = "same".into();
+    let mut streams = [open(&mut client, ask.clone()).await, open(&mut client, ask).await];
+    // The first may have been planned alone.
+    server.permit(Permit::Step);
+    server.permit(Permit::Step);
+    for stream in &mut streams {
+        let first = next(stream).await.expect("no error").expect("a chunk");
+        assert_eq!(first.request_id, "same");
+    }
+    let mut admin = AdminClient::new(server.channel().await);
+    let ask = v1::AbortRequestRequest {
+        request_id: "same".into(),
+    };
+    assert!(
+        admin
+            .abort_request(ask)
+            .await
+            .expect("a reply")
+            .into_inner()
+            .found
+    );
+    for stream in &mut streams {
+        assert_eq!(rest(stream).await.0.finish_reason(), FinishReason::Abort);
+    }
+}
+
+#[tokio::test]
+async fn priority_salt_and_bias_reach_the_engine() {
+    let server = Server::free(Setup::default());
+    let mut client = server.inference().await;
+    let biased = request(1, |sampling| {
+        sampling.max_tokens = Some(1);
+        sampling.logit_bias.insert(7, 1e9);
+    });
+    let mut refused = async |param: &str, edit: fn(&mut v1::GenerateRequest)| {
+        let mut ask = biased.clone();
+        edit(&mut ask);
+        let error = RpcError::from(&client.generate(ask).await.expect_err(param));
+        assert_eq!(error.param.as_deref(), Some(param), "{error}");
+    };
+    refused("priority", |ask| ask.priority = -1).await;
+    refused("cache_salt", |ask| ask.cache_salt = Some(String::new())).await;
+    refused("cache_salt", |ask| ask.cache_salt = Some("x".repeat(257))).await;
+
+    let mut cached = async |salt: Option<&str>| {
+        let mut ask = biased.clone();
+        ask.cache_salt = salt.map(str::to_owned);
+        let reply = client.generate(ask).await.expect("a reply").into_inner();
+        assert_eq!(reply.choices[0].token_ids, [7], "the bias decides");
+        reply.usage.expect("usage").cached_tokens
+    };
+    assert_eq!(cached(Some("a")).await, 0);
+    assert_eq!(cached(None).await, 0, "another's prefix is not seen");
+    assert_eq!(cached(Some("a")).await, 1);
 }
 
 #[tokio::test]
@@ -225,10 +309,6 @@ async fn abort_request_ends_every_choice_and_frees_the_id() {
     server.permit(Permit::Step);
     server.permit(Permit::Step);
     server.running(2).await;
-
-    let taken = client.generate_stream(ask.clone()).await;
-    let taken = RpcError::from(&taken.expect_err("the id is taken"));
-    assert_eq!(taken.param.as_deref(), Some("request_id"));
 
     let abort = |request_id: &str| v1::AbortRequestRequest {
         request_id: request_id.into(),

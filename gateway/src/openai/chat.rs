@@ -90,6 +90,8 @@ fn prepare(body: &[u8], id: &str, prompt_tokens_details: bool) -> Result<Call, R
         add_generation_prompt: fields.add_generation_prompt,
         template_kwargs_json: template_kwargs(fields.chat_template_kwargs)?,
         model: params.model.take().unwrap_or_default(),
+        priority: params.priority(),
+        cache_salt: params.cache_salt.take(),
     };
     Ok(Call {
         request,

@@ -86,6 +86,7 @@ fn prepare(body: &[u8], id: &str, prompt_tokens_details: bool) -> Result<Call, R
         prompt_tokens_details,
     };
     let (model, several) = (params.model.take().unwrap_or_default(), prompts.len() > 1);
+    let (priority, cache_salt) = (params.priority(), params.cache_salt.take());
     let requests = prompts
         .into_iter()
         .enumerate()
@@ -100,6 +101,8 @@ fn prepare(body: &[u8], id: &str, prompt_tokens_details: bool) -> Result<Call, R
             sampling: Some(sampling.clone()),
             output: Some(output),
             add_special_tokens: fields.add_special_tokens,
+            priority,
+            cache_salt: cache_salt.clone(),
         });
     Ok(Call {
         requests: requests.collect(),

@@ -1,5 +1,6 @@
 //! OpenAI's HTTP API in vLLM's dialect, over the coordinator's gRPC.
 
+mod bias;
 mod body;
 pub(crate) mod chat;
 pub(crate) mod completions;

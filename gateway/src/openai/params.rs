@@ -12,7 +12,10 @@ use serde::{
     de::{Error, SeqAccess, Visitor, value::SeqAccessDeserializer},
 };
 
-use super::body::{Bounded, Object};
+use super::{
+    bias::LogitBias,
+    body::{Bounded, Object},
+};
 
 /// Sampling and streaming. `null` and absent are the same: the model's default.
 #[derive(Debug, Deserialize)]
@@ -36,6 +39,9 @@ pub(super) struct Params {
     ignore_eos: Option<bool>,
     include_stop_str_in_output: Option<bool>,
     skip_special_tokens: Option<bool>,
+    logit_bias: Option<LogitBias>,
+    priority: Option<i32>,
+    pub(super) cache_salt: Option<String>,
 }
 
 #[derive(Clone, Copy, Debug, Default, Deserialize)]
@@ -52,6 +58,11 @@ impl Params {
     /// Completions per prompt, within its limit once [`Self::sampling`] has passed.
     pub(super) fn n(&self) -> u32 {
         self.n.unwrap_or(1)
+    }
+
+    /// Smaller is more urgent.
+    pub(super) fn priority(&self) -> i32 {
+        self.priority.unwrap_or(0)
     }
 
     /// The sampling parameters with `max_tokens`, which the two routes read differently.
@@ -82,6 +93,7 @@ impl Params {
             ignore_eos: self.ignore_eos.unwrap_or(false),
             include_stop_str_in_output: self.include_stop_str_in_output.unwrap_or(false),
             skip_special_tokens: self.skip_special_tokens,
+            logit_bias: self.logit_bias.take().unwrap_or_default().0,
         })
     }
 
@@ -187,6 +199,8 @@ impl<'de> Deserialize<'de> for StopStrings {
 
 #[cfg(test)]
 mod tests {
+    use phalanx_proto::limits::MAX_LOGIT_BIAS;
+
     use super::{super::body::parse, *};
 
     fn sampling(body: &str) -> Result<SamplingParams, RpcError> {
@@ -198,7 +212,7 @@ mod tests {
         let body = r#"{"n": 2, "temperature": 1, "top_p": 0.5, "top_k": -1, "min_p": 0.1, "presence_penalty": -2,
             "frequency_penalty": 0.25, "repetition_penalty": 1.5, "seed": -1, "min_tokens": 3, "stop": "a",
             "stop_token_ids": [5], "ignore_eos": true, "include_stop_str_in_output": true,
-            "skip_special_tokens": false}"#;
+            "skip_special_tokens": false, "logit_bias": {"7": -100, "50256": 0.5}}"#;
         let expected = SamplingParams {
             n: Some(2),
             temperature: Some(1.0),
@@ -216,6 +230,7 @@ mod tests {
             ignore_eos: true,
             include_stop_str_in_output: true,
             skip_special_tokens: Some(false),
+            logit_bias: [(7, -100.0), (50_256, 0.5)].into(),
         };
         assert_eq!(sampling(body).expect("valid"), expected);
     }
@@ -241,6 +256,14 @@ mod tests {
             (r#"{"stop": ["a", 3]}"#, "stop[1]"),
             (r#"{"stop_token_ids": [-1]}"#, "stop_token_ids[0]"),
             (r#"{"min_tokens": true}"#, "min_tokens"),
+            (r#"{"logit_bias": [1]}"#, "logit_bias"),
+            (r#"{"logit_bias": {"the": 1}}"#, "logit_bias"),
+            (r#"{"logit_bias": {"-1": 1}}"#, "logit_bias"),
+            (r#"{"logit_bias": {"7": 1, "7": 2}}"#, "logit_bias"),
+            (r#"{"logit_bias": {"7": 1e300}}"#, "logit_bias"),
+            (r#"{"logit_bias": {"7": "much"}}"#, "logit_bias.7"),
+            (r#"{"priority": 3000000000}"#, "priority"),
+            (r#"{"cache_salt": 5}"#, "cache_salt"),
         ] {
             assert_eq!(
                 sampling(body).expect_err(body).param.as_deref(),
@@ -252,6 +275,12 @@ mod tests {
         assert_eq!(
             sampling(&many).expect_err("too many").param.as_deref(),
             Some("stop")
+        );
+        let entries: Vec<String> = (0..=MAX_LOGIT_BIAS).map(|id| format!(r#""{id}": 1"#)).collect();
+        let many = format!(r#"{{"logit_bias": {{{}}}}}"#, entries.join(","));
+        assert_eq!(
+            sampling(&many).expect_err("too many").param.as_deref(),
+            Some("logit_bias")
         );
     }
 }

@@ -23,15 +23,12 @@ const BOTH: &[Field] = &[
     ("allowed_token_ids", &[]),
     ("bad_words", &["[]"]),
     ("best_of", &["1"]),
-    ("cache_salt", &[]),
     ("guided_choice", &[]),
     ("guided_grammar", &[]),
     ("guided_json", &[]),
     ("guided_regex", &[]),
     ("kv_transfer_params", &[]),
-    ("logit_bias", &["{}"]),
     ("logits_processors", &["[]"]),
-    ("priority", &["0"]),
     ("prompt_logprobs", &[]),
     ("response_format", &[r#"{"type":"text"}"#]),
     ("return_token_ids", &["false"]),
@@ -135,7 +132,7 @@ mod tests {
     #[test]
     fn no_ops_pass_and_the_rest_is_named() {
         let no_ops =
-            br#"{"tools": [], "tool_choice": "auto", "response_format": {"type": "text"}, "logit_bias": {},
+            br#"{"tools": [], "tool_choice": "auto", "response_format": {"type": "text"}, "bad_words": [],
             "best_of": 1, "guided_json": null, "somebody_elses": 3}"#;
         refuse_for_chat(no_ops).expect("asks for nothing");
         let refused = |body: &str| {
