@@ -108,7 +108,7 @@ async fn attach(config: &WorkerConfig, group: Arc<GroupSlot>) -> Result<(), Work
     let mut commands = response
         .map_err(|status| WorkerError::Refused(Box::new(status)))?
         .into_inner();
-    tracing::info!(rank = config.rank, coordinator = config.coordinator, "attached");
+    tracing::debug!(rank = config.rank, coordinator = config.coordinator, "attached");
     let (tasks, todo) = thread_mpsc::channel();
     let (reports, heard) = mpsc::channel(EVENT_QUEUE);
     let (ended, end) = oneshot::channel();

@@ -43,7 +43,11 @@ pub(crate) async fn connect(address: &str, limit: Duration) -> Result<Channel, W
                 source,
             });
         }
-        tracing::debug!(address, error = %source, "coordinator not reachable yet");
+        if wait == FIRST_WAIT {
+            tracing::warn!(address, error = %source, ?limit, "coordinator not reachable yet, trying again");
+        } else {
+            tracing::debug!(address, error = %source, "coordinator not reachable yet");
+        }
         tokio::time::sleep(wait).await;
         wait = (wait * 2).min(LONGEST_WAIT);
     }

@@ -134,7 +134,7 @@ impl RankContext {
             kv_bytes: model.kv_bytes,
             rss_bytes: process::resident_bytes(),
         };
-        tracing::info!(rank = self.rank, ?loaded, elapsed = ?started.elapsed(), "loaded");
+        tracing::debug!(rank = self.rank, ?loaded, elapsed = ?started.elapsed(), "loaded");
         self.offer_group_id(platform, &model.assignment)?;
         self.report(Report::Event(Event::Loaded(loaded)));
         Ok(model)

@@ -279,6 +279,19 @@ mod tests {
     }
 
     #[test]
+    fn of_many_who_want_a_place_one_gets_it() {
+        let cluster = cluster();
+        let admitted = std::thread::scope(|scope| {
+            let all: Vec<_> = (0..8)
+                .map(|_| scope.spawn(|| admit(&cluster, hello()).ok()))
+                .collect();
+            let all = all.into_iter().map(|one| one.join().expect("no panic"));
+            all.flatten().count()
+        });
+        assert_eq!(admitted, 1);
+    }
+
+    #[test]
     fn the_first_failure_is_kept_with_its_phase() {
         let cluster = cluster();
         record(

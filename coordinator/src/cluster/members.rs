@@ -142,11 +142,6 @@ impl Cluster {
             .collect()
     }
 
-    /// What each rank holds, once loaded.
-    pub fn loaded(&self) -> Vec<Option<v1::Loaded>> {
-        self.lock().members.iter().map(|member| member.loaded).collect()
-    }
-
     pub fn failure(&self) -> Option<RankFailure> {
         self.lock().failure.clone()
     }

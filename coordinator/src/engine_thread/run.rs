@@ -85,6 +85,12 @@ impl<E: Executor> EngineThread<E> {
             self.publish(&progress);
             if let Progress::Fatal(failure) = progress {
                 ending.set(EngineState::Failed);
+                match &failure {
+                    EngineFailure::Closed(_) => tracing::info!("the engine has ended with its group"),
+                    EngineFailure::NotRebuilt { .. } => {
+                        tracing::error!(%failure, sequences = self.live.len(), "the engine has failed");
+                    }
+                }
                 self.fail_all(&failure);
                 return Err(failure);
             }
@@ -212,7 +218,6 @@ impl<E: Executor> EngineThread<E> {
     }
 
     fn fail_all(&mut self, failure: &EngineFailure) {
-        tracing::error!(%failure, sequences = self.live.len(), "the engine has failed");
         let error = RpcError::new(ErrorKind::WorkerLost, failure.to_string());
         while let Some((&id, _)) = self.live.first_key_value() {
             self.fail(id, error.clone());
