@@ -4,7 +4,7 @@ use std::fmt;
 
 /// Element format of a tensor in a file (GGUF's names; the block layouts are those of the GGUF specification).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-#[allow(non_camel_case_types)]
+#[allow(non_camel_case_types, reason = "the formats' own names")]
 pub enum TensorFormat {
     F32,
     F16,
