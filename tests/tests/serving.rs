@@ -22,6 +22,7 @@ fn clients_are_served() {
     a_stream_is_the_same_text_in_pieces(&server);
     the_seed_decides_a_sampled_answer(&server);
     stop_strings_end_the_text_before_them(&server);
+    a_bias_forces_and_bans_tokens(&server);
     bad_requests_are_refused_with_the_field_and_the_limit(&server);
     models_health_and_metrics_answer(&server);
     a_client_that_leaves_frees_its_blocks(&server);
@@ -141,6 +142,28 @@ fn stop_strings_end_the_text_before_them(server: &Server) {
     assert_eq!(text, format!("1, 2, 3, 4,{free}"));
 }
 
+fn a_bias_forces_and_bans_tokens(server: &Server) {
+    let greedy = |bias: Value| {
+        let body = json!({"prompt": "The sun rises in the", "temperature": 0, "max_tokens": 3, "logprobs": 0,
+            "logit_bias": bias, "cache_salt": "bias", "ignore_eos": true});
+        let reply = http::post(&server.address, "/v1/completions", &body).expect("a reply");
+        assert_eq!(reply.status, 200, "{}", reply.text());
+        let tokens = reply.json()["choices"][0]["logprobs"]["tokens"].clone();
+        let tokens: Vec<String> = serde_json::from_value(tokens).expect("tokens");
+        tokens
+    };
+    let forced = greedy(json!({"1000": 100}));
+    assert_eq!((forced.len(), &forced[0]), (3, &forced[1]), "{forced:?}");
+    assert_eq!(forced[1], forced[2]);
+    let free = greedy(json!({}));
+    assert_ne!(free, forced);
+    assert_eq!(
+        free,
+        greedy(json!({"1000": -100})),
+        "it was not going to be sampled"
+    );
+}
+
 fn bad_requests_are_refused_with_the_field_and_the_limit(server: &Server) {
     let model = |id: &str| json!({"model": id, "messages": [{"role": "user", "content": "x"}]});
     let with = |key: &str, value: Value| {
@@ -158,6 +181,9 @@ fn bad_requests_are_refused_with_the_field_and_the_limit(server: &Server) {
         (with("messages", json!([])), 400, "messages"),
         (with("messages", json!("hello")), 400, "messages"),
         (with("stop", json!(7)), 400, "stop"),
+        (with("priority", json!(1)), 400, "priority"),
+        (with("cache_salt", json!("")), 400, "cache_salt"),
+        (with("logit_bias", json!({"99999": 1})), 400, "99999"),
         (json!([]), 400, ""),
         (json!(null), 400, ""),
     ];
