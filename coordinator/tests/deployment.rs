@@ -6,9 +6,9 @@ use std::path::Path;
 
 use phalanx_coordinator::{
     config::{DeviceChoice, KvCacheSize, ModelOptions},
-    deployment::{Deployment, DeploymentError, GpuMemory, Hardware, Proposal},
+    deployment::{Deployment, DeploymentError, Hardware, Proposal},
 };
-use phalanx_model::{KvDtype, TensorParallelStyle};
+use phalanx_model::{GpuMemory, KvDtype, TensorParallelStyle};
 use phalanx_proto::v1::DeviceKind;
 use support::demo_path;
 
@@ -44,12 +44,12 @@ fn resolve(options: ModelOptions, hardware: &Hardware) -> Result<Deployment, Dep
 fn gpus_reduce_and_cpus_gather_unless_told_otherwise() {
     let on_cpu = resolve(options(2), &Hardware::Cpu).unwrap();
     assert_eq!(
-        (on_cpu.device, on_cpu.style),
+        (on_cpu.device, on_cpu.plan.style),
         (DeviceKind::Cpu, TensorParallelStyle::Gather)
     );
     let on_gpu = resolve(options(2), &gpus(&[GIB, GIB])).unwrap();
     assert_eq!(
-        (on_gpu.device, on_gpu.style),
+        (on_gpu.device, on_gpu.plan.style),
         (DeviceKind::Cuda, TensorParallelStyle::Reduce)
     );
     assert!(
@@ -59,7 +59,7 @@ fn gpus_reduce_and_cpus_gather_unless_told_otherwise() {
     let mut asked = options(2);
     asked.style = Some(TensorParallelStyle::Gather);
     assert_eq!(
-        resolve(asked, &gpus(&[GIB, GIB])).unwrap().style,
+        resolve(asked, &gpus(&[GIB, GIB])).unwrap().plan.style,
         TensorParallelStyle::Gather
     );
     let assigns = on_gpu.assigns(&[1, 1], std::time::Duration::from_secs(1));
@@ -69,14 +69,14 @@ fn gpus_reduce_and_cpus_gather_unless_told_otherwise() {
 #[test]
 fn the_kv_cache_gets_what_a_gpu_has_left() {
     let deployment = resolve(options(2), &gpus(&[GIB, 2 * GIB])).unwrap();
-    let ranks = &deployment.memory.ranks;
+    let ranks = &deployment.plan.memory.ranks;
     // 135 million parameters in two bytes, two thirds of the heads and half of the rest on the first rank.
     assert!(
         (120 << 20..190 << 20).contains(&ranks[0].weights),
         "{}",
         ranks[0].weights
     );
-    let blocks = u64::from(deployment.num_blocks);
+    let blocks = u64::from(deployment.plan.num_blocks);
     let budget = GIB * 3 / 4;
     assert!(ranks[0].total(blocks) <= budget && ranks[0].total(blocks + 1) > budget);
 }

@@ -54,6 +54,8 @@ pub struct MemoryRequest<'a> {
     pub formats: &'a TensorFormats,
     pub parallel: TensorParallelOptions,
     pub placement: Placement,
+    /// Of a group; more are not suggested.
+    pub most_ranks: usize,
     pub kv_dtype: KvDtype,
     /// Tokens of a KV block.
     pub block_size: usize,

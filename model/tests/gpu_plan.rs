@@ -20,6 +20,7 @@ fn request(geometry: &Geometry, world_size: usize) -> MemoryRequest<'_> {
         placement: Placement::Gpus {
             overhead: GPU_OVERHEAD_BYTES,
         },
+        most_ranks: 30,
         kv_dtype: KvDtype::F16,
         block_size: 16,
         max_tokens: 512,
@@ -109,7 +110,7 @@ fn two_t4_fit_no_context_at_all_and_the_ranks_that_would_are_named() {
         nearest,
         Nearest {
             // Above 8 ranks every one holds a whole KV head: 5 GiB for the longest sequence.
-            world_size: Some(32),
+            world_size: Some(20),
             world_size_and_len: Some((13, 8192)),
             ..Nearest::default()
         }
@@ -121,7 +122,7 @@ fn two_t4_fit_no_context_at_all_and_the_ranks_that_would_are_named() {
         let plan = MemoryPlan::new(&wider).unwrap();
         plan.check(&wider, &cards("T4", world_size)).is_ok()
     };
-    assert!(fits(32, 131_072) && fits(13, 8192) && !fits(12, 8192));
+    assert!(fits(20, 131_072) && !fits(19, 131_072) && fits(13, 8192) && !fits(12, 8192));
 }
 
 #[test]

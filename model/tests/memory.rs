@@ -27,6 +27,7 @@ fn request<'a>(config: &'a ModelConfig, formats: &'a TensorFormats, world_size: 
         formats,
         parallel: TensorParallelOptions::equal(world_size, TensorParallelStyle::Gather),
         placement: Placement::Host,
+        most_ranks: 30,
         kv_dtype: KvDtype::F16,
         block_size: 16,
         max_tokens: 8,

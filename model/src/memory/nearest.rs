@@ -178,21 +178,15 @@ impl Search<'_> {
             })
     }
 
-    /// The fewest more ranks: one by one for a while, then in doublings.
+    /// The fewest more ranks.
     fn world_size(&self, max_model_len: usize) -> Option<usize> {
-        const ONE_BY_ONE: usize = 16;
-        let now = self.request.parallel.world_size;
-        let limit = self.request.config.num_attention_heads;
-        let doublings = std::iter::successors(Some(2 * now), |size| size.checked_mul(2));
-        (now + 1..=now + ONE_BY_ONE)
-            .chain(doublings.filter(|&size| size > now + ONE_BY_ONE))
-            .take_while(|&size| size <= limit)
-            .find(|&world_size| {
-                let mut wider = self.request.clone();
-                wider.parallel = TensorParallelOptions::equal(world_size, self.request.parallel.style);
-                wider.max_model_len = max_model_len;
-                plan_fits(&wider, &self.budget_of(world_size))
-            })
+        let heads = self.request.config.num_attention_heads;
+        (self.request.parallel.world_size + 1..=heads.min(self.request.most_ranks)).find(|&world_size| {
+            let mut wider = self.request.clone();
+            wider.parallel = TensorParallelOptions::equal(world_size, self.request.parallel.style);
+            wider.max_model_len = max_model_len;
+            plan_fits(&wider, &self.budget_of(world_size))
+        })
     }
 
     fn budget_of(&self, world_size: usize) -> MemoryBudget {
