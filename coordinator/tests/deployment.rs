@@ -88,3 +88,68 @@ fn a_gpu_that_is_too_small_is_named() {
         .expect("refused");
     assert!(error.to_string().starts_with("rank 1 needs "), "{error}");
 }
+
+#[test]
+fn the_segment_has_the_bytes_that_were_planned() {
+    for (ranks, hardware) in [(1, Hardware::Cpu), (3, Hardware::Cpu), (2, gpus(&[GIB, GIB]))] {
+        let deployment = resolve(options(ranks), &hardware).unwrap();
+        let shape = deployment.shape(1);
+        assert_eq!(
+            deployment.plan.memory.segment,
+            shape.total_bytes(),
+            "{hardware:?}"
+        );
+    }
+}
+
+#[test]
+fn what_the_ranks_measured_decides_the_kv_cache() {
+    let planned = resolve(options(2), &gpus(&[GIB, GIB])).unwrap();
+    let fixed =
+        |rank: usize| planned.plan.memory.ranks[rank].fixed() - planned.plan.memory.ranks[rank].communicator;
+    let as_planned = planned.settle(&[Some(fixed(0)), Some(fixed(1))]).unwrap();
+    assert_eq!(as_planned.plan.num_blocks, planned.plan.num_blocks);
+    let more = planned
+        .settle(&[Some(fixed(0)), Some(fixed(1) - (1 << 20))])
+        .unwrap();
+    assert_eq!(
+        more.plan.num_blocks, planned.plan.num_blocks,
+        "the poorest rank decides"
+    );
+    let fewer = planned
+        .settle(&[Some(fixed(0) + (61 << 20)), Some(fixed(1))])
+        .unwrap();
+    assert!(fewer.plan.num_blocks < planned.plan.num_blocks);
+    assert_eq!(fewer.engine_config().num_blocks, fewer.plan.num_blocks);
+    assert_eq!(fewer.limits.num_blocks, fewer.plan.num_blocks);
+    let refused = planned
+        .settle(&[Some(fixed(0)), Some(GIB)])
+        .err()
+        .expect("no room");
+    assert!(refused.to_string().starts_with("rank 1 needs "), "{refused}");
+    // CPU ranks have nothing to measure.
+    let on_cpu = resolve(options(2), &Hardware::Cpu).unwrap();
+    let settled = on_cpu.settle(&[None, None]).unwrap();
+    assert_eq!(settled.plan.num_blocks, on_cpu.plan.num_blocks);
+}
+
+#[test]
+fn bytes_of_a_kv_cache_take_the_place_of_a_share() {
+    let mut asked = options(1);
+    asked.kv_cache = KvCacheSize::BytesPerRank(130 << 20);
+    asked.gpu_memory_utilization = 0.1;
+    let deployment = resolve(asked.clone(), &gpus(&[GIB])).unwrap();
+    // Two times 2 MiB for each of 30 layers; a block has 16 tokens of 3 heads of 64, K and V, in two bytes.
+    assert_eq!(
+        u64::from(deployment.plan.num_blocks),
+        (120 << 20) / (30 * 16 * 3 * 64 * 2 * 2)
+    );
+    asked.kv_cache = KvCacheSize::BytesPerRank(GIB);
+    assert!(matches!(
+        resolve(asked, &gpus(&[GIB])),
+        Err(DeploymentError::OverLimit {
+            field: "number of KV blocks",
+            ..
+        })
+    ));
+}

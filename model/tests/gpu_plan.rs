@@ -90,8 +90,8 @@ fn four_a100_hold_three_sequences_of_the_longest() {
         2 * 17_112_760_320 + 5_275_648 + 2 * 63 * 512 * 8192 * 2
     );
     assert_eq!(rank.kv_bytes_per_block, 16 * 81_920);
-    // 75,902,809,538 less 35,287,728,128 of weights, 150,208,512 of workspace and 469,762,048: 39,995,110,850 are
-    // 238 times 2 MiB for every layer, 39,929,774,080 bytes.
+    // 75,902,809,538 less 35,287,760,896 of weights, 141,033,472 of workspace and 448 MiB: 40,004,253,122 are 238 times
+    // 2 MiB for every layer, 39,929,774,080 bytes.
     let blocks = plan.num_blocks(&cards("A100-80GB", 4)).unwrap();
     assert_eq!(blocks, 39_929_774_080 / (16 * 81_920));
     assert_eq!(blocks / plan.blocks_per_sequence(), 3);
