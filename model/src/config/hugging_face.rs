@@ -17,13 +17,17 @@ pub(crate) const MAX_CONFIG_BYTES: usize = 1 << 20;
 /// The element type that a `config.json` declares for its checkpoint's tensors; float32 if it does not.
 ///
 /// # Errors
-/// Not JSON, or a type that is not supported.
+/// Not JSON, a type that is not supported, or a quantized checkpoint: its tensors' files say which are.
 pub(crate) fn declared_dtype(json: &[u8]) -> Result<TensorFormat> {
     let object = serde_json::from_slice(json).map_err(|error| ConfigError::Json(error.to_string()))?;
     let fields = Fields {
         object: &object,
         prefix: "",
     };
+    if fields.object("quantization_config", "quantization_config.")?.is_some() {
+        let reason = "which tensors are quantized is known to their files alone; plan with the whole directory";
+        return Err(ConfigError::unsupported("quantization_config", "set", reason));
+    }
     // Version 5 of the library renamed it.
     let key = if object.contains_key("dtype") {
         "dtype"
