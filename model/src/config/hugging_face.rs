@@ -24,8 +24,12 @@ pub(crate) fn declared_dtype(json: &[u8]) -> Result<TensorFormat> {
         object: &object,
         prefix: "",
     };
-    if fields.object("quantization_config", "quantization_config.")?.is_some() {
-        let reason = "which tensors are quantized is known to their files alone; plan with the whole directory";
+    if fields
+        .object("quantization_config", "quantization_config.")?
+        .is_some()
+    {
+        let reason =
+            "which tensors are quantized is known to their files alone; plan with the whole directory";
         return Err(ConfigError::unsupported("quantization_config", "set", reason));
     }
     // Version 5 of the library renamed it.
