@@ -337,6 +337,13 @@ pub(crate) struct WarmKernelsArgs {
 pub(crate) struct PlanArgs {
     #[command(flatten)]
     pub(crate) model: ModelArgs,
+    /// Plan for a GPU of this kind for every rank: a card such as H100-80GB, or a size such as 80GiB. MODEL may then be
+    /// a config.json without weights.
+    #[arg(long, env = "PHALANX_GPU")]
+    pub(crate) gpu: Option<String>,
+    /// Print one JSON object instead of text.
+    #[arg(long, env = "PHALANX_JSON")]
+    pub(crate) json: bool,
     /// YAML file of flags.
     #[arg(long, env = "PHALANX_CONFIG")]
     pub(crate) config: Option<PathBuf>,

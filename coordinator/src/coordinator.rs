@@ -20,7 +20,7 @@ use crate::{
     api::{Api, EngineSlot, ListenError, Listeners, StatusHandle, serve},
     cluster::{
         AttachService, Cluster, ClusterError, CudaLibraries, LaunchSpec, Launcher, RankFailure, split_cpus,
-        visible_devices,
+        split_threads, visible_devices,
     },
     config::{ApiOptions, CoordinatorConfig, DeviceChoice, WorkerOptions, WorkerSource},
     deployment::{Deployment, DeploymentError, Hardware, NoGpu, Proposal},
@@ -114,7 +114,7 @@ impl Coordinator {
         let names = &config.engine.served_model_names;
         let name = names.first().cloned().unwrap_or_default();
         let coordinator = Self {
-            metrics: Arc::new(Metrics::new(&name, proposal.max_model_len as u32)),
+            metrics: Arc::new(Metrics::new(&name, proposal.blueprint.max_model_len as u32)),
             status: StatusHandle::new(),
             engine: EngineSlot::default(),
             running: std::sync::OnceLock::new(),
@@ -179,11 +179,11 @@ impl Coordinator {
         if self.running.get().is_some() {
             return Ok(());
         }
-        let deployment = self.deployment().await?;
+        let deployment = self.settle(self.deployment().await?).await?;
         self.cluster
             .wait_loaded(self.config.workers.ready_timeout)
             .await?;
-        let engine = self.start_engine(deployment, FIRST_EPOCH).await?;
+        let engine = self.start_engine(&deployment, FIRST_EPOCH).await?;
         if let Err(error) = warm_up(&engine).await {
             return Err(self
                 .cluster
@@ -216,9 +216,19 @@ impl Coordinator {
                 .fail(lack.rank, Some(Phase::Starting), lack.reason.clone());
         })?;
         let resolved = self.proposal.resolve(&hardware, &self.config.workers.shm_dir)?;
-        tracing::info!(?hardware, style = ?resolved.style, kv_blocks = resolved.num_blocks, "deployment decided");
+        tracing::info!(?hardware, style = ?resolved.plan.style, kv_blocks = resolved.plan.num_blocks, "deployment decided");
         self.cluster.assign(self.workers.assigns(&resolved, &self.config));
         Ok(self.deployment.get_or_init(|| resolved))
+    }
+
+    /// Decides how many KV blocks there are, now that the ranks know what their weights have left, and tells them.
+    async fn settle(&self, deployment: &Deployment) -> Result<Deployment, CoordinatorError> {
+        let limit = self.config.workers.ready_timeout;
+        let weights = self.cluster.wait_weights(limit).await?;
+        let taken: Vec<Option<u64>> = weights.iter().map(|rank| rank.taken_bytes).collect();
+        let settled = deployment.settle(&taken)?;
+        self.cluster.allocate_kv(settled.plan.num_blocks);
+        Ok(settled)
     }
 
     /// Forms the group of `epoch` and starts the engine over it.
@@ -341,8 +351,11 @@ impl WorkerPlan {
     fn new(options: &WorkerOptions, ranks: usize) -> Self {
         let own = own_cpus();
         let cpus = split_cpus(&own, ranks);
-        let each = |set: &Vec<usize>| options.threads_per_rank.unwrap_or(set.len().max(1));
-        let threads = cpus.iter().map(each).collect();
+        let threads = match options.threads_per_rank {
+            Some(threads) => vec![threads; cpus.len()],
+            // Which counts what a control group lets this process have, too.
+            None => split_threads(&cpus, thread::available_parallelism().map_or(1, usize::from)),
+        };
         let join_token = match &options.source {
             WorkerSource::External { join_token } => join_token.clone(),
             WorkerSource::Local { .. } => format!("{:016x}{:016x}", random_u64(), random_u64()),
@@ -422,9 +435,9 @@ fn text_processor(
             source,
         })
     });
-    let step = proposal.limits(u32::MAX);
+    let step = proposal.blueprint.limits(u32::MAX);
     let limits = ModelLimits {
-        max_model_len: proposal.max_model_len as u32,
+        max_model_len: proposal.blueprint.max_model_len as u32,
         vocab_size: step.vocab_size,
         max_logprobs: step.max_logprobs,
     };

@@ -6,9 +6,9 @@ use std::path::Path;
 
 use phalanx_coordinator::{
     config::{DeviceChoice, KvCacheSize, ModelOptions},
-    deployment::{Deployment, DeploymentError, GpuMemory, Hardware, Proposal},
+    deployment::{Deployment, DeploymentError, Hardware, Proposal},
 };
-use phalanx_model::{KvDtype, TensorParallelStyle};
+use phalanx_model::{GpuMemory, KvDtype, TensorParallelStyle};
 use phalanx_proto::v1::DeviceKind;
 use support::demo_path;
 
@@ -44,12 +44,12 @@ fn resolve(options: ModelOptions, hardware: &Hardware) -> Result<Deployment, Dep
 fn gpus_reduce_and_cpus_gather_unless_told_otherwise() {
     let on_cpu = resolve(options(2), &Hardware::Cpu).unwrap();
     assert_eq!(
-        (on_cpu.device, on_cpu.style),
+        (on_cpu.device, on_cpu.plan.style),
         (DeviceKind::Cpu, TensorParallelStyle::Gather)
     );
     let on_gpu = resolve(options(2), &gpus(&[GIB, GIB])).unwrap();
     assert_eq!(
-        (on_gpu.device, on_gpu.style),
+        (on_gpu.device, on_gpu.plan.style),
         (DeviceKind::Cuda, TensorParallelStyle::Reduce)
     );
     assert!(
@@ -59,7 +59,7 @@ fn gpus_reduce_and_cpus_gather_unless_told_otherwise() {
     let mut asked = options(2);
     asked.style = Some(TensorParallelStyle::Gather);
     assert_eq!(
-        resolve(asked, &gpus(&[GIB, GIB])).unwrap().style,
+        resolve(asked, &gpus(&[GIB, GIB])).unwrap().plan.style,
         TensorParallelStyle::Gather
     );
     let assigns = on_gpu.assigns(&[1, 1], std::time::Duration::from_secs(1));
@@ -69,14 +69,14 @@ fn gpus_reduce_and_cpus_gather_unless_told_otherwise() {
 #[test]
 fn the_kv_cache_gets_what_a_gpu_has_left() {
     let deployment = resolve(options(2), &gpus(&[GIB, 2 * GIB])).unwrap();
-    let ranks = &deployment.memory.ranks;
+    let ranks = &deployment.plan.memory.ranks;
     // 135 million parameters in two bytes, two thirds of the heads and half of the rest on the first rank.
     assert!(
         (120 << 20..190 << 20).contains(&ranks[0].weights),
         "{}",
         ranks[0].weights
     );
-    let blocks = u64::from(deployment.num_blocks);
+    let blocks = u64::from(deployment.plan.num_blocks);
     let budget = GIB * 3 / 4;
     assert!(ranks[0].total(blocks) <= budget && ranks[0].total(blocks + 1) > budget);
 }
@@ -87,4 +87,69 @@ fn a_gpu_that_is_too_small_is_named() {
         .err()
         .expect("refused");
     assert!(error.to_string().starts_with("rank 1 needs "), "{error}");
+}
+
+#[test]
+fn the_segment_has_the_bytes_that_were_planned() {
+    for (ranks, hardware) in [(1, Hardware::Cpu), (3, Hardware::Cpu), (2, gpus(&[GIB, GIB]))] {
+        let deployment = resolve(options(ranks), &hardware).unwrap();
+        let shape = deployment.shape(1);
+        assert_eq!(
+            deployment.plan.memory.segment,
+            shape.total_bytes(),
+            "{hardware:?}"
+        );
+    }
+}
+
+#[test]
+fn what_the_ranks_measured_decides_the_kv_cache() {
+    let planned = resolve(options(2), &gpus(&[GIB, GIB])).unwrap();
+    let fixed =
+        |rank: usize| planned.plan.memory.ranks[rank].fixed() - planned.plan.memory.ranks[rank].communicator;
+    let as_planned = planned.settle(&[Some(fixed(0)), Some(fixed(1))]).unwrap();
+    assert_eq!(as_planned.plan.num_blocks, planned.plan.num_blocks);
+    let more = planned
+        .settle(&[Some(fixed(0)), Some(fixed(1) - (1 << 20))])
+        .unwrap();
+    assert_eq!(
+        more.plan.num_blocks, planned.plan.num_blocks,
+        "the poorest rank decides"
+    );
+    let fewer = planned
+        .settle(&[Some(fixed(0) + (61 << 20)), Some(fixed(1))])
+        .unwrap();
+    assert!(fewer.plan.num_blocks < planned.plan.num_blocks);
+    assert_eq!(fewer.engine_config().num_blocks, fewer.plan.num_blocks);
+    assert_eq!(fewer.limits.num_blocks, fewer.plan.num_blocks);
+    let refused = planned
+        .settle(&[Some(fixed(0)), Some(GIB)])
+        .err()
+        .expect("no room");
+    assert!(refused.to_string().starts_with("rank 1 needs "), "{refused}");
+    // CPU ranks have nothing to measure.
+    let on_cpu = resolve(options(2), &Hardware::Cpu).unwrap();
+    let settled = on_cpu.settle(&[None, None]).unwrap();
+    assert_eq!(settled.plan.num_blocks, on_cpu.plan.num_blocks);
+}
+
+#[test]
+fn bytes_of_a_kv_cache_take_the_place_of_a_share() {
+    let mut asked = options(1);
+    asked.kv_cache = KvCacheSize::BytesPerRank(130 << 20);
+    asked.gpu_memory_utilization = 0.1;
+    let deployment = resolve(asked.clone(), &gpus(&[GIB])).unwrap();
+    // Two times 2 MiB for each of 30 layers; a block has 16 tokens of 3 heads of 64, K and V, in two bytes.
+    assert_eq!(
+        u64::from(deployment.plan.num_blocks),
+        (120 << 20) / (30 * 16 * 3 * 64 * 2 * 2)
+    );
+    asked.kv_cache = KvCacheSize::BytesPerRank(GIB);
+    assert!(matches!(
+        resolve(asked, &gpus(&[GIB])),
+        Err(DeploymentError::OverLimit {
+            field: "number of KV blocks",
+            ..
+        })
+    ));
 }

@@ -8,12 +8,12 @@ use std::sync::{Arc, Barrier};
 use std::thread;
 use std::time::Duration;
 
-use phalanx_kernels::comm::{ShmCommunicator, Solo, arena_bytes};
+use phalanx_kernels::comm::{ShmCommunicator, Solo};
 use phalanx_kernels::cpu::{CpuBackend, CpuBuffer};
 use phalanx_kernels::{
     Backend, BatchInput, Columns, Communicator, GatherLayout, KernelError, Linear, WeightSource,
 };
-use phalanx_model::{TensorFormat, TensorParallelStyle};
+use phalanx_model::{TensorFormat, TensorParallelStyle, memory::arena_bytes};
 use phalanx_shm::{GroupShape, RankPort, Segment, Wait};
 
 const HIDDEN: usize = 64;
@@ -48,7 +48,7 @@ fn group<T: Send>(
     rank: impl Fn(ShmCommunicator) -> T + Sync,
 ) -> Vec<T> {
     let dir = tempfile::tempdir().unwrap();
-    let arena = arena_bytes(MAX_ROWS, &[HIDDEN, WIDE]).unwrap();
+    let arena = arena_bytes(MAX_ROWS, HIDDEN).unwrap() + arena_bytes(MAX_ROWS, WIDE).unwrap();
     let segment = Segment::create(dir.path(), "test", shape(world_size, arena)).unwrap();
     thread::scope(|scope| {
         let rank = &rank;
@@ -231,7 +231,7 @@ fn messages_reach_everyone_in_rank_order() {
 #[test]
 fn a_missing_rank_is_named() {
     let dir = tempfile::tempdir().unwrap();
-    let arena = arena_bytes(1, &[1]).unwrap();
+    let arena = arena_bytes(1, 1).unwrap();
     let segment = Segment::create(dir.path(), "test", shape(2, arena)).unwrap();
     let limit = Duration::from_millis(100);
     let mut comm = communicator(segment.path(), 0, TensorParallelStyle::Gather, limit);
@@ -249,7 +249,7 @@ fn a_missing_rank_is_named() {
 #[test]
 fn an_abort_ends_a_peers_wait() {
     let dir = tempfile::tempdir().unwrap();
-    let arena = arena_bytes(1, &[1]).unwrap();
+    let arena = arena_bytes(1, 1).unwrap();
     let segment = Segment::create(dir.path(), "test", shape(2, arena)).unwrap();
     let limit = Duration::from_secs(60);
     let both_joined = Barrier::new(2);

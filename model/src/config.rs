@@ -9,6 +9,7 @@ use std::fmt::Display;
 pub use rope::{RopeConfig, RopeLayout, RopeScaling, yarn_attention_factor};
 
 pub(crate) use gguf::ROPE_FACTORS_TENSOR;
+pub(crate) use hugging_face::declared_dtype;
 
 use crate::gguf::GgufError;
 

@@ -5,6 +5,7 @@
 pub mod checkpoint;
 pub mod config;
 pub mod format;
+pub mod geometry;
 pub mod gguf;
 pub mod memory;
 pub mod role;
@@ -14,7 +15,10 @@ pub mod shard;
 pub use checkpoint::{Checkpoint, CheckpointError, TensorInfo};
 pub use config::{ConfigError, ModelConfig, RopeConfig, RopeLayout, RopeScaling};
 pub use format::{KvDtype, TensorFormat};
-pub use memory::{MemoryBudget, MemoryError, MemoryPlan, MemoryRequest, RankBudget};
+pub use geometry::Geometry;
+pub use memory::{
+    GpuBudget, GpuMemory, MemoryBudget, MemoryError, MemoryPlan, MemoryRequest, Placement, RankBudget,
+};
 pub use role::{LayerTensor, TensorFormats, TensorRole};
 pub use shard::{
     RankShard, RowSplitBlocks, Shard, ShardError, ShardPlan, TensorParallelOptions, TensorParallelStyle,

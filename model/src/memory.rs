@@ -1,5 +1,9 @@
 //! How many bytes each rank needs, before anything is loaded.
 
+mod budget;
+mod cards;
+mod gpu;
+mod nearest;
 mod table;
 
 use crate::{
@@ -7,14 +11,41 @@ use crate::{
     TensorParallelOptions, TensorParallelStyle, TensorRole,
 };
 
+pub use budget::{CONTEXT_BYTES, GpuBudget, GpuMemory, MemoryBudget, RankBudget};
+pub use cards::{GpuCard, LEAST_COMPUTE_CAPABILITY};
+pub use gpu::{GPU_OVERHEAD_BYTES, NCCL_BYTES};
+pub use nearest::Nearest;
 pub use table::{HumanBytes, MemoryTable};
 
 /// What a worker process takes beside weights, KV cache and workspace: its code, allocator, threads' stacks and the
 /// runtime of its control connection. An estimate, rounded up.
 pub const PROCESS_OVERHEAD_BYTES: u64 = 24 << 20;
 
-/// Alignment of buffers in the shared segment, bytes.
-const ARENA_ALIGN: u64 = 128;
+/// Buffers in the shared segment start on cache-line pairs, which the adjacent-line prefetcher moves together.
+pub const ARENA_ALIGN: usize = 128;
+/// The segment is made of pages.
+const PAGE: u64 = 4096;
+
+/// Bytes that a buffer of `rows` rows of `width` f32 takes in the shared segment; none if they cannot be counted. The
+/// plan, the segment and the communicator all count with this.
+pub fn arena_bytes(rows: usize, width: usize) -> Option<usize> {
+    rows.checked_mul(width)?
+        .checked_mul(size_of::<f32>())?
+        .checked_next_multiple_of(ARENA_ALIGN)
+}
+
+/// Where weights, KV cache and activations lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Placement {
+    /// In the host's memory, weights as the CPU backend holds them.
+    Host,
+    /// Each rank on a GPU of its own.
+    Gpus {
+        /// What a rank takes there beside weights, KV cache and activations: [`GPU_OVERHEAD_BYTES`], or what was
+        /// measured.
+        overhead: u64,
+    },
+}
 
 /// What is to be served, and how.
 #[derive(Clone, Debug)]
@@ -22,6 +53,9 @@ pub struct MemoryRequest<'a> {
     pub config: &'a ModelConfig,
     pub formats: &'a TensorFormats,
     pub parallel: TensorParallelOptions,
+    pub placement: Placement,
+    /// Of a group; more are not suggested.
+    pub most_ranks: usize,
     pub kv_dtype: KvDtype,
     /// Tokens of a KV block.
     pub block_size: usize,
@@ -35,42 +69,41 @@ pub struct MemoryRequest<'a> {
     pub control_bytes: u64,
 }
 
-/// Bytes available to the ranks.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct MemoryBudget {
-    pub ranks: RankBudget,
-    /// Free space for the shared segment: `/dev/shm`.
-    pub shared_memory: u64,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum RankBudget {
-    /// All ranks and the shared segment live in the same memory: CPU ranks on one host.
-    Pooled(u64),
-    /// Each rank has its own, in rank order: GPUs.
-    Each(Vec<u64>),
-}
-
 /// One rank's bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RankMemory {
-    /// As the CPU backend holds them.
+    /// As the backend holds them.
     pub weights: u64,
     /// Activations and scratch of its own.
     pub workspace: u64,
+    /// The process on a CPU, the kernels' memory on a GPU.
     pub overhead: u64,
+    /// Buffers of NCCL.
+    pub communicator: u64,
     /// K and V of all layers for one block of tokens.
     pub kv_bytes_per_block: u64,
+    /// The KV cache takes memory in multiples of so many bytes.
+    pub kv_granule: u64,
 }
 
 impl RankMemory {
     /// Everything but the KV cache.
     pub fn fixed(&self) -> u64 {
-        self.weights + self.workspace + self.overhead
+        self.weights + self.workspace + self.overhead + self.communicator
     }
     pub fn total(&self, num_blocks: u64) -> u64 {
-        self.fixed()
-            .saturating_add(num_blocks.saturating_mul(self.kv_bytes_per_block))
+        self.fixed().saturating_add(self.kv_bytes(num_blocks))
+    }
+    /// What the KV cache takes.
+    pub fn kv_bytes(&self, num_blocks: u64) -> u64 {
+        let bytes = num_blocks.saturating_mul(self.kv_bytes_per_block);
+        bytes
+            .checked_next_multiple_of(self.kv_granule)
+            .unwrap_or(u64::MAX)
+    }
+    /// Blocks of a KV cache that may take so many bytes.
+    pub fn blocks_in(&self, bytes: u64) -> u64 {
+        bytes / self.kv_granule * self.kv_granule / self.kv_bytes_per_block
     }
 }
 
@@ -95,6 +128,7 @@ impl WorkspaceBuffer {
 #[derive(Clone, Debug, PartialEq)]
 pub struct MemoryPlan {
     pub shards: ShardPlan,
+    pub placement: Placement,
     /// In rank order.
     pub ranks: Vec<RankMemory>,
     /// Activations in the shared segment that all ranks see.
@@ -117,12 +151,20 @@ pub enum MemoryError {
     BudgetCount { found: usize, expected: usize },
     #[error(transparent)]
     Shard(#[from] ShardError),
-    #[error("{holder} needs {needed}, {available} available; {nearest}", needed = HumanBytes(*needed), available = HumanBytes(*available))]
+    #[error(
+        "{holder} needs {needed}, {available} available; {lengths}{nearest}",
+        needed = HumanBytes(*needed),
+        available = HumanBytes(*available),
+        lengths = nearest::NoLength { fixed: *fixed, available: *available },
+    )]
     DoesNotFit {
         holder: MemoryHolder,
+        /// With the KV cache of one longest sequence.
         needed: u64,
+        /// Without any KV cache.
+        fixed: u64,
         available: u64,
-        nearest: Nearest,
+        nearest: Box<Nearest>,
     },
 }
 
@@ -141,17 +183,6 @@ pub enum MemoryHolder {
         largest_rank: usize,
     },
     SharedSegment,
-}
-
-/// The nearest configurations that would fit.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Nearest {
-    /// With everything else as asked.
-    pub max_model_len: Option<usize>,
-    /// Equal ranks, each with as much memory as the poorest has now.
-    pub world_size: Option<usize>,
-    /// Fewer tokens in one step make the segment smaller.
-    pub max_tokens: Option<usize>,
 }
 
 impl MemoryRequest<'_> {
@@ -185,6 +216,7 @@ impl MemoryRequest<'_> {
         let q_held = held.q_heads.len() * config.head_dim;
         let qkv = q_held + 2 * held.kv_heads.len() * config.head_dim;
         let gather = shards.style == TensorParallelStyle::Gather;
+        let in_segment = gather && self.placement == Placement::Host;
         let wide = match shards.style {
             TensorParallelStyle::Gather => config.q_dim().max(config.intermediate_size),
             TensorParallelStyle::Reduce => q_held.max(held.intermediate.len()),
@@ -201,20 +233,26 @@ impl MemoryRequest<'_> {
             width,
             shared: false,
         };
-        let [narrow, wide_scratch] = self.scratch(shards, rank);
-        vec![
-            per_token("hidden", config.hidden_size, gather),
+        let mut buffers = vec![
+            per_token("hidden", config.hidden_size, in_segment),
             // Attention's output, then the MLP's inner activation.
-            per_token("wide", wide, gather),
+            per_token("wide", wide, in_segment),
             per_token("residual", config.hidden_size, false),
             per_token("normed", config.hidden_size, false),
             per_token("qkv", qkv, false),
             per_token("gate_up", 2 * held.intermediate.len(), false),
             per_sample("sampled", config.hidden_size),
             per_sample("logits", held.vocab.len()),
-            narrow,
-            wide_scratch,
-        ]
+        ];
+        match self.placement {
+            Placement::Host => buffers.extend(self.scratch(shards, rank)),
+            Placement::Gpus { .. } if gather && shards.ranks.len() > 1 => {
+                // Where NCCL puts the ranks' parts before they are put in their columns.
+                buffers.push(per_token("gathered", config.hidden_size.max(wide), false));
+            }
+            Placement::Gpus { .. } => {}
+        }
+        buffers
     }
 
     /// Inputs of linear layers as the CPU backend's integer kernels read them, in blocks of 32 with their scales and
@@ -257,12 +295,14 @@ impl MemoryRequest<'_> {
     }
 
     fn weight_bytes(&self, shards: &ShardPlan, rank: usize) -> u64 {
-        let bytes = |role| {
+        let bytes = |role: TensorRole| {
+            let format = self.formats.get(&role)?;
             let slice = shards.slice(self.config, rank, role)?;
             let (rows, cols) = (slice.rows.len(), slice.cols.len());
-            match role.is_vector() {
-                true => self.formats.contains_key(&role).then_some(4 * rows * cols),
-                false => self.formats.get(&role)?.resident_bytes(rows, cols),
+            match (role.is_vector(), self.placement) {
+                (true, _) => Some(size_of::<f32>() * rows * cols),
+                (false, Placement::Host) => format.resident_bytes(rows, cols),
+                (false, Placement::Gpus { .. }) => Some(gpu::matrix_bytes(*format, rows, cols)),
             }
         };
         self.config
@@ -272,15 +312,40 @@ impl MemoryRequest<'_> {
             .sum()
     }
 
-    /// Buffers that ranks share, each padded to a pair of cache lines. Reduce style shares none: its sums travel through
-    /// the segment's message slots.
-    fn arena_bytes(&self, shards: &ShardPlan) -> u64 {
-        let shared = self
-            .workspace(shards, 0)
+    fn rank_memory(&self, shards: &ShardPlan, rank: usize) -> RankMemory {
+        let config = self.config;
+        let own = self
+            .workspace(shards, rank)
             .into_iter()
-            .filter(|buffer| buffer.shared);
+            .filter(|buffer| !buffer.shared);
+        let kv_heads = shards.ranks.get(rank).map_or(0, |held| held.kv_heads.len());
+        let layer_bytes = 2 * self.block_size * kv_heads * config.head_dim * self.kv_dtype.bytes();
+        let layers = config.num_hidden_layers;
+        let (overhead, communicator, kv_granule) = match self.placement {
+            Placement::Host => (PROCESS_OVERHEAD_BYTES, 0, 1),
+            Placement::Gpus { overhead } => {
+                let connected = shards.ranks.len() > 1;
+                let nccl = if connected { NCCL_BYTES } else { 0 };
+                (overhead, nccl, layers as u64 * gpu::ALLOCATION_GRANULE)
+            }
+        };
+        RankMemory {
+            weights: self.weight_bytes(shards, rank),
+            workspace: own.map(|buffer| buffer.bytes()).sum(),
+            overhead,
+            communicator,
+            kv_bytes_per_block: (layers * layer_bytes) as u64,
+            kv_granule,
+        }
+    }
+
+    /// Buffers that ranks share. Reduce style shares none: its sums travel through the segment's message slots.
+    fn arena(&self, shards: &ShardPlan) -> u64 {
+        let shared = self.workspace(shards, 0).into_iter();
         shared
-            .map(|buffer| buffer.bytes().next_multiple_of(ARENA_ALIGN))
+            .filter(|buffer| buffer.shared)
+            .filter_map(|buffer| arena_bytes(buffer.rows, buffer.width))
+            .map(|bytes| bytes as u64)
             .sum()
     }
 }
@@ -295,25 +360,13 @@ impl MemoryPlan {
         let config = request.config;
         let blocks = RowSplitBlocks::of(request.formats.iter().map(|(&role, &format)| (role, format)));
         let shards = ShardPlan::new(config, &request.parallel, blocks)?;
-        let ranks = shards.ranks.iter().enumerate().map(|(rank, held)| {
-            let own = request
-                .workspace(&shards, rank)
-                .into_iter()
-                .filter(|buffer| !buffer.shared);
-            let head_bytes = config.head_dim * request.kv_dtype.bytes();
-            let layer_bytes = 2 * request.block_size * held.kv_heads.len() * head_bytes;
-            RankMemory {
-                weights: request.weight_bytes(&shards, rank),
-                workspace: own.map(|buffer| buffer.bytes()).sum(),
-                overhead: PROCESS_OVERHEAD_BYTES,
-                kv_bytes_per_block: (config.num_hidden_layers * layer_bytes) as u64,
-            }
-        });
-        let (ranks, arena) = (ranks.collect(), request.arena_bytes(&shards));
-        let segment = arena.saturating_add(request.control_bytes);
+        let ranks = (0..shards.ranks.len()).map(|rank| request.rank_memory(&shards, rank));
+        let (ranks, arena) = (ranks.collect(), request.arena(&shards));
+        let segment = arena.next_multiple_of(PAGE).saturating_add(request.control_bytes);
         let (block_size, max_model_len) = (request.block_size, request.max_model_len);
         Ok(Self {
             shards,
+            placement: request.placement,
             ranks,
             arena,
             segment,
@@ -336,7 +389,7 @@ impl MemoryPlan {
     pub fn num_blocks_for_kv(&self, bytes_per_rank: u64) -> u64 {
         self.ranks
             .iter()
-            .map(|rank| bytes_per_rank / rank.kv_bytes_per_block)
+            .map(|rank| rank.blocks_in(bytes_per_rank))
             .min()
             .unwrap_or(0)
     }
@@ -354,16 +407,27 @@ impl MemoryPlan {
                     .checked_div(per_block)
                     .unwrap_or(0))
             }
-            RankBudget::Each(sizes) => {
-                self.check_count(sizes)?;
-                let fitting = self
-                    .ranks
-                    .iter()
-                    .zip(sizes)
-                    .map(|(rank, bytes)| bytes.saturating_sub(rank.fixed()) / rank.kv_bytes_per_block);
+            RankBudget::Gpus(gpus) => {
+                let sizes = self.sizes(gpus)?;
+                let ranks = self.ranks.iter().zip(sizes);
+                let fitting = ranks.map(|(rank, bytes)| rank.blocks_in(bytes.saturating_sub(rank.fixed())));
                 Ok(fitting.min().unwrap_or(0))
             }
         }
+    }
+
+    /// The plan with what each GPU rank was found to take without its KV cache and without NCCL, in rank order, in
+    /// place of what was predicted.
+    ///
+    /// # Errors
+    /// [`MemoryError::BudgetCount`] if it is for another number of ranks.
+    pub fn measured(&self, taken: &[u64]) -> Result<Self, MemoryError> {
+        self.check_count(taken.len())?;
+        let mut measured = self.clone();
+        for (rank, taken) in measured.ranks.iter_mut().zip(taken) {
+            rank.overhead = taken.saturating_sub(rank.weights + rank.workspace);
+        }
+        Ok(measured)
     }
 
     /// Whether the model, with a KV cache for at least one sequence of `max_model_len`, fits the budget.
@@ -371,23 +435,20 @@ impl MemoryPlan {
     /// # Errors
     /// [`MemoryError::DoesNotFit`] names who is short, of how much, and the nearest configurations that fit.
     pub fn check(&self, request: &MemoryRequest<'_>, budget: &MemoryBudget) -> Result<(), MemoryError> {
-        let Some((holder, needed, available)) = self.shortage(budget)? else {
+        let Some(shortage) = self.shortage(budget)? else {
             return Ok(());
         };
-        let nearest = match holder {
-            MemoryHolder::SharedSegment => Nearest {
-                max_tokens: self.fitting_tokens(request, available),
-                ..Nearest::default()
-            },
-            MemoryHolder::Rank(_) | MemoryHolder::Host { .. } => Nearest {
-                max_model_len: self.fitting_length(budget)?,
-                world_size: self.fitting_world_size(request, budget),
-                max_tokens: None,
-            },
-        };
+        let nearest = Box::new(nearest::find(self, (request, budget), &shortage)?);
+        let Shortage {
+            holder,
+            needed,
+            fixed,
+            available,
+        } = shortage;
         Err(MemoryError::DoesNotFit {
             holder,
             needed,
+            fixed,
             available,
             nearest,
         })
@@ -408,8 +469,8 @@ impl MemoryPlan {
         })
     }
 
-    fn check_count(&self, sizes: &[u64]) -> Result<(), MemoryError> {
-        let (found, expected) = (sizes.len(), self.ranks.len());
+    fn check_count(&self, found: usize) -> Result<(), MemoryError> {
+        let expected = self.ranks.len();
         if found == expected {
             Ok(())
         } else {
@@ -417,76 +478,60 @@ impl MemoryPlan {
         }
     }
 
-    /// Who lacks most, what it needs and what it has.
-    fn shortage(&self, budget: &MemoryBudget) -> Result<Option<(MemoryHolder, u64, u64)>, MemoryError> {
+    /// What each rank may take of its GPU.
+    fn sizes(&self, gpus: &GpuBudget) -> Result<Vec<u64>, MemoryError> {
+        self.check_count(gpus.gpus.len())?;
+        Ok(gpus.bytes())
+    }
+
+    /// Who lacks most.
+    fn shortage(&self, budget: &MemoryBudget) -> Result<Option<Shortage>, MemoryError> {
         if self.segment > budget.shared_memory {
-            return Ok(Some((
-                MemoryHolder::SharedSegment,
-                self.segment,
-                budget.shared_memory,
-            )));
+            return Ok(Some(Shortage {
+                holder: MemoryHolder::SharedSegment,
+                needed: self.segment,
+                fixed: 0,
+                available: budget.shared_memory,
+            }));
         }
         let blocks = self.blocks_per_sequence();
         match &budget.ranks {
             RankBudget::Pooled(available) => {
-                let needed = self.host_total(blocks);
                 let totals = self.ranks.iter().map(|rank| rank.total(blocks)).enumerate();
                 let largest_rank = totals
                     .rev()
                     .max_by_key(|(_, total)| *total)
                     .map_or(0, |(rank, _)| rank);
-                let short = needed > *available;
-                Ok(short.then_some((MemoryHolder::Host { largest_rank }, needed, *available)))
+                let shortage = Shortage {
+                    holder: MemoryHolder::Host { largest_rank },
+                    needed: self.host_total(blocks),
+                    fixed: self.host_total(0),
+                    available: *available,
+                };
+                Ok((shortage.needed > *available).then_some(shortage))
             }
-            RankBudget::Each(sizes) => {
-                self.check_count(sizes)?;
-                let needs = self
-                    .ranks
-                    .iter()
-                    .map(|rank| rank.total(blocks))
-                    .zip(sizes)
-                    .enumerate();
-                let short = needs.filter(|(_, (needed, available))| needed > available);
-                let worst = short.max_by_key(|(_, (needed, available))| needed - *available);
-                Ok(worst.map(|(rank, (needed, available))| (MemoryHolder::Rank(rank), needed, *available)))
+            RankBudget::Gpus(gpus) => {
+                let sizes = self.sizes(gpus)?;
+                let needs = self.ranks.iter().zip(sizes).enumerate();
+                let short = needs.filter_map(|(rank, (memory, available))| {
+                    let shortage = Shortage {
+                        holder: MemoryHolder::Rank(rank),
+                        needed: memory.total(blocks),
+                        fixed: memory.fixed(),
+                        available,
+                    };
+                    (shortage.needed > available).then_some(shortage)
+                });
+                Ok(short.max_by_key(|shortage| shortage.needed - shortage.available))
             }
         }
     }
+}
 
-    fn fitting_length(&self, budget: &MemoryBudget) -> Result<Option<usize>, MemoryError> {
-        // Fewer blocks than one sequence was asked to have, so the product is below max_model_len.
-        let blocks = self.num_blocks(budget)?.min(self.blocks_per_sequence() - 1);
-        Ok((blocks > 0).then_some(blocks as usize * self.block_size))
-    }
-
-    /// The fewest more ranks among a handful of candidates: the next few numbers, then doublings.
-    fn fitting_world_size(&self, request: &MemoryRequest<'_>, budget: &MemoryBudget) -> Option<usize> {
-        let (now, limit) = (self.ranks.len(), request.config.num_attention_heads);
-        let doublings =
-            std::iter::successors(Some(2 * now), |size| Some(2 * size)).filter(|&size| size > now + 8);
-        (now + 1..=now + 8)
-            .chain(doublings)
-            .take_while(|&size| size <= limit)
-            .find(|&world_size| {
-                let mut wider = request.clone();
-                wider.parallel = TensorParallelOptions::equal(world_size, request.parallel.style);
-                let mut budget = budget.clone();
-                if let RankBudget::Each(sizes) = &mut budget.ranks {
-                    let poorest = sizes.iter().min().copied().unwrap_or(0);
-                    *sizes = vec![poorest; world_size];
-                }
-                Self::new(&wider).is_ok_and(|plan| matches!(plan.shortage(&budget), Ok(None)))
-            })
-    }
-
-    fn fitting_tokens(&self, request: &MemoryRequest<'_>, available: u64) -> Option<usize> {
-        let per_token = self.arena.div_ceil(request.max_tokens as u64);
-        // At most two buffers are shared, and each may be padded.
-        let room = available
-            .saturating_sub(request.control_bytes)
-            .saturating_sub(2 * ARENA_ALIGN);
-        room.checked_div(per_token)
-            .filter(|&tokens| tokens > 0)
-            .map(|tokens| tokens as usize)
-    }
+/// Who lacks memory, and how much.
+struct Shortage {
+    holder: MemoryHolder,
+    needed: u64,
+    fixed: u64,
+    available: u64,
 }

@@ -3,8 +3,9 @@
 mod support;
 
 use phalanx_model::{
-    KvDtype, MemoryBudget, MemoryError, MemoryPlan, MemoryRequest, ModelConfig, RankBudget, TensorFormat,
-    TensorFormats, TensorParallelOptions, TensorParallelStyle, TensorRole,
+    GpuBudget, GpuMemory, KvDtype, MemoryBudget, MemoryError, MemoryPlan, MemoryRequest, ModelConfig,
+    Placement, RankBudget, TensorFormat, TensorFormats, TensorParallelOptions, TensorParallelStyle,
+    TensorRole,
     memory::{HumanBytes, MemoryHolder, Nearest},
 };
 use support::{llama_70b, tiny_config};
@@ -25,6 +26,8 @@ fn request<'a>(config: &'a ModelConfig, formats: &'a TensorFormats, world_size: 
         config,
         formats,
         parallel: TensorParallelOptions::equal(world_size, TensorParallelStyle::Gather),
+        placement: Placement::Host,
+        most_ranks: 30,
         kv_dtype: KvDtype::F16,
         block_size: 16,
         max_tokens: 8,
@@ -42,8 +45,15 @@ fn pooled(bytes: u64) -> MemoryBudget {
 }
 
 fn each(sizes: &[u64]) -> MemoryBudget {
+    let gpus = sizes
+        .iter()
+        .map(|&total| GpuMemory { total, free: total })
+        .collect();
     MemoryBudget {
-        ranks: RankBudget::Each(sizes.to_vec()),
+        ranks: RankBudget::Gpus(GpuBudget {
+            gpus,
+            utilization: 1.0,
+        }),
         shared_memory: u64::MAX,
     }
 }
@@ -63,7 +73,8 @@ fn a_tiny_model_is_counted_to_the_byte() {
     // hidden is 64 wide, the wider of attention and MLP 96; 8 tokens of f32.
     assert_eq!(
         (plan.arena, plan.segment),
-        ((64 + 96) * 8 * 4, (64 + 96) * 8 * 4 + (1 << 16))
+        // In whole pages.
+        ((64 + 96) * 8 * 4, 2 * 4096 + (1 << 16))
     );
     assert_eq!(plan.blocks_per_sequence(), 8);
 }
@@ -173,6 +184,7 @@ fn a_shortage_names_the_rank_and_a_context_that_fits() {
         needed,
         available,
         nearest,
+        ..
     }) = plan.check(&request, &budget)
     else {
         panic!("it does not fit")
@@ -202,17 +214,18 @@ fn a_shortage_names_the_fewest_ranks_that_fit() {
     let MemoryError::DoesNotFit { nearest, .. } = &error else {
         panic!("{error}")
     };
-    assert_eq!(
-        nearest,
-        &Nearest {
-            max_model_len: None,
-            world_size: Some(2),
-            max_tokens: None
-        }
-    );
+    let expected = Nearest {
+        world_size: Some(2),
+        // 70.6 billion parameters in 8.5 bits are 70 GiB; 2.5 more are those 8192 tokens.
+        format: Some(TensorFormat::Q8_0),
+        ..Nearest::default()
+    };
+    assert_eq!(**nearest, expected);
     let message = error.to_string();
     assert!(
-        message.starts_with("rank 0 needs ") && message.ends_with("it fits with --tensor-parallel-size 2"),
+        message.starts_with("rank 0 needs ")
+            && message.contains("; no --max-model-len helps, ")
+            && message.ends_with("it fits with --tensor-parallel-size 2, or with weights in Q8_0"),
         "{message}"
     );
 }
@@ -237,33 +250,31 @@ fn a_pool_too_small_for_weights_has_no_remedy() {
         (holder, *needed),
         (&MemoryHolder::Host { largest_rank: 0 }, plan.host_total(8))
     );
-    assert_eq!(nearest, &Nearest::default());
-    assert!(
-        error
-            .to_string()
-            .ends_with("no shorter context and no larger group of ranks fits")
-    );
+    assert_eq!(**nearest, Nearest::default());
+    assert!(error.to_string().ends_with("nothing nearby fits"));
 }
 
 #[test]
 fn a_small_shm_is_told_apart_and_gets_smaller_steps() {
     let config = tiny_config();
     let formats = formats(&config, TensorFormat::F32);
-    let request = request(&config, &formats, 2);
+    let mut request = request(&config, &formats, 2);
+    request.max_tokens = 64;
     let plan = MemoryPlan::new(&request).unwrap();
     let budget = MemoryBudget {
         ranks: RankBudget::Pooled(u64::MAX),
-        shared_memory: plan.segment - 1,
+        shared_memory: plan.segment - 4096,
     };
     let Err(MemoryError::DoesNotFit { holder, nearest, .. }) = plan.check(&request, &budget) else {
         panic!("it does not fit")
     };
+    // Nine pages instead of ten, less padding, for tokens of 64 and 96 f32.
     assert_eq!(
         (holder, nearest.max_tokens),
-        (MemoryHolder::SharedSegment, Some(7))
+        (MemoryHolder::SharedSegment, Some(57))
     );
     let mut smaller = request.clone();
-    smaller.max_tokens = 7;
+    smaller.max_tokens = 57;
     assert_eq!(
         MemoryPlan::new(&smaller).unwrap().check(&smaller, &budget),
         Ok(())

@@ -26,4 +26,4 @@ pub use error::{ErrorKind, RpcError};
 pub const FILE_DESCRIPTOR_SET: &[u8] = tonic::include_file_descriptor_set!("phalanx_descriptor");
 
 /// Version of `Cluster.Attach` and of the step codec together; both sides must agree.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;

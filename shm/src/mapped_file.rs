@@ -71,6 +71,15 @@ impl MappedFile {
             .release(whole_pages(bytes, self.mapping.len(), page_size()));
     }
 
+    /// Asks the kernel to read the pages of these bytes from the disk, without waiting for it. Advice only; what lies
+    /// beyond the file is ignored.
+    pub fn will_need(&self, bytes: Range<usize>) {
+        let (page, len) = (page_size(), self.mapping.len());
+        let start = bytes.start.min(len) / page * page;
+        let end = bytes.end.min(len).next_multiple_of(page);
+        self.mapping.will_need(start..end.max(start));
+    }
+
     /// False once the file has become shorter than what was mapped.
     ///
     /// # Errors

@@ -58,6 +58,22 @@ impl Mapping {
         self.len
     }
 
+    /// Asks the kernel to read a page-aligned range before it is touched. Advice only.
+    pub(crate) fn will_need(&self, pages: Range<usize>) {
+        debug_assert!(pages.start <= pages.end && pages.end <= self.len.next_multiple_of(page_size()));
+        if pages.is_empty() {
+            return;
+        }
+        // SAFETY: the range lies within this mapping, and the advice changes no contents.
+        unsafe {
+            libc::madvise(
+                self.base.as_ptr().add(pages.start).cast(),
+                pages.len(),
+                libc::MADV_WILLNEED,
+            )
+        };
+    }
+
     /// Lets the kernel take back the pages of a page-aligned range; they are read from the file again when touched.
     pub(crate) fn release(&self, pages: Range<usize>) {
         debug_assert!(pages.start <= pages.end && pages.end <= self.len.next_multiple_of(page_size()));

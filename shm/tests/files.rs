@@ -217,7 +217,9 @@ fn a_mapped_file_shows_its_bytes() {
     let bytes: Vec<u8> = (0..10_000u32).map(|i| (i % 251) as u8).collect();
     let file = MappedFile::open(&raw(directory.path(), &bytes)).unwrap();
     assert_eq!(file.bytes(), bytes);
+    file.will_need(5000..usize::MAX);
     file.release(0..usize::MAX);
+    file.will_need(usize::MAX - 1..usize::MAX);
     assert_eq!(file.as_ref(), bytes, "released bytes can be read again");
     assert_eq!(file.path(), directory.path().join("raw"));
 }
@@ -227,6 +229,7 @@ fn an_empty_file_maps_to_nothing() {
     let directory = directory();
     let file = MappedFile::open(&raw(directory.path(), &[])).unwrap();
     assert_eq!(file.bytes(), []);
+    file.will_need(0..100);
     file.release(0..100);
     assert!(file.still_whole().unwrap());
 }

@@ -121,9 +121,7 @@ impl TryFrom<&v1::Assign> for Assignment {
 pub fn step_limits(assign: &v1::Assign) -> Result<StepLimits> {
     let vocab_size = assign.model.as_ref().map_or(0, |model| model.vocab_size);
     within("block_size", assign.block_size, 1, MAX_BLOCK_SIZE)?;
-    // Slots are numbered in u32.
-    let most_blocks = u64::from(u32::MAX) / u64::from(assign.block_size);
-    within("num_blocks", assign.num_blocks, 1, most_blocks)?;
+    let most_blocks = check_num_blocks(assign.block_size, assign.num_blocks)?;
     within("max_blocks_per_row", assign.max_blocks_per_row, 1, most_blocks)?;
     within("max_tokens", assign.max_tokens, 1, MAX_TOKENS)?;
     within("max_rows", assign.max_rows, 1, MAX_TOKENS)?;
@@ -138,6 +136,14 @@ pub fn step_limits(assign: &v1::Assign) -> Result<StepLimits> {
         max_edits_per_row: assign.max_edits_per_row,
         max_logprobs: assign.max_logprobs,
     })
+}
+
+/// Checks the size of a KV cache, whose blocks are of a checked size; returns the limit.
+pub(crate) fn check_num_blocks(block_size: u32, num_blocks: u32) -> Result<u64> {
+    // Slots are numbered in u32.
+    let most = u64::from(u32::MAX) / u64::from(block_size);
+    within("num_blocks", num_blocks, 1, most)?;
+    Ok(most)
 }
 
 fn model_config(spec: &v1::ModelSpec) -> Result<ModelConfig> {

@@ -80,12 +80,13 @@ pub async fn run(config: WorkerConfig) -> Result<(), WorkerError> {
     if let Some(parent) = config.expected_parent {
         process::die_with_parent(parent)?;
     }
+    let allowed_cpus = process::allowed_cpus();
     if let Some(cpus) = &config.cpus {
         process::pin_to(cpus)?;
     }
     let group = Arc::new(GroupSlot::default());
     process::abort_on_panic(Arc::clone(&group), config.rank);
-    attach(&config, group).await
+    attach(&config, group, allowed_cpus).await
 }
 
 /// [`run`] without what concerns the whole process.
@@ -93,12 +94,18 @@ pub async fn run(config: WorkerConfig) -> Result<(), WorkerError> {
 /// # Errors
 /// As [`run`].
 pub async fn serve(config: WorkerConfig) -> Result<(), WorkerError> {
-    attach(&config, Arc::new(GroupSlot::default())).await
+    attach(&config, Arc::new(GroupSlot::default()), process::allowed_cpus()).await
 }
 
-async fn attach(config: &WorkerConfig, group: Arc<GroupSlot>) -> Result<(), WorkerError> {
+/// `allowed_cpus` are those that the process was started with.
+async fn attach(
+    config: &WorkerConfig,
+    group: Arc<GroupSlot>,
+    allowed_cpus: Vec<usize>,
+) -> Result<(), WorkerError> {
     // Before the coordinator waits for it: starting a driver takes a while.
     let hello = hello(config);
+    let free_bytes = hello.device.as_ref().map_or(0, |device| device.free_bytes);
     let channel = connect(&config.coordinator, config.connect_limit).await?;
     let mut client = ClusterClient::new(channel).max_decoding_message_size(MAX_COMMAND_BYTES);
     let (events, queue) = mpsc::channel(EVENT_QUEUE);
@@ -115,6 +122,8 @@ async fn attach(config: &WorkerConfig, group: Arc<GroupSlot>) -> Result<(), Work
     let context = RankContext {
         rank: config.rank,
         cpus: config.cpus.clone(),
+        allowed_cpus,
+        free_bytes,
         reports,
     };
     rank::spawn(context, todo, ended)?;
@@ -149,8 +158,12 @@ fn event(event: Event) -> WorkerEvent {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     Attached,
-    /// Told what to load; groups may follow.
+    /// Told what to load.
     Assigned {
+        world_size: u32,
+    },
+    /// Told how large its KV cache is; groups may follow.
+    Allocated {
         world_size: u32,
     },
     /// In the group of this epoch, or on the way into it.
@@ -202,21 +215,24 @@ impl Session<'_> {
         match (command, self.state) {
             (Command::Shutdown(_), _) => return Ok(false),
             (Command::Assign(assign), State::Attached) => self.assign(&assign)?,
-            (Command::JoinGroup(join), State::Assigned { world_size }) => self.join(join, world_size).await?,
+            (Command::AllocateKv(kv), State::Assigned { world_size }) => {
+                self.state = State::Allocated { world_size };
+                self.order(Task::AllocateKv(kv.num_blocks))?;
+            }
+            (Command::JoinGroup(join), State::Allocated { world_size }) => {
+                self.join(join, world_size).await?;
+            }
             (Command::JoinGroup(join), State::Grouped { world_size, epoch }) if join.epoch > epoch => {
                 self.join(join, world_size).await?;
             }
-            (Command::Assign(_), _) => {
-                return Err(WorkerError::Protocol {
-                    expected: "JoinGroup or Shutdown",
-                    found: "a second Assign",
-                });
+            (Command::Assign(_), _) => return Err(out_of_turn("JoinGroup or Shutdown", "a second Assign")),
+            (Command::AllocateKv(_), State::Attached) => return Err(out_of_turn("Assign", "AllocateKv")),
+            (Command::AllocateKv(_), _) => {
+                return Err(out_of_turn("JoinGroup or Shutdown", "a second AllocateKv"));
             }
-            (Command::JoinGroup(_), State::Attached) => {
-                return Err(WorkerError::Protocol {
-                    expected: "Assign",
-                    found: "JoinGroup",
-                });
+            (Command::JoinGroup(_), State::Attached) => return Err(out_of_turn("Assign", "JoinGroup")),
+            (Command::JoinGroup(_), State::Assigned { .. }) => {
+                return Err(out_of_turn("AllocateKv", "JoinGroup"));
             }
             (Command::JoinGroup(join), State::Grouped { epoch, .. }) => {
                 tracing::warn!(
@@ -300,6 +316,10 @@ impl Session<'_> {
         // A thread that loads weights does not look up; the process ends without it.
         let _ = tokio::time::timeout(FAREWELL, end).await;
     }
+}
+
+fn out_of_turn(expected: &'static str, found: &'static str) -> WorkerError {
+    WorkerError::Protocol { expected, found }
 }
 
 /// The segment must be the one that was announced, and large enough for what the sampler exchanges.

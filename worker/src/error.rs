@@ -36,6 +36,10 @@ pub enum WorkerError {
     Assignment(#[from] AssignmentError),
     #[error("loading: {0}")]
     Load(#[from] LoadError),
+    #[error("the largest step, without a KV cache: {0}")]
+    Profile(RunError),
+    #[error("KV cache of {num_blocks} blocks: {source}")]
+    AllocateKv { num_blocks: u32, source: KernelError },
     #[error("group of epoch {epoch}: {source}")]
     Join { epoch: u32, source: JoinError },
     #[error("step: {0}")]
@@ -48,7 +52,8 @@ impl WorkerError {
     /// What the rank was about when this happened.
     pub fn phase(&self) -> Phase {
         match self {
-            Self::Load(_) => Phase::LoadingWeights,
+            Self::Load(_) | Self::Profile(_) => Phase::LoadingWeights,
+            Self::AllocateKv { .. } => Phase::AllocatingKv,
             Self::Join { .. } => Phase::JoiningGroup,
             Self::Run(_) => Phase::Serving,
             _ => Phase::Starting,

@@ -12,8 +12,10 @@ mod group;
 pub mod layers;
 pub mod loader;
 pub mod models;
+mod numa;
 mod platform;
 mod process;
+mod profile;
 mod rank;
 pub mod runner;
 pub mod sampler;
@@ -23,5 +25,5 @@ pub use assignment::{Assignment, AssignmentError, Device, MAX_LOGPROBS, step_lim
 pub use attach::{WorkerConfig, run, serve};
 pub use device::DeviceChoice;
 pub use error::{JoinError, PlanError, RunError, WorkerError};
-pub use loader::{LoadError, LoadProgress, load};
+pub use loader::{LoadError, LoadProgress, allocate_kv, load};
 pub use runner::{LoadedModel, ModelRunner};

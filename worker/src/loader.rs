@@ -1,5 +1,8 @@
 //! From a model file to this rank's weights: only its own rows and columns are read, and the file's pages are given back
-//! tensor by tensor, so that the process grows with its share and not with the file.
+//! tensor by tensor, so that the process grows with its share and not with the file. What comes next is asked for ahead,
+//! in all files that it lies in, so that disks are busy while tensors are copied.
+
+mod read_ahead;
 
 use std::{ops::Range, sync::Arc};
 
@@ -10,6 +13,8 @@ use phalanx_model::{
 };
 use phalanx_proto::v1::Phase;
 use phalanx_shm::{MappedFile, ShmError};
+
+use read_ahead::ReadAhead;
 
 use crate::{
     assignment::Assignment,
@@ -80,13 +85,17 @@ pub fn load<B: Backend>(
         bytes_done: 0,
         bytes_total: 0,
         weight_bytes: 0,
+        ahead: ReadAhead::default(),
         progress,
     };
     for role in checkpoint.config().roles() {
         if checkpoint.tensor(role).is_some() {
-            loader.bytes_total += loader.cut(role)?.bytes;
+            let cut = loader.cut(role)?;
+            loader.bytes_total += cut.bytes;
+            loader.ahead.plan(cut.file, cut.span, cut.bytes);
         }
     }
+    loader.ahead.advance(checkpoint.maps(), 0);
     let model = loader.model()?;
     let weight_bytes = loader.weight_bytes;
     for map in checkpoint.maps() {
@@ -100,11 +109,36 @@ pub fn load<B: Backend>(
     Ok(LoadedModel {
         weight_bytes,
         kv_bytes: kv_bytes(&assignment),
+        path: checkpoint.path().to_owned(),
         fingerprint: checkpoint.fingerprint(),
         backend,
         assignment,
         model,
     })
+}
+
+/// Replaces the KV cache by one of `num_blocks` blocks. What was in it is gone.
+///
+/// # Errors
+/// [`KernelError::OutOfMemory`].
+pub fn allocate_kv<B: Backend>(
+    loaded: &mut LoadedModel<B>,
+    num_blocks: u32,
+    progress: &mut dyn FnMut(LoadProgress),
+) -> Result<(), KernelError> {
+    loaded.assignment.limits.num_blocks = num_blocks;
+    let bytes_total = kv_bytes(&loaded.assignment);
+    let layers = loaded.model.layers.len() as u64;
+    for (layer, done) in loaded.model.layers.iter_mut().zip(0..) {
+        progress(LoadProgress {
+            phase: Phase::AllocatingKv,
+            bytes_done: bytes_total / layers * done,
+            bytes_total,
+        });
+        layer.attention.kv_cache = loaded.backend.kv_cache(kv_spec(&loaded.assignment))?;
+    }
+    loaded.kv_bytes = bytes_total;
+    Ok(())
 }
 
 /// Bytes of K and V of all layers on this rank.
@@ -160,6 +194,7 @@ struct Loader<'a, B: Backend> {
     bytes_total: u64,
     /// As the device holds them.
     weight_bytes: u64,
+    ahead: ReadAhead,
     progress: &'a mut dyn FnMut(LoadProgress),
 }
 
@@ -390,6 +425,7 @@ impl<'a, B: Backend> Loader<'a, B> {
     fn finish(&mut self, cut: &Cut<'_>) {
         self.checkpoint.maps()[cut.file].release(cut.span.clone());
         self.bytes_done += cut.bytes;
+        self.ahead.advance(self.checkpoint.maps(), self.bytes_done);
         (self.progress)(LoadProgress {
             phase: Phase::LoadingWeights,
             bytes_done: self.bytes_done,

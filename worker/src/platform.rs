@@ -20,6 +20,9 @@ pub(crate) trait Platform {
     /// Opens the rank's device.
     fn backend(&self, assignment: &Assignment) -> Result<Self::Backend, KernelError>;
 
+    /// Bytes of the device's own memory that nobody has taken; none where it has none of its own.
+    fn free_bytes(&self, backend: &Self::Backend) -> Result<Option<u64>, KernelError>;
+
     /// The identity of the group to come, where one rank has to make it and this is the one.
     fn group_id(&self, assignment: &Assignment) -> Result<Option<Vec<u8>>, KernelError>;
 
@@ -45,6 +48,10 @@ impl Platform for Cpu {
         CpuBackend::new(assignment.threads)
     }
 
+    fn free_bytes(&self, _backend: &CpuBackend) -> Result<Option<u64>, KernelError> {
+        Ok(None)
+    }
+
     fn group_id(&self, _assignment: &Assignment) -> Result<Option<Vec<u8>>, KernelError> {
         Ok(None)
     }
@@ -67,6 +74,10 @@ impl Platform for Cuda {
             message,
         })?;
         CudaBackend::new(gpu.ordinal)
+    }
+
+    fn free_bytes(&self, backend: &CudaBackend) -> Result<Option<u64>, KernelError> {
+        backend.free_bytes().map(Some)
     }
 
     fn group_id(&self, assignment: &Assignment) -> Result<Option<Vec<u8>>, KernelError> {

@@ -5,7 +5,7 @@ use std::{fs, io, sync::Arc};
 use phalanx_shm::{AbortReason, Party};
 use rustix::{
     process::{Signal, getppid, set_parent_process_death_signal},
-    thread::{CpuSet, sched_setaffinity},
+    thread::{CpuSet, sched_getaffinity, sched_setaffinity},
 };
 
 use crate::{error::WorkerError, group::GroupSlot};
@@ -44,6 +44,14 @@ pub(crate) fn pin_to(cpus: &[usize]) -> Result<(), WorkerError> {
         set.set(cpu);
     }
     sched_setaffinity(None, &set).map_err(|source| WorkerError::system("sched_setaffinity", source.into()))
+}
+
+/// The CPUs that the calling thread may run on; none where the kernel does not tell.
+pub(crate) fn allowed_cpus() -> Vec<usize> {
+    let Ok(set) = sched_getaffinity(None) else {
+        return Vec::new();
+    };
+    (0..CpuSet::MAX_CPU).filter(|&cpu| set.is_set(cpu)).collect()
 }
 
 /// Resident set of this process in bytes; 0 where `/proc` does not tell.

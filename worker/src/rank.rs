@@ -2,6 +2,7 @@
 
 use std::{
     cell::RefCell,
+    path::Path,
     rc::Rc,
     sync::{Arc, mpsc as thread_mpsc},
     thread,
@@ -16,20 +17,24 @@ use phalanx_shm::{AbortReason, Party, RankPort, Segment, Wait};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::{
-    assignment::{Assignment, Device},
+    assignment::{Assignment, Device, check_num_blocks},
+    device::gpu_of,
     error::{RunError, WorkerError},
     loader::{self, LoadProgress},
+    numa,
     platform::{self, Place, Platform},
-    process,
+    process, profile,
     runner::{LoadedModel, ModelRunner},
 };
 
 /// Progress is reported at most so often.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
 
-/// What the rank's thread is to do. `Load` is the first and comes once.
+/// What the rank's thread is to do. `Load` is the first and comes once, `AllocateKv` the second.
 pub(crate) enum Task {
     Load(Box<Assignment>),
+    /// Blocks.
+    AllocateKv(u32),
     Join(Invitation),
 }
 
@@ -49,6 +54,10 @@ pub(crate) enum Report {
 pub(crate) struct RankContext {
     pub(crate) rank: u32,
     pub(crate) cpus: Option<Vec<usize>>,
+    /// What the process was started with.
+    pub(crate) allowed_cpus: Vec<usize>,
+    /// Of the device's own memory, before anything was allocated there.
+    pub(crate) free_bytes: u64,
     pub(crate) reports: mpsc::Sender<Report>,
 }
 
@@ -83,7 +92,22 @@ impl RankContext {
         };
         match assignment.device {
             Device::Cpu => self.work(&platform::Cpu, *assignment, tasks),
-            Device::Cuda => self.work(&platform::Cuda, *assignment, tasks),
+            Device::Cuda => {
+                self.go_near_the_gpu();
+                self.work(&platform::Cuda, *assignment, tasks)
+            }
+        }
+    }
+
+    /// Pins this thread, and those it starts, to the CPUs of the GPU's NUMA node, where it is known.
+    fn go_near_the_gpu(&self) {
+        let near = gpu_of(self.rank).ok();
+        let near = near.and_then(|gpu| numa::cpus_near(Path::new("/sys"), &gpu.pci_bus_id));
+        let chosen = near.and_then(|near| numa::choose(&near, self.cpus.as_deref(), &self.allowed_cpus));
+        let Some(cpus) = chosen else { return };
+        match process::pin_to(&cpus) {
+            Ok(()) => tracing::info!(rank = self.rank, ?cpus, "runs near its GPU"),
+            Err(error) => tracing::warn!(rank = self.rank, %error, "runs anywhere"),
         }
     }
 
@@ -94,6 +118,10 @@ impl RankContext {
         tasks: &thread_mpsc::Receiver<Task>,
     ) -> Result<(), WorkerError> {
         let mut model = self.load(platform, assignment)?;
+        match tasks.recv() {
+            Ok(Task::AllocateKv(num_blocks)) => self.allocate_kv(platform, &mut model, num_blocks)?,
+            _ => return Ok(()),
+        }
         while let Ok(Task::Join(invitation)) = tasks.recv() {
             self.serve(platform, &mut model, &invitation)?;
             self.offer_group_id(platform, &model.assignment)?;
@@ -109,15 +137,76 @@ impl RankContext {
         Ok(())
     }
 
+    /// Loads the weights, with a KV cache that is just large enough to find out what is left for it.
     fn load<P: Platform>(
         &self,
         platform: &P,
-        assignment: Assignment,
+        mut assignment: Assignment,
     ) -> Result<LoadedModel<P::Backend>, WorkerError> {
         let started = Instant::now();
         let backend = platform.backend(&assignment).map_err(loader::LoadError::from)?;
+        assignment.limits.num_blocks = profile::num_blocks(&assignment);
+        let mut model = loader::load(backend, assignment, &mut self.progress())?;
+        let taken_bytes = self.taken_bytes(platform, &mut model)?;
+        let loaded = v1::WeightsLoaded {
+            weight_bytes: model.weight_bytes,
+            fingerprint: model.fingerprint.to_vec(),
+            model_path: model.path.to_string_lossy().into_owned(),
+            taken_bytes,
+        };
+        tracing::info!(rank = self.rank, weight_bytes = loaded.weight_bytes, taken_bytes, elapsed = ?started.elapsed(), "weights loaded");
+        self.report(Report::Event(Event::WeightsLoaded(loaded)));
+        Ok(model)
+    }
+
+    /// What weights and the largest step take of the device's own memory, if it has any.
+    fn taken_bytes<P: Platform>(
+        &self,
+        platform: &P,
+        model: &mut LoadedModel<P::Backend>,
+    ) -> Result<Option<u64>, WorkerError> {
+        if platform
+            .free_bytes(&model.backend)
+            .map_err(RunError::from)?
+            .is_none()
+        {
+            return Ok(None);
+        }
+        let free = profile::of_largest_step(model, |backend| platform.free_bytes(backend));
+        let free = free.map_err(WorkerError::Profile)?;
+        // The small KV cache that the step was run with will be replaced.
+        let taken = |free| {
+            self.free_bytes
+                .saturating_sub(free)
+                .saturating_sub(model.kv_bytes)
+        };
+        Ok(free.map(taken))
+    }
+
+    fn allocate_kv<P: Platform>(
+        &self,
+        platform: &P,
+        model: &mut LoadedModel<P::Backend>,
+        num_blocks: u32,
+    ) -> Result<(), WorkerError> {
+        check_num_blocks(model.assignment.block_size as u32, num_blocks)?;
+        loader::allocate_kv(model, num_blocks, &mut self.progress())
+            .map_err(|source| WorkerError::AllocateKv { num_blocks, source })?;
+        let loaded = v1::Loaded {
+            weight_bytes: model.weight_bytes,
+            kv_bytes: model.kv_bytes,
+            rss_bytes: process::resident_bytes(),
+        };
+        tracing::info!(rank = self.rank, ?loaded, "loaded");
+        self.offer_group_id(platform, &model.assignment)?;
+        self.report(Report::Event(Event::Loaded(loaded)));
+        Ok(())
+    }
+
+    /// Reports progress, not too often.
+    fn progress(&self) -> impl FnMut(LoadProgress) {
         let mut last: Option<Instant> = None;
-        let mut progress = |progress: LoadProgress| {
+        move |progress: LoadProgress| {
             let due = last.is_none_or(|last| last.elapsed() >= PROGRESS_INTERVAL);
             if due || progress.bytes_done == progress.bytes_total {
                 last = Some(Instant::now());
@@ -127,17 +216,7 @@ impl RankContext {
                     bytes_total: progress.bytes_total,
                 })));
             }
-        };
-        let model = loader::load(backend, assignment, &mut progress)?;
-        let loaded = v1::Loaded {
-            weight_bytes: model.weight_bytes,
-            kv_bytes: model.kv_bytes,
-            rss_bytes: process::resident_bytes(),
-        };
-        tracing::debug!(rank = self.rank, ?loaded, elapsed = ?started.elapsed(), "loaded");
-        self.offer_group_id(platform, &model.assignment)?;
-        self.report(Report::Event(Event::Loaded(loaded)));
-        Ok(model)
+        }
     }
 
     /// Serves the group of `invitation` until it ends. That is an error only if this rank is why.

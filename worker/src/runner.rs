@@ -1,6 +1,6 @@
 //! One step on one rank: plan in, sampled tokens out.
 
-use std::ops::Range;
+use std::{ops::Range, path::PathBuf};
 
 use phalanx_kernels::{Backend, BatchInput, Communicator};
 use phalanx_proto::step::{StepOutput, StepPlan, StepRow};
@@ -22,6 +22,8 @@ pub struct LoadedModel<B: Backend> {
     /// Bytes that weights, and K and V, take on this rank.
     pub weight_bytes: u64,
     pub kv_bytes: u64,
+    /// What the weights were read from.
+    pub path: PathBuf,
     /// SHA-256 over the model file's header: ranks that disagree hold different models.
     pub fingerprint: [u8; 32],
 }
@@ -54,6 +56,11 @@ impl<'a, B: Backend, C: Communicator<B>> ModelRunner<'a, B, C> {
             workspace,
             vocab,
         })
+    }
+
+    /// What it runs on.
+    pub fn backend(&self) -> &B {
+        &self.loaded.backend
     }
 
     /// Runs `plan` and samples the rows that ask for it. Every rank returns the same tokens; `forward_us` is left 0.

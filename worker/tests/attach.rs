@@ -124,7 +124,19 @@ impl Scene {
         let options = TensorParallelOptions::equal(1, TensorParallelStyle::Gather);
         let assign = assign(&demo_model(), 0, &options);
         self.attached.order(Command::Assign(assign.clone())).await;
-        let (loaded, progress) = self.attached.event().await;
+        let (weights, progress) = self.attached.event().await;
+        let Some(Event::WeightsLoaded(weights)) = weights else {
+            panic!("{weights:?}")
+        };
+        assert_eq!((weights.fingerprint.len(), weights.taken_bytes), (32, None));
+        assert_eq!(weights.model_path, assign.model_path);
+        let kv = v1::AllocateKv {
+            num_blocks: assign.num_blocks,
+        };
+        self.attached.order(Command::AllocateKv(kv)).await;
+        let (loaded, allocating) = self.attached.event().await;
+        assert!(allocating.iter().all(|at| at.phase() == v1::Phase::AllocatingKv));
+        assert_eq!(allocating.first().map(|at| at.bytes_done), Some(0));
         let Some(Event::Loaded(loaded)) = loaded else {
             panic!("{loaded:?}")
         };

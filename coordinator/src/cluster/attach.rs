@@ -101,6 +101,11 @@ fn record(cluster: &Cluster, rank: u32, event: Event) {
                 member.status.bytes_total = progress.bytes_total;
             });
         }
+        Event::WeightsLoaded(loaded) => {
+            let (weights, taken) = (loaded.weight_bytes, loaded.taken_bytes);
+            tracing::info!(rank, weights, taken, "weights loaded");
+            cluster.weights_loaded(rank, loaded);
+        }
         Event::Loaded(loaded) => {
             let (weights, kv, rss) = (loaded.weight_bytes, loaded.kv_bytes, loaded.rss_bytes);
             tracing::info!(rank, weights, kv, rss, "rank loaded");
@@ -289,6 +294,41 @@ mod tests {
             all.flatten().count()
         });
         assert_eq!(admitted, 1);
+    }
+
+    #[test]
+    fn kv_is_allocated_by_ranks_with_the_same_weights() {
+        let cluster = cluster();
+        let mut queues =
+            [0, 1].map(|rank| admit(&cluster, v1::Hello { rank, ..hello() }).expect("a place").1);
+        let load = |rank, fingerprint: u8| {
+            let loaded = v1::WeightsLoaded {
+                fingerprint: vec![fingerprint; 32],
+                model_path: format!("/models/{fingerprint}"),
+                ..Default::default()
+            };
+            record(&cluster, rank, Event::WeightsLoaded(loaded));
+        };
+        load(0, 7);
+        cluster.allocate_kv(99);
+        let mut ordered = |rank: usize| {
+            let commands = std::iter::from_fn(|| queues[rank].try_recv().ok());
+            let mut commands = commands.filter_map(|command| command.command);
+            commands.any(|command| matches!(command, Command::AllocateKv(kv) if kv.num_blocks == 99))
+        };
+        assert!(ordered(0) && !ordered(1));
+        assert_eq!(cluster.statuses()[0].phase(), v1::Phase::AllocatingKv);
+        // As a rank that comes later, whatever the reason.
+        load(1, 7);
+        assert!(ordered(1));
+        load(1, 8);
+        let failure = cluster.failure().expect("another model").to_string();
+        assert!(
+            failure.starts_with(
+                "rank 1 failed while loading weights: /models/8 (080808080808) is another model"
+            ) && failure.contains("/models/7 (070707070707) of rank 0"),
+            "{failure}"
+        );
     }
 
     #[test]

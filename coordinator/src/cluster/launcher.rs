@@ -177,6 +177,17 @@ pub fn split_cpus(cpus: &[usize], ranks: usize) -> Vec<Vec<usize>> {
         .collect()
 }
 
+/// Threads of each rank: a CPU each, but together no more than `limit`, and one at least.
+pub fn split_threads(cpus: &[Vec<usize>], limit: usize) -> Vec<usize> {
+    let ranks = cpus.len().max(1);
+    let (each, rest) = (limit / ranks, limit % ranks);
+    let share = |rank: usize| each + usize::from(rank < rest);
+    let threads = cpus.iter().enumerate();
+    threads
+        .map(|(rank, set)| set.len().min(share(rank)).max(1))
+        .collect()
+}
+
 /// `CUDA_VISIBLE_DEVICES` of each of `ranks` workers: one of those this process was given, in order, or by number if it
 /// was given no list. Ranks beyond the list see none.
 pub fn visible_devices(given: Option<&str>, ranks: usize) -> Vec<String> {
@@ -202,6 +213,16 @@ mod tests {
         assert_eq!(visible_devices(Some("4, GPU-5f3a"), 2), ["4", "GPU-5f3a"]);
         assert_eq!(visible_devices(Some("4"), 2), ["4", ""]);
         assert_eq!(visible_devices(Some(""), 1), [""]);
+    }
+
+    #[test]
+    fn threads_follow_the_cpus_and_the_quota() {
+        let halves = split_cpus(&[0, 1, 2, 3, 4], 2);
+        assert_eq!(split_threads(&halves, 5), [3, 2]);
+        assert_eq!(split_threads(&halves, 64), [3, 2]);
+        assert_eq!(split_threads(&halves, 3), [2, 1]);
+        assert_eq!(split_threads(&halves, 1), [1, 1]);
+        assert_eq!(split_threads(&[vec![], vec![]], 4), [1, 1]);
     }
 
     #[test]

@@ -64,14 +64,46 @@ pub(super) struct Member {
     pub(super) status: v1::RankStatus,
     /// What it said it would compute on.
     pub(super) device: Option<v1::Device>,
+    pub(super) weights: Option<v1::WeightsLoaded>,
     pub(super) loaded: Option<v1::Loaded>,
     pub(super) epoch: Option<u32>,
+}
+
+impl Member {
+    fn order_kv(&mut self, num_blocks: u32) {
+        self.status.phase = v1::Phase::AllocatingKv.into();
+        if let Some(commands) = &self.commands {
+            // Whoever has gone meanwhile is told by its stream.
+            let _ = commands.try_send(command(Command::AllocateKv(v1::AllocateKv { num_blocks })));
+        }
+    }
+}
+
+/// Why a rank cannot work with `peer`, if it has loaded another model.
+fn differs_from(loaded: &v1::WeightsLoaded, peer: &Member) -> Option<String> {
+    let theirs = peer.weights.as_ref()?;
+    if theirs.fingerprint == loaded.fingerprint {
+        return None;
+    }
+    let digits =
+        |bytes: &[u8]| -> String { bytes.iter().take(6).map(|byte| format!("{byte:02x}")).collect() };
+    Some(format!(
+        "{} ({}) is another model than {} ({}) of rank {} on host {:?}: their files' headers differ",
+        loaded.model_path,
+        digits(&loaded.fingerprint),
+        theirs.model_path,
+        digits(&theirs.fingerprint),
+        peer.status.rank,
+        peer.status.host,
+    ))
 }
 
 struct Table {
     members: Vec<Member>,
     /// In rank order; none before [`Cluster::assign`].
     assigns: Option<Vec<v1::Assign>>,
+    /// Of every rank's KV cache; none before [`Cluster::allocate_kv`].
+    num_blocks: Option<u32>,
     failure: Option<RankFailure>,
     group: Option<Arc<Segment>>,
     /// Of the next group on GPUs.
@@ -117,6 +149,7 @@ impl Cluster {
         let table = Table {
             members: members.collect(),
             assigns: None,
+            num_blocks: None,
             failure: None,
             group: None,
             nccl_id: None,
@@ -175,6 +208,50 @@ impl Cluster {
             .map(|member| member.device.clone().unwrap_or_default())
             .collect();
         Ok(devices)
+    }
+
+    /// Waits until every rank holds its weights, all of the same model; returns what they say, in rank order.
+    pub async fn wait_weights(&self, limit: Duration) -> Result<Vec<v1::WeightsLoaded>, ClusterError> {
+        self.wait_until("load their weights", limit, |table| {
+            table.missing(|member| member.weights.is_some())
+        })
+        .await?;
+        let table = self.lock();
+        Ok(table
+            .members
+            .iter()
+            .filter_map(|member| member.weights.clone())
+            .collect())
+    }
+
+    /// Tells every rank how many KV blocks to allocate: those with weights at once, the others when they have them.
+    pub fn allocate_kv(&self, num_blocks: u32) {
+        self.update(|table| {
+            table.num_blocks = Some(num_blocks);
+            for member in table.members.iter_mut().filter(|member| member.weights.is_some()) {
+                member.order_kv(num_blocks);
+            }
+        });
+    }
+
+    /// Takes down what a rank has loaded. Another model than a peer's is its failure.
+    pub(super) fn weights_loaded(&self, rank: u32, loaded: v1::WeightsLoaded) {
+        let mut differs = None;
+        self.update(|table| {
+            let num_blocks = table.num_blocks;
+            let peers = table.members.iter().filter(|member| member.status.rank != rank);
+            differs = peers.filter_map(|peer| differs_from(&loaded, peer)).next();
+            let Some(member) = table.members.get_mut(rank as usize) else {
+                return;
+            };
+            member.weights = Some(loaded);
+            if let (Some(num_blocks), None) = (num_blocks, &differs) {
+                member.order_kv(num_blocks);
+            }
+        });
+        if let Some(cause) = differs {
+            self.fail(rank, Some(v1::Phase::LoadingWeights), cause);
+        }
     }
 
     /// Waits until every rank holds its weights and KV cache.

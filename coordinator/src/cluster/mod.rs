@@ -12,5 +12,5 @@ mod members;
 
 pub use attach::AttachService;
 pub use cuda_libraries::CudaLibraries;
-pub use launcher::{LaunchSpec, Launcher, split_cpus, visible_devices};
+pub use launcher::{LaunchSpec, Launcher, split_cpus, split_threads, visible_devices};
 pub use members::{Cluster, ClusterError, RankFailure};

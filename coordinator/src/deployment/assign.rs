@@ -10,23 +10,23 @@ use super::Deployment;
 impl Deployment {
     /// What each rank is told, in rank order. `threads` is per rank.
     pub fn assigns(&self, threads: &[usize], step_timeout: Duration) -> Vec<v1::Assign> {
-        let shards: Vec<v1::RankShard> = self.memory.shards.ranks.iter().map(shard).collect();
+        let shards: Vec<v1::RankShard> = self.plan.memory.shards.ranks.iter().map(shard).collect();
         let assign = |(rank, threads): (usize, &usize)| v1::Assign {
             rank: rank as u32,
             world_size: shards.len() as u32,
             model_path: self.checkpoint.path().to_string_lossy().into_owned(),
             model: Some(spec(self.checkpoint.config())),
             shards: shards.clone(),
-            style: match self.style {
+            style: match self.plan.style {
                 TensorParallelStyle::Gather => v1::TensorParallelStyle::Gather.into(),
                 TensorParallelStyle::Reduce => v1::TensorParallelStyle::Reduce.into(),
             },
-            block_size: self.options.block_size as u32,
-            num_blocks: self.num_blocks,
+            block_size: self.blueprint.options.block_size as u32,
+            num_blocks: self.plan.num_blocks,
             max_tokens: self.limits.max_tokens,
             max_rows: self.limits.max_rows,
             max_blocks_per_row: self.limits.max_blocks_per_row,
-            kv_dtype: match self.options.kv_dtype {
+            kv_dtype: match self.blueprint.options.kv_dtype {
                 KvDtype::F32 => v1::KvDtype::F32.into(),
                 KvDtype::F16 => v1::KvDtype::F16.into(),
                 KvDtype::BF16 => v1::KvDtype::Bf16.into(),

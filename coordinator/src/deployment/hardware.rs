@@ -1,18 +1,9 @@
 //! What the ranks compute on: chosen by the user, or decided when all of them have said what they have.
 
-use phalanx_model::{MemoryPlan, ModelConfig, TensorFormats, TensorRole};
+use phalanx_model::GpuMemory;
 use phalanx_proto::v1;
 
 use crate::config::DeviceChoice;
-
-/// What a rank takes of its GPU beside weights, KV cache and activations: the scratch memory of kernels and of cublasLt,
-/// a step's input, and what is left over in allocations. The CUDA context is there when a rank reports its free memory;
-/// NCCL's buffers come out of what `gpu_memory_utilization` leaves. An estimate, rounded up.
-const GPU_OVERHEAD_BYTES: u64 = 192 << 20;
-const BF16_BYTES: usize = 2;
-/// Rows begin at multiples of so many elements.
-const BF16_ROW_ALIGN: usize = 8;
-const F32_BYTES: usize = 4;
 
 /// The ranks' devices.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -21,14 +12,6 @@ pub enum Hardware {
     Cpu,
     /// One GPU for each rank, in rank order.
     Cuda(Vec<GpuMemory>),
-}
-
-/// Bytes of a GPU.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct GpuMemory {
-    pub total: u64,
-    /// Not taken by anybody when the rank looked.
-    pub free: u64,
 }
 
 /// GPUs were asked for and a rank has none.
@@ -65,7 +48,7 @@ impl Hardware {
             Some(NoGpu { rank, reason })
         });
         match (lack, choice) {
-            (None, _) => Ok(Self::Cuda(devices.iter().map(GpuMemory::of).collect())),
+            (None, _) => Ok(Self::Cuda(devices.iter().map(memory_of).collect())),
             (Some(lack), DeviceChoice::Cuda) => Err(lack),
             (Some(lack), _) => {
                 tracing::info!(%lack, "not every rank has a GPU: using CPUs");
@@ -75,39 +58,10 @@ impl Hardware {
     }
 }
 
-impl GpuMemory {
-    fn of(device: &v1::Device) -> Self {
-        Self {
-            total: device.memory_bytes,
-            free: device.free_bytes.min(device.memory_bytes),
-        }
-    }
-
-    /// What a rank may take: `utilization` of the whole, less what others have taken already.
-    pub fn budget(&self, utilization: f32) -> u64 {
-        let kept_free = (self.total as f64 * f64::from(1.0 - utilization)) as u64;
-        self.free.saturating_sub(kept_free)
-    }
-}
-
-/// Turns the bytes of CPU ranks into those of GPU ranks: weights are bf16 whatever their format in the file, and
-/// activations that CPU ranks share lie on every GPU, with as much again to pack them for a gather.
-pub(super) fn place_on_gpus(memory: &mut MemoryPlan, config: &ModelConfig, formats: &TensorFormats) {
-    let shared = std::mem::take(&mut memory.arena);
-    memory.segment -= shared;
-    let shards = &memory.shards;
-    for (rank, bytes) in memory.ranks.iter_mut().enumerate() {
-        let weight = |role: TensorRole| {
-            let slice = shards.slice(config, rank, role)?;
-            formats.get(&role)?;
-            Some(match role.is_vector() {
-                true => slice.rows.len() * slice.cols.len() * F32_BYTES,
-                false => slice.rows.len() * slice.cols.len().next_multiple_of(BF16_ROW_ALIGN) * BF16_BYTES,
-            } as u64)
-        };
-        bytes.weights = config.roles().filter_map(weight).sum();
-        bytes.workspace += 2 * shared;
-        bytes.overhead = GPU_OVERHEAD_BYTES;
+fn memory_of(device: &v1::Device) -> GpuMemory {
+    GpuMemory {
+        total: device.memory_bytes,
+        free: device.free_bytes.min(device.memory_bytes),
     }
 }
 
@@ -151,14 +105,5 @@ mod tests {
         assert!(matches!(alone, Ok(Hardware::Cuda(_))), "NCCL is for several");
         let refused = Hardware::decide(DeviceChoice::Cuda, &[gpu(100, 90), without_nccl]).unwrap_err();
         assert_eq!(refused.to_string(), "rank 1 cannot use a GPU: no NCCL");
-    }
-
-    #[test]
-    fn what_others_have_taken_is_not_given_again() {
-        let memory = |total, free| GpuMemory { total, free };
-        assert_eq!(memory(1000, 1000).budget(1.0), 1000);
-        assert_eq!(memory(1000, 1000).budget(0.75), 750);
-        assert_eq!(memory(1000, 600).budget(0.75), 350);
-        assert_eq!(memory(1000, 100).budget(0.75), 0);
     }
 }

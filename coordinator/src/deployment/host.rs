@@ -35,7 +35,10 @@ fn cgroup_memory() -> Option<u64> {
 }
 
 /// Bytes free for us on the filesystem of `dir`.
-pub(super) fn free_space(dir: &Path) -> Result<u64, DeploymentError> {
+///
+/// # Errors
+/// [`DeploymentError::Host`] if it does not tell.
+pub fn free_space(dir: &Path) -> Result<u64, DeploymentError> {
     let stat = rustix::fs::statvfs(dir).map_err(|error| DeploymentError::Host {
         what: dir.display().to_string(),
         source: error.into(),

@@ -6,5 +6,5 @@ mod shm;
 mod solo;
 
 pub use nccl::{NcclCommunicator, NcclGroup};
-pub use shm::{ShmCommunicator, arena_bytes};
+pub use shm::ShmCommunicator;
 pub use solo::Solo;

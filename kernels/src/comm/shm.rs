@@ -13,9 +13,6 @@ use super::layout::check_layout;
 use crate::cpu::{CpuBackend, CpuBuffer};
 use crate::{Backend, Communicator, GatherLayout, KernelError, Result};
 
-/// Buffers start on cache-line pairs, which the adjacent-line prefetcher moves together.
-const ALIGN: usize = 128;
-
 /// Collectives of one rank.
 ///
 /// In gather style the ranks' buffers are one memory, the segment's arena: a rank writes its own part in place, and
@@ -32,24 +29,11 @@ pub struct ShmCommunicator {
     used: usize,
 }
 
-/// Bytes of the arena that buffers of `max_rows` rows and these widths take in gather style. Reduce style needs none.
-///
-/// # Errors
-/// [`KernelError::OutOfMemory`] if they cannot be counted.
-pub fn arena_bytes(max_rows: usize, widths: &[usize]) -> Result<usize> {
-    widths
-        .iter()
-        .try_fold(0, |used, &width| Ok(place(used, max_rows, width)?.end))
-}
-
 /// Where the next buffer goes when `used` bytes are taken.
 fn place(used: usize, rows: usize, width: usize) -> Result<Range<usize>> {
-    let bytes = rows
-        .checked_mul(width)
-        .and_then(|n| n.checked_mul(size_of::<f32>()));
+    let bytes = phalanx_model::memory::arena_bytes(rows, width);
     bytes
         .and_then(|bytes| used.checked_add(bytes))
-        .and_then(|end| end.checked_next_multiple_of(ALIGN))
         .map(|end| used..end)
         .ok_or(KernelError::OutOfMemory {
             what: "shared activations",

@@ -13,7 +13,7 @@ use super::blas::Blas;
 use super::buffer::{CudaBuffer, CudaVector};
 use super::compile::{KernelCache, Origin, Variant};
 use super::device::Device;
-use super::error::unavailable;
+use super::error::{driver, unavailable};
 use super::kv_cache::{self, CudaKvCache};
 use super::launch::{Arg, Grid, Kernels};
 use super::library::{Library, require};
@@ -118,6 +118,19 @@ impl CudaBackend {
             origins.extend(kernels.origins());
         }
         origins
+    }
+
+    /// Bytes of the device that nobody has taken, this process or another.
+    ///
+    /// # Errors
+    /// [`KernelError::Device`] if the driver does not tell.
+    pub fn free_bytes(&self) -> Result<u64> {
+        let (free, _total) = self
+            .device
+            .context
+            .mem_get_info()
+            .map_err(|e| driver("memory", e))?;
+        Ok(free as u64)
     }
 
     /// Waits until everything that was queued is done.

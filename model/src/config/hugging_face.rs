@@ -7,11 +7,47 @@ use super::{
     ConfigError, ModelConfig, RopeConfig, RopeLayout, RopeScaling, check_architecture, size,
     yarn_attention_factor,
 };
+use crate::TensorFormat;
 
 type Result<T> = std::result::Result<T, ConfigError>;
 
 /// Longest `config.json` accepted, bytes.
 pub(crate) const MAX_CONFIG_BYTES: usize = 1 << 20;
+
+/// The element type that a `config.json` declares for its checkpoint's tensors; float32 if it does not.
+///
+/// # Errors
+/// Not JSON, a type that is not supported, or a quantized checkpoint: its tensors' files say which are.
+pub(crate) fn declared_dtype(json: &[u8]) -> Result<TensorFormat> {
+    let object = serde_json::from_slice(json).map_err(|error| ConfigError::Json(error.to_string()))?;
+    let fields = Fields {
+        object: &object,
+        prefix: "",
+    };
+    if fields
+        .object("quantization_config", "quantization_config.")?
+        .is_some()
+    {
+        let reason =
+            "which tensors are quantized is known to their files alone; plan with the whole directory";
+        return Err(ConfigError::unsupported("quantization_config", "set", reason));
+    }
+    // Version 5 of the library renamed it.
+    let key = if object.contains_key("dtype") {
+        "dtype"
+    } else {
+        "torch_dtype"
+    };
+    match fields.str(key)? {
+        None | Some("float32") => Ok(TensorFormat::F32),
+        Some("float16") => Ok(TensorFormat::F16),
+        Some("bfloat16") => Ok(TensorFormat::BF16),
+        Some(other) => {
+            let reason = "supported: float32, float16, bfloat16";
+            Err(ConfigError::unsupported(key, format!("{other:?}"), reason))
+        }
+    }
+}
 
 impl ModelConfig {
     /// Reads and validates the configuration of a Hugging Face checkpoint.

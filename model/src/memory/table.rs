@@ -2,7 +2,7 @@
 
 use std::{fmt, ops::Range};
 
-use super::{MemoryHolder, MemoryPlan, Nearest};
+use super::{MemoryHolder, MemoryPlan, Placement, RankMemory};
 
 /// Bytes, exact and in the unit a person reads: `98,362,432 B (93.8 MiB)`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,28 +46,6 @@ impl fmt::Display for MemoryHolder {
     }
 }
 
-impl fmt::Display for Nearest {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let options = [
-            ("--max-model-len", self.max_model_len),
-            ("--tensor-parallel-size", self.world_size),
-            ("--max-num-batched-tokens", self.max_tokens),
-        ];
-        let mut separator = "it fits with";
-        for (flag, value) in options
-            .into_iter()
-            .filter_map(|(flag, value)| Some((flag, value?)))
-        {
-            write!(f, "{separator} {flag} {value}")?;
-            separator = ", or with";
-        }
-        if *self == Self::default() {
-            f.write_str("no shorter context and no larger group of ranks fits")?;
-        }
-        Ok(())
-    }
-}
-
 /// A [`MemoryPlan`] with a number of KV blocks, to be displayed.
 #[derive(Clone, Copy, Debug)]
 pub struct MemoryTable<'a> {
@@ -94,18 +72,16 @@ impl fmt::Display for MemoryTable<'_> {
             )?;
         }
         writeln!(f)?;
-        for (rank, memory) in plan.ranks.iter().enumerate() {
-            writeln!(f, "rank {rank}")?;
-            line(f, "weights", memory.weights)?;
-            let cache = memory.total(self.num_blocks) - memory.fixed();
-            line(f, "KV cache", cache)?;
-            line(f, "workspace", memory.workspace)?;
-            line(f, "process (estimate)", memory.overhead)?;
-            line(f, "total", memory.total(self.num_blocks))?;
+        let mut first = 0;
+        for alike in plan.ranks.chunk_by(|a, b| a == b) {
+            self.ranks(f, first..first + alike.len(), &alike[0])?;
+            first += alike.len();
         }
         writeln!(f, "host")?;
         line(f, "shared segment", plan.segment)?;
-        line(f, "total", plan.host_total(self.num_blocks))?;
+        if plan.placement == Placement::Host {
+            line(f, "total", plan.host_total(self.num_blocks))?;
+        }
         let tokens = self.num_blocks.saturating_mul(plan.block_size as u64);
         writeln!(
             f,
@@ -116,6 +92,27 @@ impl fmt::Display for MemoryTable<'_> {
             Some(largest) => writeln!(f, "one block takes at most {} on a rank", HumanBytes(largest)),
             None => Ok(()),
         }
+    }
+}
+
+impl MemoryTable<'_> {
+    /// Bytes of each of some ranks that are alike.
+    fn ranks(&self, f: &mut fmt::Formatter<'_>, ranks: Range<usize>, memory: &RankMemory) -> fmt::Result {
+        match ranks.len() {
+            1 => writeln!(f, "rank {}", ranks.start)?,
+            _ => writeln!(f, "ranks {} to {}, each", ranks.start, ranks.end - 1)?,
+        }
+        line(f, "weights", memory.weights)?;
+        line(f, "KV cache", memory.kv_bytes(self.num_blocks))?;
+        line(f, "workspace", memory.workspace)?;
+        match self.plan.placement {
+            Placement::Host => line(f, "process (estimate)", memory.overhead)?,
+            Placement::Gpus { .. } => {
+                line(f, "kernels (estimate)", memory.overhead)?;
+                line(f, "NCCL (estimate)", memory.communicator)?;
+            }
+        }
+        line(f, "total", memory.total(self.num_blocks))
     }
 }
 
