@@ -112,6 +112,9 @@ pub(crate) struct ModelArgs {
     /// The part of a GPU's memory that a rank may take.
     #[arg(long, env = "PHALANX_GPU_MEMORY_UTILIZATION", default_value_t = 0.9, value_parser = parse_utilization)]
     pub(crate) gpu_memory_utilization: f32,
+    /// Leave all sums over GPUs to NCCL, also short ones.
+    #[arg(long, env = "PHALANX_DISABLE_CUSTOM_ALL_REDUCE")]
+    pub(crate) disable_custom_all_reduce: bool,
     /// Exactly so many KV blocks, whatever the memory.
     #[arg(long, env = "PHALANX_NUM_GPU_BLOCKS_OVERRIDE")]
     pub(crate) num_gpu_blocks_override: Option<usize>,

@@ -33,6 +33,8 @@ pub struct ModelOptions {
     pub kv_dtype: KvDtype,
     /// The part of a GPU's memory that a rank may take, above 0 and at most 1.
     pub gpu_memory_utilization: f32,
+    /// GPUs leave all sums to NCCL.
+    pub disable_custom_all_reduce: bool,
 }
 
 /// What the ranks compute on. All of them on the same kind of device.

@@ -65,6 +65,8 @@ pub struct Assignment {
     pub device: Device,
     /// A collective that takes longer ends the group.
     pub step_timeout: Duration,
+    /// GPUs sum short messages without NCCL where they reach each other's memory.
+    pub custom_all_reduce: bool,
     pub limits: StepLimits,
 }
 
@@ -111,6 +113,7 @@ impl TryFrom<&v1::Assign> for Assignment {
             threads: within("threads", assign.threads, 1, MAX_THREADS)? as usize,
             device,
             step_timeout: Duration::from_millis(timeout_ms),
+            custom_all_reduce: !assign.disable_custom_all_reduce,
             limits,
         })
     }

@@ -59,7 +59,7 @@ impl CudaOptions {
 /// A rank's device: context, stream, kernels and memory. One thread drives it.
 pub struct CudaBackend {
     pub(crate) device: Device,
-    kernels: Kernels,
+    kernels: Arc<Kernels>,
     /// The kernels that are specialized for a head size and an element type of the cache.
     kv_kernels: RefCell<HashMap<(usize, &'static str), Arc<Kernels>>>,
     kernel_cache: KernelCache,
@@ -93,7 +93,7 @@ impl CudaBackend {
         require(&[Library::Cuda, Library::CublasLt]).map_err(|why| unavailable("opening the device", why))?;
         let device = Device::open(options.ordinal)?;
         let cubins = options.kernel_cache.cubins(&device.arch, Variant::plain())?;
-        let kernels = Kernels::load(&device, cubins)?;
+        let kernels = Arc::new(Kernels::load(&device, cubins)?);
         Ok(Self {
             kernels,
             kv_kernels: RefCell::default(),
@@ -118,6 +118,11 @@ impl CudaBackend {
             origins.extend(kernels.origins());
         }
         origins
+    }
+
+    /// The kernels that are not specialized, for whoever launches them without the backend.
+    pub(crate) fn plain_kernels(&self) -> Arc<Kernels> {
+        Arc::clone(&self.kernels)
     }
 
     /// Waits until everything that was queued is done.

@@ -197,6 +197,10 @@ impl Pinned {
         self.bytes
     }
 
+    pub(crate) fn start(&self) -> *mut u8 {
+        self.start
+    }
+
     fn bytes(&self) -> &[u8] {
         // SAFETY: `start` is valid for `bytes` initialized bytes; the device writes them only inside `download`, which
         // borrows exclusively.

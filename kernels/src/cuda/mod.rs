@@ -18,6 +18,7 @@ mod compile;
 mod device;
 mod embedding;
 mod error;
+mod ipc;
 mod kv_cache;
 mod launch;
 mod library;
@@ -28,6 +29,10 @@ mod rotary;
 mod shape;
 mod units;
 mod weight;
+
+pub(crate) use device::Device;
+pub(crate) use ipc::{HANDLE_BYTES, HostFlag, OpenedMemory, SharedMemory, bus_id, check_peer_access};
+pub(crate) use launch::{Arg, Grid, Kernels, Peers};
 
 pub use backend::{CudaBackend, CudaOptions};
 pub use batch::CudaBatch;

@@ -3,12 +3,13 @@
 //! cudarc's safe wrapper cannot be used here: its communicators block while they are set up, cannot be asked for errors,
 //! and cannot be aborted while somebody waits for them.
 
-use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 use cudarc::nccl::result::{self, NcclError, NcclStatus};
 use cudarc::nccl::sys;
 
+use crate::cuda::HostFlag;
 use crate::{KernelError, Result};
 
 /// Between two looks at a call that NCCL has not finished.
@@ -35,6 +36,8 @@ enum State {
 /// for until they are done.
 pub(super) struct Handle {
     state: Mutex<State>,
+    /// Ends kernels of our own that wait for a peer, of which NCCL does not know.
+    given_up: Option<Arc<HostFlag>>,
 }
 
 /// Who is in it.
@@ -80,7 +83,13 @@ impl Handle {
         }
         Ok(Self {
             state: Mutex::new(State::Live(RawComm(comm))),
+            given_up: None,
         })
+    }
+
+    /// The flag is set whenever the communicator is aborted.
+    pub(super) fn give_up_with(&mut self, flag: Arc<HostFlag>) {
+        self.given_up = Some(flag);
     }
 
     /// Makes a call, or several in a group, on the communicator, and waits until NCCL has taken it; not until it is done
@@ -148,17 +157,26 @@ impl Handle {
 
     /// Ends what runs on the device and frees the communicator. The first reason is what every later call is told.
     pub(super) fn abort(&self, reason: &str) {
+        self.give_up();
         self.lock().abort(reason);
     }
 
     /// As [`abort`](Self::abort); false if another thread is inside a call.
     pub(super) fn try_abort(&self, reason: &str) -> bool {
+        self.give_up();
         match self.state.try_lock() {
             Ok(mut state) => state.abort(reason),
             Err(TryLockError::Poisoned(state)) => state.into_inner().abort(reason),
             Err(TryLockError::WouldBlock) => return false,
         }
         true
+    }
+
+    /// First: whoever holds the lock may be waiting for such a kernel.
+    fn give_up(&self) {
+        if let Some(flag) = &self.given_up {
+            flag.set();
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

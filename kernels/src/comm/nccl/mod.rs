@@ -5,6 +5,7 @@
 
 mod handle;
 mod ledger;
+mod one_shot;
 mod watchdog;
 
 use std::cell::RefCell;
@@ -22,7 +23,9 @@ use crate::cuda::{CudaBackend, CudaBuffer, Library, require};
 use crate::error::check;
 use crate::{Backend, Communicator, GatherLayout, KernelError, Result};
 use handle::{Clique, Handle, InitDeadline};
+pub use ledger::StepLayout;
 use ledger::{Ledger, Operation};
+use one_shot::{OneShot, Unavailable};
 use watchdog::Watchdog;
 
 use super::layout::check_layout;
@@ -43,6 +46,9 @@ pub struct NcclGroup<'a> {
     pub style: TensorParallelStyle,
     /// From the first collective of a step to its end.
     pub step_timeout: Duration,
+    pub step_layout: StepLayout,
+    /// Sums short messages without NCCL where all devices reach each other's memory. The same on all ranks.
+    pub custom_all_reduce: bool,
 }
 
 /// Collectives of one rank with its own GPU. A rank that is alone needs no NCCL.
@@ -55,6 +61,8 @@ pub struct NcclCommunicator {
     style: TensorParallelStyle,
     /// None for a rank that is alone. Before `staging`: memory can be freed only after the collectives on it have ended.
     watchdog: Option<Watchdog>,
+    /// For short sums. Behind `watchdog`, which ends what waits in its kernels.
+    one_shot: Result<OneShot, Unavailable>,
     /// The ranks' columns one after another, each part dense; as large as the largest buffer.
     staging: Option<CudaBuffer>,
 }
@@ -88,20 +96,38 @@ impl NcclCommunicator {
             stream: Arc::clone(&backend.device.stream),
             style: group.style,
             watchdog: None,
+            one_shot: Err("it is turned off".to_owned()),
             staging: None,
         };
         if world_size > 1 {
             let progress = Progress::new(arena, world_size as u32);
             let progress =
                 progress.ok_or_else(|| shape("join", "no room for the ranks' progress".to_owned()))?;
-            let handle = comm.connect(group.unique_id)?;
-            let ledger = Ledger::new(progress, rank as u32);
+            let mut handle = comm.connect(group.unique_id)?;
+            if group.custom_all_reduce {
+                comm.one_shot = OneShot::join(backend, &mut comm.port.borrow_mut())?;
+            }
+            if let Ok(one_shot) = &comm.one_shot {
+                handle.give_up_with(one_shot.given_up());
+            }
+            let ledger = Ledger::new(progress, rank as u32, group.step_layout);
             let segment = Arc::clone(&comm.segment);
             // Earlier than the coordinator, which knows less about why a step does not end.
             let limit = group.step_timeout * 9 / 10;
             comm.watchdog = Some(Watchdog::start(handle, ledger, segment, limit)?);
         }
         Ok(comm)
+    }
+
+    /// The bytes up to which sums do without NCCL, or why none do.
+    ///
+    /// # Errors
+    /// In words: it was turned off, or which rank's device does not reach which memory.
+    pub fn one_shot_limit(&self) -> Result<usize, &str> {
+        match &self.one_shot {
+            Ok(one_shot) => Ok(one_shot.limit_bytes()),
+            Err(reason) => Err(reason),
+        }
     }
 
     fn connect(&self, unique_id: &[u8]) -> Result<Handle> {
@@ -304,6 +330,13 @@ impl NcclCommunicator {
 
     fn sum(&mut self, name: &'static str, buffer: &mut CudaBuffer, rows: usize) -> Result<()> {
         let (at, count) = (pointer(buffer.ptr()), rows * buffer.width());
+        if let (Some(watchdog), Ok(one_shot)) = (&self.watchdog, &self.one_shot)
+            && one_shot.takes(count)
+        {
+            let bytes = count * VALUE;
+            watchdog.enter(Operation { name, bytes })?;
+            return one_shot.enqueue(buffer, count);
+        }
         // SAFETY: as in `reduce_scatter`; NCCL allows the sum to replace its own term.
         self.enqueue(name, count, |comm, stream| unsafe {
             result::all_reduce(at, at, count, FLOAT, SUM, comm, stream)
