@@ -199,6 +199,12 @@ impl Deployment {
         }
     }
 
+    /// Whether the ranks count their collectives in the segment's arena ([`phalanx_shm::Progress`]), which CPUs use for
+    /// activations.
+    pub fn counts_collectives(&self) -> bool {
+        self.device == v1::DeviceKind::Cuda
+    }
+
     /// The two buffers that gathers alternate between; in reduce style the communicator uses messages instead.
     fn arena_bytes(&self) -> u64 {
         let config = self.checkpoint.config();

@@ -95,10 +95,14 @@ impl Progress {
         let mut witnesses = (0..self.world_size).filter_map(|rank| self.counters(rank));
         let said =
             witnesses.find(|counters| counters.about.load(Ordering::Acquire) == u64::from(about) + 1)?;
-        let words = said.text.iter().map(|word| word.load(Ordering::Relaxed).to_ne_bytes());
+        let words = said
+            .text
+            .iter()
+            .map(|word| word.load(Ordering::Relaxed).to_ne_bytes());
         let bytes: Vec<u8> = words.flatten().collect();
         // Another process wrote it: any length and any bytes.
-        let len = usize::try_from(said.len.load(Ordering::Relaxed)).map_or(TEXT_BYTES, |len| len.min(TEXT_BYTES));
+        let len =
+            usize::try_from(said.len.load(Ordering::Relaxed)).map_or(TEXT_BYTES, |len| len.min(TEXT_BYTES));
         Some(String::from_utf8_lossy(&bytes[..len]).into_owned())
     }
 

@@ -6,7 +6,7 @@ use std::{
 };
 
 use phalanx_proto::step::{self, CodecError, StepLimits, StepOutput, StepPlan};
-use phalanx_shm::{AbortReason, EnginePort, Party, ShmError};
+use phalanx_shm::{AbortReason, EnginePort, Party, Progress, ShmError};
 
 use crate::{
     cluster::Cluster,
@@ -22,6 +22,8 @@ pub struct ShmExecutor {
     port: EnginePort,
     cluster: Cluster,
     limits: StepLimits,
+    /// Where ranks on GPUs say why they gave up.
+    progress: Option<Progress>,
 }
 
 /// What filling a slot may end with.
@@ -38,49 +40,52 @@ impl From<ShmError> for PublishError {
 
 impl ShmExecutor {
     /// The engine's end of a group whose ranks have all joined.
-    pub fn new(port: EnginePort, cluster: Cluster, limits: StepLimits) -> Self {
+    pub fn new(port: EnginePort, cluster: Cluster, limits: StepLimits, progress: Option<Progress>) -> Self {
         Self {
             port,
             cluster,
             limits,
+            progress,
         }
+    }
+
+    fn testimony(&self, rank: u32) -> Option<String> {
+        self.progress.as_ref()?.testimony(rank)
     }
 
     /// Turns "the group was aborted" into which rank failed and why.
     fn explain(&self, error: &ShmError) -> ExecutorError {
+        let reason = match error {
+            ShmError::Aborted { reason } => Some(*reason),
+            _ => None,
+        };
+        // Nobody will know better why a rank was given up, whose process may well be alive.
+        if let Some(AbortReason::TimedOut(Party::Rank(rank))) = reason
+            && let Some(said) = self.testimony(rank)
+        {
+            self.cluster.fail(rank, None, said);
+        }
         let give_up = Instant::now() + EXPLANATION_LIMIT;
         loop {
             if let Some(failure) = self.cluster.failure() {
                 return ExecutorError::RankLost {
                     rank: failure.rank,
-                    cause: failure.to_string(),
+                    cause: failure.cause,
                 };
             }
             if self.cluster.is_closing() {
                 return ExecutorError::Closed;
             }
             if Instant::now() > give_up {
-                let Some(rank) = blamed(error) else {
+                let Some(rank) = reason.and_then(AbortReason::rank) else {
                     return ExecutorError::Protocol(error.to_string());
                 };
                 // Its peers say so; nobody else does. The next look finds it.
-                self.cluster.fail(rank, None, error.to_string());
+                let said = self.testimony(rank).unwrap_or_else(|| error.to_string());
+                self.cluster.fail(rank, None, said);
             }
             thread::sleep(Duration::from_millis(5));
         }
-    }
-}
-
-/// The rank that a group was aborted because of.
-fn blamed(error: &ShmError) -> Option<u32> {
-    let ShmError::Aborted { reason } = error else {
-        return None;
-    };
-    match reason {
-        AbortReason::TimedOut(Party::Rank(rank))
-        | AbortReason::Lost(Party::Rank(rank))
-        | AbortReason::OutOfStep(Party::Rank(rank)) => Some(*rank),
-        _ => None,
     }
 }
 
@@ -105,11 +110,12 @@ impl Executor for ShmExecutor {
         {
             Ok(output) => output,
             Err(ShmError::TimedOut { party, .. }) => {
-                if let Party::Rank(rank) = party {
-                    self.cluster
-                        .fail(rank, None, format!("step {step} took longer than {limit:?}"));
-                }
-                return Err(ExecutorError::Deadline { step });
+                let Party::Rank(rank) = party else {
+                    return Err(ExecutorError::Deadline { step });
+                };
+                let cause = format!("step {step} took longer than {limit:?}");
+                self.cluster.fail(rank, None, cause.clone());
+                return Err(ExecutorError::RankLost { rank, cause });
             }
             Err(error) => return Err(self.explain(&error)),
         };

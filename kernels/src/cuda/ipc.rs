@@ -77,7 +77,8 @@ impl OpenedMemory {
         let flags = sys::CUipcMem_flags_enum::CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS as u32;
         let mut start = 0;
         // SAFETY: `start` outlives the call; any bytes may be given as a handle, the driver refuses those it did not make.
-        unsafe { sys::cuIpcOpenMemHandle_v2(&mut start, handle, flags).result() }.map_err(|e| driver(OP, e))?;
+        unsafe { sys::cuIpcOpenMemHandle_v2(&mut start, handle, flags).result() }
+            .map_err(|e| driver(OP, e))?;
         Ok(Self { context, start })
     }
 

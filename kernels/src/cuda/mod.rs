@@ -27,6 +27,7 @@ mod memory;
 mod norm;
 mod rotary;
 mod shape;
+mod timing;
 mod units;
 mod weight;
 

@@ -19,9 +19,8 @@ use crate::{
     handles::lock,
     settings::{MAX_DEVICES, log, settings},
     status::{
-        CAPTURE_UNSUPPORTED, ILLEGAL_ADDRESS, INVALID_CONTEXT, INVALID_VALUE, OUT_OF_MEMORY, Out, PEER_ACCESS_UNSUPPORTED,
-        SUCCESS,
-        Status, put, put_result,
+        CAPTURE_UNSUPPORTED, ILLEGAL_ADDRESS, INVALID_CONTEXT, INVALID_VALUE, OUT_OF_MEMORY, Out,
+        PEER_ACCESS_UNSUPPORTED, SUCCESS, Status, put, put_result,
     },
     stream,
 };

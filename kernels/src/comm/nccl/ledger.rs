@@ -27,7 +27,9 @@ pub struct StepLayout {
 impl StepLayout {
     /// The layer, from 0, of a step's collective, from 0; none if it belongs to no layer.
     fn layer(self, index: usize) -> Option<usize> {
-        let layer = index.checked_sub(self.before_layers)?.checked_div(self.per_layer)?;
+        let layer = index
+            .checked_sub(self.before_layers)?
+            .checked_div(self.per_layer)?;
         (layer < self.layers).then_some(layer)
     }
 }

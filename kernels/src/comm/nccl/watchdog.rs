@@ -250,7 +250,9 @@ impl Shared {
         }
         let watch = self.lock();
         let said = format!("{error}; {}", watch.ledger.stall());
-        watch.ledger.testify(watch.ledger.rank(), &format!("reports: {said}"));
+        watch
+            .ledger
+            .testify(watch.ledger.rank(), &format!("reports: {said}"));
         // Unless a process has ended, of which the coordinator hears by itself, it is this rank that cannot go on.
         self.segment
             .abort(AbortReason::Lost(Party::Rank(watch.ledger.rank())));
