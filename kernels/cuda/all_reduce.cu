@@ -9,13 +9,17 @@
 //   abort: a word of host memory. Once it is not 0, a block that waits for a peer gives up and leaves its part of data
 //     as it is: a peer may never come, and nobody reads the result of a group that has ended.
 //   len: a multiple of 4, at most capacity, the same on all ranks; data and staging 16-byte aligned
-//   grid (blocks), 1 <= blocks <= MAX_BLOCKS and the same in all ranks and calls; block 256. All blocks must be resident
-//     at once: a block waits for its peers'.
+//   capacity: the same on all ranks and in all calls; a multiple of 4 * THREADS * VECTORS_PER_THREAD, so many times as
+//     there are blocks for the longest message, at most MAX_BLOCKS
+//   grid (blocks), as many as have work: ceil(len / (4 * THREADS)), at most those of the longest message; block 256. All
+//     blocks must be resident at once: a block waits for its peers'.
 #include "phx.cuh"
 
 const u32 THREADS = 256;
 const u32 MAX_RANKS = 8;
 const u32 MAX_BLOCKS = 64;
+// Of the longest message.
+const u32 VECTORS_PER_THREAD = 4;
 // Looks at a flag between two looks at `abort`, which lies across the bus.
 const u32 PATIENCE = 64;
 static_assert(MAX_RANKS <= THREADS, "a thread per peer");
@@ -34,14 +38,15 @@ PHX_DEV bool arrived(const u32* flag, u32 epoch, const u32* abort) {
   return true;
 }
 
-// A call uses the half of the staging memory that the previous one did not, so nobody waits at the end: a rank writes a
+// A place of the staging memory belongs to one block, the same in all calls, so a block need not know of the others.
+// A call uses the half of it that the block's previous one did not, so nobody waits at the end: a rank writes a
 // half again two calls later, when its peers, which have entered the call between, are done with it.
 PHX_KERNEL __launch_bounds__(256)
 one_shot_all_reduce(float* data, const __grid_constant__ Peers peers, u32* epochs, const u32* abort, u32 rank, u32 ranks,
                     u32 len, u32 capacity) {
   __shared__ u32 given_up;
   const u32 epoch = epochs[blockIdx.x] + 1, vectors = len / 4, half = epoch % 2 * (capacity / 4);
-  const u32 first = blockIdx.x * THREADS + threadIdx.x, stride = gridDim.x * THREADS;
+  const u32 first = blockIdx.x * THREADS + threadIdx.x, stride = capacity / 4 / VECTORS_PER_THREAD;
   float4* values = (float4*)data;
   float4* own = (float4*)peers.staging[rank] + half;
   if (threadIdx.x == 0) given_up = 0;

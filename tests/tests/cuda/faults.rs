@@ -6,7 +6,7 @@ use std::{
 };
 
 use phalanx_tests::{
-    processes::{self, eventually},
+    processes,
     server::{Server, assert_gone},
 };
 use rustix::process::Signal;
@@ -14,14 +14,17 @@ use softgpu::LibraryDir;
 
 use crate::support::{alone, endless_stream, last_event, on_gpus};
 
-/// From the loss of a rank to its report, and to the end of its peers' collectives. Medians of a few runs are compared
-/// with it, because a busy machine may keep any one of them waiting.
-const PROMPT: Duration = Duration::from_secs(1);
+/// From the loss of a rank to its report. Medians of a few runs are compared with it and with the next one, because a busy
+/// machine may keep any one run waiting.
+const NAMED: Duration = Duration::from_secs(1);
+/// From the loss of a rank to the end of its peers' processes, which take half a second to say good-bye where a thread is
+/// still in the driver. Without the end of their collectives it would be the step's limit, a minute.
+const RELEASED: Duration = Duration::from_secs(2);
 const RUNS: usize = 3;
 /// When waiting is given up.
 const LIMIT: Duration = Duration::from_secs(20);
 
-/// From a signal to rank 1 until the coordinator has named it, and until both survivors have left their collectives.
+/// From a signal to rank 1 until the coordinator has named it, and until both survivors have ended.
 struct Times {
     named: Duration,
     released: Duration,
@@ -34,6 +37,11 @@ fn lose_rank_1(libraries: &LibraryDir, signal: Signal, cause: &str) -> Times {
     let family = server.family();
     let stream = endless_stream(&server);
     let victim = processes::with_argument(&server.part("worker"), "1")[0];
+    let survivors: Vec<u32> = server
+        .part("worker")
+        .into_iter()
+        .filter(|pid| *pid != victim)
+        .collect();
     processes::kill(victim, signal);
     let lost = Instant::now();
     let (mut named, mut released) = (None, None);
@@ -46,7 +54,7 @@ fn lose_rank_1(libraries: &LibraryDir, signal: Signal, cause: &str) -> Times {
         {
             named = Some(lost.elapsed());
         }
-        if log.matches("the group ended").count() >= 2 {
+        if !survivors.iter().any(|pid| processes::is_alive(*pid)) {
             released = released.or(Some(lost.elapsed()));
         }
         assert!(
@@ -85,18 +93,18 @@ fn assert_prompt(signal: Signal, cause: &str) {
     };
     let (named, released) = (median(|times| times.named), median(|times| times.released));
     assert!(
-        named < PROMPT && released < PROMPT,
-        "named after {named:?}, peers released after {released:?}"
+        named < NAMED && released < RELEASED,
+        "named after {named:?}, peers gone after {released:?}"
     );
 }
 
 #[test]
-fn a_killed_rank_is_named_and_its_peers_are_released_within_a_second() {
+fn a_killed_rank_is_named_within_a_second_and_its_peers_are_released() {
     assert_prompt(Signal::KILL, "its process was killed by signal 9");
 }
 
 #[test]
-fn a_stopped_rank_is_named_and_its_peers_are_released_within_a_second() {
+fn a_stopped_rank_is_named_within_a_second_and_its_peers_are_released() {
     assert_prompt(
         Signal::STOP,
         "its process was stopped by signal 19 and did not go on within 500ms",

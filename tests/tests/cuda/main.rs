@@ -5,5 +5,6 @@ mod faults;
 mod gpu_check;
 mod hardware;
 mod libraries;
+mod strangers;
 mod support;
 mod tokens;

@@ -25,7 +25,7 @@ const VECTOR: usize = 4;
 const THREADS: usize = 256;
 /// `MAX_BLOCKS` of `all_reduce.cu`.
 const MAX_BLOCKS: usize = 64;
-/// Of each thread, for the longest message. More blocks would wait for each other longer than they read.
+/// `VECTORS_PER_THREAD` of `all_reduce.cu`.
 const VECTORS_PER_THREAD: usize = 4;
 /// Why a rank cannot take part, in a message to its peers.
 const MAX_REASON_BYTES: usize = 512;
@@ -56,9 +56,14 @@ impl Shape {
         }
     }
 
-    /// The same in every call: a block counts its calls by itself.
-    fn blocks(self) -> usize {
+    /// Of the longest message.
+    fn most_blocks(self) -> usize {
         self.capacity / (VECTOR * THREADS * VECTORS_PER_THREAD)
+    }
+
+    /// Those that have work.
+    fn blocks(self, count: usize) -> usize {
+        count.div_ceil(VECTOR * THREADS).min(self.most_blocks())
     }
 
     /// Offset of the flags, behind both halves of the staging memory.
@@ -148,7 +153,7 @@ impl OneShot {
     /// Puts the sum over the ranks of the first `count` values into the stream. They are as many as it
     /// [takes](Self::takes), and in the buffer.
     pub(super) fn enqueue(&self, buffer: &CudaBuffer, count: usize) -> Result<()> {
-        let grid = Grid::new([self.shape.blocks(), 1, 1], THREADS as u32);
+        let grid = Grid::new([self.shape.blocks(count), 1, 1], THREADS as u32);
         let args = [
             Arg::Pointer(buffer.ptr()),
             Arg::Peers(&self.peers),
@@ -279,11 +284,13 @@ mod tests {
     fn every_thread_has_work_in_the_longest_message_and_all_blocks_exist() {
         for ranks in 2..=Peers::MAX {
             let shape = Shape::new(ranks);
-            assert!((1..=MAX_BLOCKS).contains(&shape.blocks()));
+            assert!((1..=MAX_BLOCKS).contains(&shape.most_blocks()));
             assert_eq!(
-                shape.blocks() * THREADS * VECTOR * VECTORS_PER_THREAD,
+                shape.most_blocks() * THREADS * VECTOR * VECTORS_PER_THREAD,
                 shape.capacity
             );
+            assert_eq!(shape.blocks(shape.capacity), shape.most_blocks());
+            assert_eq!([0, 4, 1024, 1028].map(|count| shape.blocks(count)), [0, 1, 1, 2]);
             assert!(shape.takes(shape.capacity) && shape.takes(0));
             assert!(!shape.takes(shape.capacity + VECTOR) && !shape.takes(VECTOR + 1));
         }
