@@ -15,8 +15,9 @@ use crate::{
 
 /// Plans may wait in the ring for so long. The ring has room unless a rank has stopped reading.
 const PUBLISH_LIMIT: Duration = Duration::from_secs(5);
-/// A worker that died is explained by its stream and its exit status within this time.
-const EXPLANATION_LIMIT: Duration = Duration::from_millis(200);
+/// A worker that died is explained by its stream and its exit status within this time, longer than those wait for each
+/// other.
+const EXPLANATION_LIMIT: Duration = Duration::from_millis(600);
 
 pub struct ShmExecutor {
     port: EnginePort,
@@ -136,5 +137,73 @@ impl Executor for ShmExecutor {
     fn rebuild(&mut self) -> Result<u32, ExecutorError> {
         self.port.segment().abort(AbortReason::Shutdown);
         Err(ExecutorError::Closed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use phalanx_shm::{GroupShape, RankPort, Segment, Wait};
+
+    use super::*;
+
+    const LIMITS: StepLimits = StepLimits {
+        max_rows: 1,
+        max_tokens: 1,
+        max_blocks_per_row: 1,
+        num_blocks: 1,
+        vocab_size: 1,
+        max_edits_per_row: 0,
+        max_logprobs: 0,
+    };
+
+    /// A group of two ranks that count their collectives, and the executor over it.
+    fn group(directory: &tempfile::TempDir) -> (Arc<Segment>, Cluster, ShmExecutor) {
+        let shape = GroupShape {
+            world_size: 2,
+            epoch: 1,
+            plan_slots: 1,
+            plan_slot_bytes: 64,
+            output_slots: 1,
+            output_slot_bytes: 64,
+            message_bytes: 64,
+            arena_bytes: Progress::bytes(2),
+        };
+        let segment = Arc::new(Segment::create(directory.path(), "test", shape).expect("a segment"));
+        let port = EnginePort::join(Arc::clone(&segment), Wait::PASSIVE).expect("the engine's place");
+        let cluster = Cluster::new(2, "");
+        let progress = port.progress();
+        let executor = ShmExecutor::new(port, cluster.clone(), LIMITS, progress);
+        (segment, cluster, executor)
+    }
+
+    #[test]
+    fn what_a_rank_says_of_another_is_why_the_step_failed() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let (segment, cluster, mut executor) = group(&directory);
+        let port = RankPort::join(Arc::clone(&segment), 0, Wait::PASSIVE, Duration::from_secs(1));
+        let progress = Progress::new(port.expect("a place").arena(), 2).expect("room");
+        progress.testify(0, 1, "never reached all_reduce #7 (layer 3, 64 bytes) within 9s");
+        segment.abort(AbortReason::TimedOut(Party::Rank(1)));
+        let lost = executor.wait(1, Duration::from_secs(1)).unwrap_err();
+        assert_eq!(
+            lost.to_string(),
+            "rank 1 lost: never reached all_reduce #7 (layer 3, 64 bytes) within 9s"
+        );
+        let failure = cluster.failure().expect("recorded");
+        assert_eq!(
+            failure.to_string(),
+            "rank 1 failed while starting: never reached all_reduce #7 (layer 3, 64 bytes) within 9s"
+        );
+    }
+
+    #[test]
+    fn a_step_that_nobody_gives_up_names_the_rank_that_is_behind() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let (_segment, cluster, mut executor) = group(&directory);
+        let lost = executor.wait(1, Duration::from_millis(1)).unwrap_err();
+        assert_eq!(lost.to_string(), "rank 0 lost: step 1 took longer than 1ms");
+        assert_eq!(cluster.failure().map(|failure| failure.rank), Some(0));
     }
 }
