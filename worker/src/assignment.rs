@@ -66,6 +66,8 @@ pub struct Assignment {
     /// A collective that takes longer ends the group.
     pub step_timeout: Duration,
     pub limits: StepLimits,
+    /// Rows of the decode steps that are captured as CUDA graphs, rising; empty on CPUs and for eager execution.
+    pub cudagraph_capture_sizes: Vec<usize>,
 }
 
 impl Assignment {
@@ -111,6 +113,7 @@ impl TryFrom<&v1::Assign> for Assignment {
             threads: within("threads", assign.threads, 1, MAX_THREADS)? as usize,
             device,
             step_timeout: Duration::from_millis(timeout_ms),
+            cudagraph_capture_sizes: capture_sizes(&assign.cudagraph_capture_sizes, &limits)?,
             limits,
         })
     }
@@ -138,6 +141,20 @@ pub fn step_limits(assign: &v1::Assign) -> Result<StepLimits> {
         max_edits_per_row: assign.max_edits_per_row,
         max_logprobs: assign.max_logprobs,
     })
+}
+
+/// Of rising numbers, each that of a step's rows.
+fn capture_sizes(sizes: &[u32], limits: &StepLimits) -> Result<Vec<usize>> {
+    const FIELD: &str = "cudagraph_capture_sizes";
+    let most = limits.max_rows.min(limits.max_tokens);
+    let mut least = 1;
+    let mut checked = Vec::with_capacity(sizes.len());
+    for &size in sizes {
+        let size = within(FIELD, size, least, most.into())?;
+        least = size + 1;
+        checked.push(size as usize);
+    }
+    Ok(checked)
 }
 
 fn model_config(spec: &v1::ModelSpec) -> Result<ModelConfig> {

@@ -36,6 +36,7 @@ impl Deployment {
             max_edits_per_row: self.limits.max_edits_per_row,
             max_logprobs: self.limits.max_logprobs,
             device: self.device.into(),
+            cudagraph_capture_sizes: self.cudagraph_capture_sizes(),
         };
         threads.iter().enumerate().map(assign).collect()
     }

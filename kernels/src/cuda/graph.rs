@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 
-use cudarc::driver::sys;
+use cudarc::driver::{CudaGraph, sys};
 
 use super::attention::AttentionPlan;
 use super::backend::CudaBackend;
@@ -19,14 +19,13 @@ use crate::{BatchInput, DecodeShape, GraphCache, KernelError, Result};
 const OP: &str = "graph";
 /// Other threads, such as NCCL's, may do what they like meanwhile.
 const MODE: sys::CUstreamCaptureMode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-const NO_FLAGS: sys::CUgraphInstantiate_flags =
-    sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+const NO_FLAGS: sys::CUgraphInstantiate_flags = sys::CUgraphInstantiate_flags(0);
 
 /// Graphs of decode steps, by number of rows.
 pub struct CudaGraphCache {
     shape: DecodeShape,
     batch: CudaBatch,
-    graphs: BTreeMap<usize, cudarc::driver::CudaGraph>,
+    graphs: BTreeMap<usize, CudaGraph>,
     /// Bytes by which the device's free memory has shrunk with the captures.
     captured_bytes: usize,
 }
@@ -98,7 +97,7 @@ impl GraphCache<CudaBackend> for CudaGraphCache {
 /// # Errors
 /// What `ops` returns, and then nothing is captured; [`KernelError::Device`] if the driver finds something in it that
 /// no graph can hold.
-fn capture(device: &Device, ops: impl FnOnce() -> Result<()>) -> Result<cudarc::driver::CudaGraph> {
+fn capture(device: &Device, ops: impl FnOnce() -> Result<()>) -> Result<CudaGraph> {
     device.stream.begin_capture(MODE).map_err(|e| driver(OP, e))?;
     device.capturing.set(true);
     let done = ops();
