@@ -28,6 +28,16 @@ impl Deployment {
             }
         }
     }
+
+    /// Says so where options about graphs were given that nothing comes of.
+    pub(crate) fn note_graph_options(&self) {
+        let given = self.options.enforce_eager || self.options.cudagraph_capture_sizes.is_some();
+        if given && self.device == v1::DeviceKind::Cpu {
+            tracing::info!(
+                "CPUs have no CUDA graphs: --enforce-eager and --cudagraph-capture-sizes change nothing"
+            );
+        }
+    }
 }
 
 /// vLLM's: 1, 2, 4, then every 8th to 256 and every 16th after that, and the largest step there is.

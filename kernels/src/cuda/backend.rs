@@ -23,8 +23,8 @@ use super::weight::CudaWeight;
 use super::{activation, candidates, embedding, linear, norm, rotary};
 use crate::error::check;
 use crate::{
-    Backend, BatchInput, CandidateRequest, Candidates, Columns, DecodeShape, Heads, KernelError, KvSpec, Linear, Norm,
-    Result, Rope, WeightSource,
+    Backend, BatchInput, CandidateRequest, Candidates, Columns, DecodeShape, Heads, KernelError, KvSpec,
+    Linear, Norm, Result, Rope, WeightSource,
 };
 
 /// Weights and activations are cut from allocations of so many bytes.

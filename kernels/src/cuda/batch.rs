@@ -100,9 +100,11 @@ impl CudaBatch {
         check(OP, given <= rows && rows <= room, || {
             format!("{given} rows in {rows} of at most {room}")
         })?;
-        check(OP, (0..).zip(&input.cu_seqlens_q).all(|(i, &start)| start == i), || {
-            format!("{given} rows of {} sequences", input.num_sequences())
-        })?;
+        check(
+            OP,
+            (0..).zip(&input.cu_seqlens_q).all(|(i, &start)| start == i),
+            || format!("{given} rows of {} sequences", input.num_sequences()),
+        )?;
         let mut padded = input.clone();
         padded.token_ids.resize(rows, 0);
         padded.positions.resize(rows, 0);

@@ -78,7 +78,10 @@ pub(crate) fn select_rows(
 /// The first of rows that follow each other: all rows of a step, or those of a step of single tokens.
 fn run_start(rows: &[u32]) -> Option<usize> {
     let first = *rows.first()?;
-    (first..).zip(rows).all(|(a, &b)| a == b).then_some(first as usize)
+    (first..)
+        .zip(rows)
+        .all(|(a, &b)| a == b)
+        .then_some(first as usize)
 }
 
 /// One copy, and nothing is uploaded.

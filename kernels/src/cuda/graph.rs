@@ -58,11 +58,7 @@ impl GraphCache<CudaBackend> for CudaGraphCache {
         &self.batch
     }
 
-    fn capture(
-        &mut self,
-        backend: &CudaBackend,
-        ops: impl FnOnce(&CudaBatch) -> Result<()>,
-    ) -> Result<()> {
+    fn capture(&mut self, backend: &CudaBackend, ops: impl FnOnce(&CudaBatch) -> Result<()>) -> Result<()> {
         let free = || backend.device.context.mem_get_info().map_or(0, |(free, _)| free);
         backend.synchronize()?;
         let before = free();

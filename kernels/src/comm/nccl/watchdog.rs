@@ -138,7 +138,8 @@ impl Watchdog {
         for operation in operations {
             self.begin(operation);
         }
-        self.aborted().map_or(Ok(()), |reason| Err(KernelError::Collective(reason)))
+        self.aborted()
+            .map_or(Ok(()), |reason| Err(KernelError::Collective(reason)))
     }
 
     fn begin(&self, operation: Operation) {
