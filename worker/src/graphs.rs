@@ -81,6 +81,7 @@ impl<B: Backend> DecodeGraphs<B> {
         let Some((&padded, collectives)) = self.collectives.range(rows..).next() else {
             return Ok(false);
         };
+        tracing::trace!(rows, padded, "replaying a graph");
         self.cache.load(backend, input, padded)?;
         comm.replay(collectives)?;
         self.cache.replay(backend)?;

@@ -66,6 +66,8 @@ pub(crate) struct AttentionPlan {
     capacity: Counts,
     /// The first dimension of the kernels' grids.
     blocks: Counts,
+    /// Of a plan that stays: spans of a row at most; one is not split.
+    max_spans: usize,
 }
 
 /// Of each kind.
@@ -181,6 +183,7 @@ impl AttentionPlan {
             region: backend.upload_step(&tasks.pack(counts))?,
             capacity: counts,
             blocks: counts,
+            max_spans: 0,
         })
     }
 
@@ -188,18 +191,14 @@ impl AttentionPlan {
     pub(crate) fn fixed(backend: &CudaBackend, shape: &DecodeShape) -> Result<Self> {
         let division = Division::of(&shape.heads);
         let max_spans = shape.max_context().div_ceil(SPAN);
-        let max_partials = division.max_partials(backend.scratch.bytes());
-        let capacity = Counts {
-            chunk: shape.rows.saturating_mul(division.chunk_tiles()),
-            split: shape.rows.saturating_mul(max_spans).min(max_partials),
-            combine: shape.rows,
-        };
+        let capacity = division.of_rows(shape.rows, max_spans, backend);
         let bytes = capacity.words().saturating_mul(size_of::<u32>());
         Ok(Self {
             division,
             region: backend.fixed_region(bytes)?,
             capacity,
             blocks: Counts::default(),
+            max_spans,
         })
     }
 
@@ -212,10 +211,11 @@ impl AttentionPlan {
             && counts.split <= capacity.split
             && counts.combine <= capacity.combine;
         check(OP, room, || format!("{counts:?} in memory for {capacity:?}"))?;
+        let most = division.of_rows(rows, self.max_spans, backend);
         self.blocks = Counts {
-            chunk: capacity.chunk.min(rows * division.chunk_tiles()),
-            split: capacity.split.min(FILL.div_ceil(division.num_kv.max(1))),
-            combine: rows.min(FILL.div_ceil(division.num_q.max(1))),
+            chunk: most.chunk,
+            split: most.split.min(FILL.div_ceil(division.num_kv.max(1))),
+            combine: most.combine.min(FILL.div_ceil(division.num_q.max(1))),
         };
         backend.upload(&self.region, &tasks.pack(capacity))
     }
@@ -231,9 +231,17 @@ impl AttentionPlan {
 }
 
 impl Division {
-    /// Chunk tasks of a sequence of one row.
-    fn chunk_tiles(&self) -> usize {
-        self.vectors_per_row.div_ceil(CHUNK_VECTORS)
+    /// The most there can be in a step of single rows.
+    fn of_rows(&self, rows: usize, max_spans: usize, backend: &CudaBackend) -> Counts {
+        let tiles = self.vectors_per_row.div_ceil(CHUNK_VECTORS);
+        let splits = max_spans > 1 && self.vectors_per_row <= SPLIT_VECTORS;
+        let split_rows = if splits { rows } else { 0 };
+        let partials = self.max_partials(backend.scratch.bytes());
+        Counts {
+            chunk: rows.saturating_mul(tiles),
+            split: split_rows.saturating_mul(max_spans).min(partials),
+            combine: split_rows,
+        }
     }
 }
 
