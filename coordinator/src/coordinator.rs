@@ -229,6 +229,7 @@ impl Coordinator {
         })?;
         let resolved = self.proposal.resolve(&hardware, &self.config.workers.shm_dir)?;
         tracing::info!(?hardware, style = ?resolved.style, kv_blocks = resolved.num_blocks, "deployment decided");
+        resolved.note_graph_options();
         self.cluster.assign(self.workers.assigns(&resolved, &self.config));
         Ok(self.deployment.get_or_init(|| resolved))
     }

@@ -2,6 +2,7 @@
 //! Reads headers only. `phalanx plan` prints it, [`crate::Coordinator`] carries it out.
 
 mod assign;
+mod graphs;
 mod hardware;
 mod host;
 
@@ -74,6 +75,7 @@ impl Proposal {
     /// # Errors
     /// A model that is damaged or not supported, or a length it does not have.
     pub fn open(options: ModelOptions) -> Result<Self, DeploymentError> {
+        graphs::check(&options)?;
         let checkpoint = Arc::new(Checkpoint::open(&options.path, MappedFile::open)?);
         let max_model_len = max_model_len(&options, checkpoint.config().max_position_embeddings)?;
         Ok(Self {

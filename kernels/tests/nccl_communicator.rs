@@ -234,6 +234,15 @@ fn rank_collectives() {
         .map(|row| (row / 2) % world_size as u32)
         .collect();
     let mut buffer = rank.filled(rows, width);
+    rank.comm.start_rows(&mut buffer, rows).unwrap();
+    let zeroed = rank.backend.read(&buffer, rows).unwrap();
+    assert!(zeroed.iter().all(|&value| value == 0.0), "{zeroed:?}");
+    let own = |at: usize| {
+        let mine = writers[at / width] as usize == rank.number;
+        if mine { value(rank.number, at) } else { 0.0 }
+    };
+    let values: Vec<f32> = (0..rows * width).map(own).collect();
+    rank.backend.write(&mut buffer, &values).unwrap();
     rank.comm
         .all_gather(&mut buffer, rows, GatherLayout::Rows(&writers))
         .unwrap();

@@ -68,6 +68,8 @@ pub struct Assignment {
     /// GPUs sum short messages without NCCL where they reach each other's memory.
     pub custom_all_reduce: bool,
     pub limits: StepLimits,
+    /// Rows of the decode steps that are captured as CUDA graphs, rising; empty on CPUs and for eager execution.
+    pub cudagraph_capture_sizes: Vec<usize>,
 }
 
 impl Assignment {
@@ -114,6 +116,7 @@ impl TryFrom<&v1::Assign> for Assignment {
             device,
             step_timeout: Duration::from_millis(timeout_ms),
             custom_all_reduce: !assign.disable_custom_all_reduce,
+            cudagraph_capture_sizes: capture_sizes(&assign.cudagraph_capture_sizes, &limits)?,
             limits,
         })
     }
@@ -141,6 +144,20 @@ pub fn step_limits(assign: &v1::Assign) -> Result<StepLimits> {
         max_edits_per_row: assign.max_edits_per_row,
         max_logprobs: assign.max_logprobs,
     })
+}
+
+/// Of rising numbers, each that of a step's rows.
+fn capture_sizes(sizes: &[u32], limits: &StepLimits) -> Result<Vec<usize>> {
+    const FIELD: &str = "cudagraph_capture_sizes";
+    let most = limits.max_rows.min(limits.max_tokens);
+    let mut least = 1;
+    let mut checked = Vec::with_capacity(sizes.len());
+    for &size in sizes {
+        let size = within(FIELD, size, least, most.into())?;
+        least = size + 1;
+        checked.push(size as usize);
+    }
+    Ok(checked)
 }
 
 fn model_config(spec: &v1::ModelSpec) -> Result<ModelConfig> {

@@ -37,6 +37,7 @@ impl Deployment {
             max_logprobs: self.limits.max_logprobs,
             device: self.device.into(),
             disable_custom_all_reduce: self.options.disable_custom_all_reduce,
+            cudagraph_capture_sizes: self.cudagraph_capture_sizes(),
         };
         threads.iter().enumerate().map(assign).collect()
     }

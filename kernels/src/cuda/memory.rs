@@ -117,6 +117,7 @@ impl Arena {
     /// # Errors
     /// [`KernelError::OutOfMemory`].
     pub(crate) fn alloc(&self, device: &Device, bytes: usize) -> Result<Region> {
+        device.outside_capture(self.what)?;
         let too_large = || KernelError::OutOfMemory {
             what: self.what,
             requested: bytes,
@@ -219,6 +220,7 @@ impl Pinned {
         (source, (offset, len)): (&Region, (usize, usize)),
     ) -> Result<&[u8]> {
         const OP: &str = "download";
+        device.outside_capture(OP)?;
         crate::error::check(
             OP,
             len <= self.bytes && offset.saturating_add(len) <= source.bytes(),
@@ -283,6 +285,7 @@ impl Staging {
         fill: impl FnOnce(&mut [u8]),
     ) -> Result<()> {
         const OP: &str = "upload";
+        device.outside_capture(OP)?;
         crate::error::check(
             OP,
             len <= self.slot_bytes && offset.saturating_add(len) <= target.bytes(),

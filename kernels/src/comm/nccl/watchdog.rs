@@ -105,6 +105,18 @@ impl Watchdog {
         call: impl FnOnce(sys::ncclComm_t) -> Result<NcclStatus, NcclError>,
     ) -> Result<()> {
         self.begin(operation);
+        self.capture(operation, call)
+    }
+
+    /// As [`call`](Self::call) while a graph is captured: the operation starts when the graph is launched.
+    ///
+    /// # Errors
+    /// As [`call`](Self::call).
+    pub(super) fn capture(
+        &self,
+        operation: Operation,
+        call: impl FnOnce(sys::ncclComm_t) -> Result<NcclStatus, NcclError>,
+    ) -> Result<()> {
         let handle = &self.shared.handle;
         handle
             .call(operation.name, call)
@@ -118,16 +130,16 @@ impl Watchdog {
             })
     }
 
-    /// Begins a collective that NCCL does not know of. The caller makes it.
+    /// The operations of a graph start, which begins a step if none is under way.
     ///
     /// # Errors
-    /// [`KernelError::Collective`] if the group is over.
-    pub(super) fn enter(&self, operation: Operation) -> Result<()> {
-        self.begin(operation);
-        match self.aborted() {
-            Some(reason) => Err(KernelError::Collective(reason)),
-            None => Ok(()),
+    /// [`KernelError::Collective`] if the group is over: a graph does not ask.
+    pub(super) fn launch(&self, operations: impl IntoIterator<Item = Operation>) -> Result<()> {
+        for operation in operations {
+            self.begin(operation);
         }
+        self.aborted()
+            .map_or(Ok(()), |reason| Err(KernelError::Collective(reason)))
     }
 
     fn begin(&self, operation: Operation) {
