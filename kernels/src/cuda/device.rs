@@ -125,6 +125,17 @@ impl Device {
         Ok(())
     }
 
+    /// The same device and stream, for whoever launches without the backend.
+    pub(crate) fn same(&self) -> Self {
+        Self {
+            context: Arc::clone(&self.context),
+            stream: Arc::clone(&self.stream),
+            arch: self.arch.clone(),
+            generation: self.generation,
+            capturing: Cell::new(false),
+        }
+    }
+
     /// Waits until the stream has done everything. Not on the path of a forward pass.
     pub(crate) fn synchronize(&self, op: &'static str) -> Result<()> {
         self.outside_capture(op)?;

@@ -216,7 +216,7 @@ impl Offer {
     }
 
     fn open(self, backend: &CudaBackend, rank: usize, peers: &[Peer]) -> Result<OneShot> {
-        let (device, shape) = (backend.device.clone(), self.shape);
+        let (device, shape) = (backend.device.same(), self.shape);
         let mut addresses = Peers::default();
         let mut opened = Vec::new();
         for (place, peer) in peers.iter().enumerate() {
