@@ -441,7 +441,8 @@ fn rank_that_may_be_killed() {
     if rank.number == 1 {
         let _ = rank.comm.exchange(b"");
     }
-    rank.comm.all_reduce(&mut buffer, 4).unwrap();
+    // The news may be here before it.
+    let _ = rank.comm.all_reduce(&mut buffer, 4);
     let _ = rank.backend.read(&buffer, 4);
     let error = rank.comm.exchange(b"").unwrap_err();
     assert_eq!(
