@@ -5,6 +5,5 @@ mod faults;
 mod gpu_check;
 mod hardware;
 mod libraries;
-mod strangers;
 mod support;
 mod tokens;
