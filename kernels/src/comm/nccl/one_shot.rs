@@ -112,9 +112,7 @@ impl OneShot {
             return Ok(Err(format!("{ranks} ranks, at most {} can", Peers::MAX)));
         }
         let own = Offer::make(&backend.device, Shape::new(ranks));
-        let message = own
-            .as_ref()
-            .map_or_else(|error| refusal(error), |own| own.encode());
+        let message = own.as_ref().map_or_else(refusal, Offer::encode);
         let offers = port.exchange(&message).map_err(ended)?;
         let peers = match decode(&offers) {
             Ok(peers) => peers,
