@@ -67,7 +67,7 @@ async def request(port, body):
 async def level(port, concurrency, seed):
     """A closed loop: every client sends its next request when the last one has ended."""
     rng = random.Random(seed)
-    per_client = 3 if concurrency == 1 else 2
+    per_client = int(os.environ.get("REQUESTS", 3 if concurrency == 1 else 2))
 
     def body():
         return {

@@ -3,7 +3,10 @@
 
 use std::path::PathBuf;
 
-use clap::{ArgAction, ArgMatches, Args, Parser, Subcommand, ValueEnum, parser::ValueSource};
+use clap::{
+    ArgAction, ArgMatches, Args, Parser, Subcommand, ValueEnum, builder::BoolishValueParser,
+    parser::ValueSource, value_parser,
+};
 
 /// A distributed tensor-parallel LLM serving cluster.
 #[derive(Debug, Parser)]
@@ -112,6 +115,25 @@ pub(crate) struct ModelArgs {
     /// The part of a GPU's memory that a rank may take.
     #[arg(long, env = "PHALANX_GPU_MEMORY_UTILIZATION", default_value_t = 0.9, value_parser = parse_utilization)]
     pub(crate) gpu_memory_utilization: f32,
+    /// Leave all sums over GPUs to NCCL, also short ones.
+    #[arg(long, env = "PHALANX_DISABLE_CUSTOM_ALL_REDUCE", value_parser = BoolishValueParser::new())]
+    pub(crate) disable_custom_all_reduce: bool,
+    /// Launch every op by itself on GPUs: no CUDA graphs, and a faster start.
+    #[arg(long, env = "PHALANX_ENFORCE_EAGER", value_parser = BoolishValueParser::new())]
+    pub(crate) enforce_eager: bool,
+    /// Replay decode steps as CUDA graphs, as by default.
+    #[arg(long, conflicts_with = "enforce_eager")]
+    pub(crate) no_enforce_eager: bool,
+    /// Rows of the decode steps that are captured as CUDA graphs; others are padded to the next of them, and run
+    /// eagerly beyond the last. Default: 1, 2, 4, then every 8th to 256 and every 16th to 512, up to max-num-seqs.
+    #[arg(
+        long,
+        env = "PHALANX_CUDAGRAPH_CAPTURE_SIZES",
+        num_args = 1..,
+        value_delimiter = ',',
+        value_parser = value_parser!(u32).range(1..)
+    )]
+    pub(crate) cudagraph_capture_sizes: Option<Vec<u32>>,
     /// Exactly so many KV blocks, whatever the memory.
     #[arg(long, env = "PHALANX_NUM_GPU_BLOCKS_OVERRIDE")]
     pub(crate) num_gpu_blocks_override: Option<usize>,

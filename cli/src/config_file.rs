@@ -260,6 +260,18 @@ mod tests {
     }
 
     #[test]
+    fn graphs_are_chosen_in_the_file_or_on_the_command_line() {
+        let args = serve("enforce-eager: true\ncudagraph-capture-sizes: [1, 2, 8]\n", &[]);
+        assert!(args.model.enforce_eager);
+        assert_eq!(args.model.cudagraph_capture_sizes, Some(vec![1, 2, 8]));
+        let args = serve("", &["--cudagraph-capture-sizes", "4", "16", "--port", "1"]);
+        assert!(!args.model.enforce_eager);
+        assert_eq!(args.model.cudagraph_capture_sizes, Some(vec![4, 16]));
+        let zero = parse("cudagraph-capture-sizes: [0]\n", &[]).unwrap_err();
+        assert!(zero.contains("--cudagraph-capture-sizes"), "{zero}");
+    }
+
+    #[test]
     fn mistakes_are_named() {
         let error = parse("tensor-paralel-size: 2\n", &[]).unwrap_err();
         assert!(

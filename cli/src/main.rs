@@ -28,11 +28,22 @@ fn main() -> ExitCode {
             // The last line is the reason, whatever was logged before.
             #[expect(clippy::print_stderr, reason = "logging may not be set up yet")]
             {
-                eprintln!("phalanx: {error:#}");
+                eprintln!("phalanx: {}", sentence(&error));
             }
             ExitCode::FAILURE
         }
     }
+}
+
+/// An error and its causes, each once: some have their cause in their own words.
+fn sentence(error: &anyhow::Error) -> String {
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
 }
 
 fn run(arguments: Vec<OsString>) -> anyhow::Result<()> {
@@ -48,5 +59,22 @@ fn run(arguments: Vec<OsString>) -> anyhow::Result<()> {
         Command::Gateway(args) => gateway::run(args),
         Command::Plan(args) => plan::run(&args),
         Command::WarmKernels(args) => warm_kernels::run(args),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::{Context, anyhow};
+
+    use super::sentence;
+
+    #[test]
+    fn a_cause_that_was_named_is_not_named_again() {
+        let named = anyhow!("the disk is full").context("weights: the disk is full");
+        assert_eq!(sentence(&named), "weights: the disk is full");
+        let added = Err::<(), _>(anyhow!("the disk is full"))
+            .context("weights")
+            .unwrap_err();
+        assert_eq!(sentence(&added), "weights: the disk is full");
     }
 }

@@ -76,6 +76,10 @@ impl View for Lines {
         self.logged = Instant::now();
         for rank in ranks {
             let (done, total) = (rank.bytes_done, rank.bytes_total);
+            if rank.phase() == Phase::WarmingUp {
+                tracing::info!(rank = rank.rank, "capturing CUDA graphs: {done} of {total}");
+                continue;
+            }
             tracing::info!(
                 rank = rank.rank,
                 bytes_done = done,

@@ -53,6 +53,9 @@ pub(crate) fn model(args: &ModelArgs) -> anyhow::Result<ModelOptions> {
         kv_cache,
         kv_dtype: args.kv_cache_dtype.into(),
         gpu_memory_utilization: args.gpu_memory_utilization,
+        disable_custom_all_reduce: args.disable_custom_all_reduce,
+        enforce_eager: args.enforce_eager && !args.no_enforce_eager,
+        cudagraph_capture_sizes: args.cudagraph_capture_sizes.clone(),
     })
 }
 

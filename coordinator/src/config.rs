@@ -34,6 +34,13 @@ pub struct ModelOptions {
     pub kv_dtype: KvDtype,
     /// The part of a GPU's memory that a rank may take, above 0 and at most 1.
     pub gpu_memory_utilization: f32,
+    /// GPUs leave all sums to NCCL.
+    pub disable_custom_all_reduce: bool,
+    /// GPUs get every op by itself: no CUDA graphs.
+    pub enforce_eager: bool,
+    /// Rows of the decode steps that are captured as CUDA graphs; steps never have more rows than `max_num_seqs`. None:
+    /// vLLM's.
+    pub cudagraph_capture_sizes: Option<Vec<u32>>,
 }
 
 /// What the ranks compute on. All of them on the same kind of device.

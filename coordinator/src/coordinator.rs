@@ -217,6 +217,7 @@ impl Coordinator {
         })?;
         let resolved = self.proposal.resolve(&hardware, &self.config.workers.shm_dir)?;
         tracing::info!(?hardware, style = ?resolved.plan.style, kv_blocks = resolved.plan.num_blocks, "deployment decided");
+        resolved.note_graph_options();
         self.cluster.assign(self.workers.assigns(&resolved, &self.config));
         Ok(self.deployment.get_or_init(|| resolved))
     }
@@ -243,7 +244,8 @@ impl Coordinator {
         let port = EnginePort::join(segment.clone(), Wait::ADAPTIVE)?;
         self.cluster.form_group(&segment, JOIN_LIMIT).await?;
         segment.unlink_when_joined(Duration::from_secs(1))?;
-        let executor = ShmExecutor::new(port, self.cluster.clone(), deployment.limits);
+        let progress = deployment.counts_collectives().then(|| port.progress()).flatten();
+        let executor = ShmExecutor::new(port, self.cluster.clone(), deployment.limits, progress);
         let options = &self.config.engine;
         let engine = EngineConfig {
             epoch,
@@ -496,7 +498,7 @@ async fn tell_losses(cluster: Cluster, engine: EngineHandle, epoch: u32) {
     let mut changes = cluster.subscribe();
     loop {
         if let Some(failure) = cluster.failure() {
-            return engine.rank_lost(epoch, failure.rank, failure.to_string());
+            return engine.rank_lost(epoch, failure.rank, failure.cause);
         }
         if cluster.is_closing() || changes.changed().await.is_err() {
             return;

@@ -3,6 +3,7 @@
 
 mod assign;
 mod blueprint;
+mod graphs;
 mod hardware;
 mod host;
 
@@ -75,6 +76,7 @@ impl Proposal {
     /// # Errors
     /// A model that is damaged or not supported, or a length it does not have.
     pub fn open(options: ModelOptions) -> Result<Self, DeploymentError> {
+        graphs::check(&options)?;
         let checkpoint = Arc::new(Checkpoint::open(&options.path, MappedFile::open)?);
         let blueprint = Blueprint::new(Geometry::of_checkpoint(&checkpoint), options)?;
         Ok(Self {
@@ -142,6 +144,12 @@ impl Deployment {
                 self.plan.memory.arena + ledger,
             )
         }
+    }
+
+    /// Whether the ranks count their collectives in the segment's arena ([`phalanx_shm::Progress`]), which CPUs use for
+    /// activations.
+    pub fn counts_collectives(&self) -> bool {
+        self.device == v1::DeviceKind::Cuda
     }
 
     /// The engine's view of it, with everything else at its default.

@@ -28,6 +28,9 @@ fn options(tensor_parallel_size: usize) -> ModelOptions {
         kv_cache: KvCacheSize::Auto,
         kv_dtype: KvDtype::F16,
         gpu_memory_utilization: 0.75,
+        disable_custom_all_reduce: false,
+        enforce_eager: false,
+        cudagraph_capture_sizes: None,
     }
 }
 

@@ -7,18 +7,23 @@
 // kernels computed it: `chunk` folds a span into `out` when it is done with it, `split` gives every span a block of its
 // own and leaves the same fold to `combine`.
 //
-// paged_attention_chunk: whole vectors of the sequences in `tasks`.
-//   grid (tasks, num_kv), block 128, 64 vectors a task
-// paged_attention_split: partial results of the sequences in `tasks`, for few rows over long contexts.
-//   grid (tasks, num_kv, max_spans), block 32, 16 vectors a task; max_spans = largest context length / SPAN, rounded up
-// paged_attention_combine: the rows partial_rows[0..] of the step from their partial results.
-//   grid (partial rows, num_q), block 64
+// Work comes as lists in device memory with their lengths, and blocks stride over them: the grid says how much of the
+// device is used, not how much there is to do, so that one graph serves every step of its size.
 //
-//   Task: `tile` counts a sequence's vectors of one KV head from 0 in 64s (split: 16s); a sequence needs
-//     ceil(its rows * min(group_size, num_q) / 64) tasks. partial_row (split): where the sequence's first row has its
-//     partial results.
+// paged_attention_chunk: whole vectors of the sequences in `tasks`.
+//   grid (any, num_kv), block 128, 64 vectors a task
+// paged_attention_split: partial results of the sequences in `tasks`, for few rows over long contexts.
+//   grid (any, num_kv), block 32, the sequence's vectors of one KV head (at most 16) over one span a task
+// paged_attention_combine: rows of the step from their partial results.
+//   grid (any, num_q), block 64
+//
+//   ChunkTask: `tile` counts a sequence's vectors of one KV head from 0 in 64s; a sequence needs
+//     ceil(its rows * min(group_size, num_q) / 64) tasks.
+//   SplitTask: `partial` is where the sequence's first row has its partial result for `span`; those of its other rows
+//     follow.
+//   Combination: the partial results of `row` are `partial + span * stride`.
 //   out: first column to write of the step's first row, f32, rows out_stride apart
-//   partial_sums [partial rows][num_q][max_spans][HEAD_DIM] f32, partial_weights [partial rows][num_q][max_spans][2] f32
+//   partial_sums [partial results][num_q][HEAD_DIM] f32, partial_weights [partial results][num_q][2] f32
 //   (largest score, sum of weights relative to it)
 // Parameters: HEAD_DIM, KV_FORMAT. Queries, K, V and weights are multiplied in bf16, with an f16 cache in f16.
 #include "kv_layout.cuh"
@@ -47,10 +52,19 @@ struct MultipliedAs<F16> {
 };
 typedef MultipliedAs<KV_FORMAT>::type Factor;
 
-struct Task {
+struct ChunkTask {
   u32 sequence;
   u32 tile;
-  u32 partial_row;
+};
+struct SplitTask {
+  u32 sequence;
+  u32 span;
+  u32 partial;
+};
+struct Combination {
+  u32 row;
+  u32 partial;
+  u32 stride;
 };
 
 // What attention reads; by value.
@@ -264,7 +278,7 @@ struct Vectors {
   Range seen;
 
   // None (`count` 0) if the task lies beyond the KV head's vectors.
-  __device__ __forceinline__ Vectors(const Attention& a, Task task, u32 kv_head, u32 per_task) {
+  __device__ __forceinline__ Vectors(const Attention& a, ChunkTask task, u32 kv_head, u32 per_task) {
     // q heads by their numbers in the whole model.
     const u32 head = a.kv_start + kv_head;
     const u32 start = max(head * a.group_size, a.q_start), end = min((head + 1) * a.group_size, a.q_start + a.num_q);
@@ -338,67 +352,76 @@ PHX_DEV void each_sum(const Warp& warp, u32 h, Store store) {
 }
 
 PHX_KERNEL __launch_bounds__(128)
-paged_attention_chunk(float* out, u32 out_stride, Attention a, const Task* __restrict__ tasks) {
+paged_attention_chunk(float* out, u32 out_stride, Attention a, const ChunkTask* __restrict__ tasks,
+                      const u32* __restrict__ num_tasks) {
   const u32 WARPS = 4;
-  const Task task = tasks[blockIdx.x];
-  const Vectors vectors(a, task, blockIdx.y, WARPS * VECTORS);
-  if (vectors.count == 0) return;
-  State total[2] = {{LOWEST, 0.f}, {LOWEST, 0.f}};
-  attend<WARPS>(a, vectors, task.sequence, blockIdx.y, vectors.seen, [&](const Warp& warp, u32 span) {
+  for (u32 index = blockIdx.x; index < *num_tasks; index += gridDim.x) {
+    const ChunkTask task = tasks[index];
+    const Vectors vectors(a, task, blockIdx.y, WARPS * VECTORS);
+    if (vectors.count == 0) continue;
+    State total[2] = {{LOWEST, 0.f}, {LOWEST, 0.f}};
+    attend<WARPS>(a, vectors, task.sequence, blockIdx.y, vectors.seen, [&](const Warp& warp, u32 span) {
 #pragma unroll
-    for (u32 h = 0; h < 2; h++) {
-      const u32 vector = warp_id() * VECTORS + lane_id() / 4 + 8 * h;
-      if (vector >= vectors.count || warp.span[h].weight == 0.f) continue;
-      float* to = out + (u64)vectors.row(vector) * out_stride + vectors.q_head(vector) * HEAD_DIM;
-      const bool is_first = total[h].weight == 0.f, is_last = (warp.seen[h].end - 1) / SPAN == span;
-      const Factors factors = fold(total[h], warp.span[h]);
-      each_sum(warp, h, [&](u32 dimension, float sum) {
-        sum = fold_sum(factors, is_first ? 0.f : to[dimension], sum);
-        to[dimension] = is_last ? sum / total[h].weight : sum;
-      });
-    }
-  });
+      for (u32 h = 0; h < 2; h++) {
+        const u32 vector = warp_id() * VECTORS + lane_id() / 4 + 8 * h;
+        if (vector >= vectors.count || warp.span[h].weight == 0.f) continue;
+        float* to = out + (u64)vectors.row(vector) * out_stride + vectors.q_head(vector) * HEAD_DIM;
+        const bool is_first = total[h].weight == 0.f, is_last = (warp.seen[h].end - 1) / SPAN == span;
+        const Factors factors = fold(total[h], warp.span[h]);
+        each_sum(warp, h, [&](u32 dimension, float sum) {
+          sum = fold_sum(factors, is_first ? 0.f : to[dimension], sum);
+          to[dimension] = is_last ? sum / total[h].weight : sum;
+        });
+      }
+    });
+  }
 }
 
 PHX_KERNEL __launch_bounds__(32)
 paged_attention_split(float* __restrict__ partial_sums, float* __restrict__ partial_weights, Attention a,
-                      const Task* __restrict__ tasks) {
-  const Task task = tasks[blockIdx.x];
-  const Vectors vectors(a, task, blockIdx.y, VECTORS);
-  if (vectors.count == 0) return;
-  const u32 first = blockIdx.z * SPAN;
-  const Range range = {max(vectors.seen.start, first), min(vectors.seen.end, first + SPAN)};
-  if (range.start >= range.end) return;
-  attend<1>(a, vectors, task.sequence, blockIdx.y, range, [&](const Warp& warp, u32 span) {
+                      const SplitTask* __restrict__ tasks, const u32* __restrict__ num_tasks) {
+  for (u32 index = blockIdx.x; index < *num_tasks; index += gridDim.x) {
+    const SplitTask task = tasks[index];
+    const Vectors vectors(a, {task.sequence, 0}, blockIdx.y, VECTORS);
+    if (vectors.count == 0) continue;
+    const u32 first = task.span * SPAN;
+    const Range range = {max(vectors.seen.start, first), min(vectors.seen.end, first + SPAN)};
+    if (range.start >= range.end) continue;
+    attend<1>(a, vectors, task.sequence, blockIdx.y, range, [&](const Warp& warp, u32) {
 #pragma unroll
-    for (u32 h = 0; h < 2; h++) {
-      const u32 vector = lane_id() / 4 + 8 * h;
-      if (vector >= vectors.count) continue;
-      const u32 row = task.partial_row + vectors.row(vector) - vectors.first_row;
-      const u64 at = ((u64)row * a.num_q + vectors.q_head(vector)) * gridDim.z + span;
-      each_sum(warp, h, [&](u32 dimension, float sum) { partial_sums[at * HEAD_DIM + dimension] = sum; });
-      if (lane_id() % 4 == 0) {
-        partial_weights[at * 2] = warp.span[h].max;
-        partial_weights[at * 2 + 1] = warp.span[h].weight;
+      for (u32 h = 0; h < 2; h++) {
+        const u32 vector = lane_id() / 4 + 8 * h;
+        if (vector >= vectors.count) continue;
+        const u32 partial = task.partial + vectors.row(vector) - vectors.first_row;
+        const u64 at = (u64)partial * a.num_q + vectors.q_head(vector);
+        each_sum(warp, h, [&](u32 dimension, float sum) { partial_sums[at * HEAD_DIM + dimension] = sum; });
+        if (lane_id() % 4 == 0) {
+          partial_weights[at * 2] = warp.span[h].max;
+          partial_weights[at * 2 + 1] = warp.span[h].weight;
+        }
       }
-    }
-  });
+    });
+  }
 }
 
 PHX_KERNEL __launch_bounds__(64)
 paged_attention_combine(float* __restrict__ out, u32 out_stride, Attention a, const float* __restrict__ partial_sums,
-                        const float* __restrict__ partial_weights, const u32* __restrict__ partial_rows, u32 max_spans) {
-  const u32 row = partial_rows[blockIdx.x], q_head = blockIdx.y;
-  const u64 first = ((u64)blockIdx.x * a.num_q + q_head) * max_spans;
-  const Range seen = visible(a, row);
-  float* to = out + (u64)row * out_stride + q_head * HEAD_DIM;
-  for (u32 dimension = threadIdx.x; dimension < HEAD_DIM; dimension += blockDim.x) {
-    State total = {LOWEST, 0.f};
-    float sum = 0.f;
-    for (u64 at = first + seen.start / SPAN; at <= first + (seen.end - 1) / SPAN; at++) {
-      const Factors factors = fold(total, {partial_weights[at * 2], partial_weights[at * 2 + 1]});
-      sum = fold_sum(factors, sum, partial_sums[at * HEAD_DIM + dimension]);
+                        const float* __restrict__ partial_weights, const Combination* __restrict__ combinations,
+                        const u32* __restrict__ num_combinations) {
+  const u32 q_head = blockIdx.y;
+  for (u32 index = blockIdx.x; index < *num_combinations; index += gridDim.x) {
+    const Combination of = combinations[index];
+    const Range seen = visible(a, of.row);
+    float* to = out + (u64)of.row * out_stride + q_head * HEAD_DIM;
+    for (u32 dimension = threadIdx.x; dimension < HEAD_DIM; dimension += blockDim.x) {
+      State total = {LOWEST, 0.f};
+      float sum = 0.f;
+      for (u32 span = seen.start / SPAN; span <= (seen.end - 1) / SPAN; span++) {
+        const u64 at = (u64)(of.partial + span * of.stride) * a.num_q + q_head;
+        const Factors factors = fold(total, {partial_weights[at * 2], partial_weights[at * 2 + 1]});
+        sum = fold_sum(factors, sum, partial_sums[at * HEAD_DIM + dimension]);
+      }
+      to[dimension] = sum / total.weight;
     }
-    to[dimension] = sum / total.weight;
   }
 }

@@ -19,6 +19,8 @@ pub trait Backend: Sized {
     type KvCache;
     /// A step's positions, slots and tables where the device can read them.
     type Batch;
+    /// Decode steps whose ops were captured.
+    type GraphCache: GraphCache<Self>;
 
     fn buffer(&self, rows: usize, width: usize) -> Result<Self::Buffer>;
     /// Several matrices of equal `cols`, stacked; each keeps its format.
@@ -27,6 +29,8 @@ pub trait Backend: Sized {
     fn kv_cache(&self, spec: KvSpec) -> Result<Self::KvCache>;
     /// Bounds are the caller's promise: every slot and block lies within the KV cache.
     fn batch(&self, input: &BatchInput) -> Result<Self::Batch>;
+    /// An empty cache; none where an op is a call and there is nothing to capture.
+    fn graph_cache(&self, shape: &DecodeShape) -> Result<Option<Self::GraphCache>>;
     /// Overwrites the leading rows with whole rows from the host: for tests and tools, not on the path of a step.
     fn write(&self, buffer: &mut Self::Buffer, values: &[f32]) -> Result<()>;
     /// Copies the first `rows` rows to the host.
@@ -106,6 +110,69 @@ pub trait Backend: Sized {
     -> Result<Vec<Candidates>>;
 }
 
+/// Decode steps, each of another number of rows, whose ops were captured once and are launched as one.
+///
+/// A step is loaded, and then either computed through [`batch`](Self::batch) as any other, or captured, or replayed.
+pub trait GraphCache<B: Backend> {
+    /// Takes a step with one row of each sequence, and pads it to `rows` rows: ops compute them all, but those of the
+    /// padding touch no cache and are attended to by nobody. The bounds of [`Backend::batch`] are checked.
+    fn load(&mut self, backend: &B, input: &BatchInput, rows: usize) -> Result<()>;
+    /// The loaded step.
+    fn batch(&self) -> &B::Batch;
+    /// Captures `ops` on the loaded step, for all steps padded to as many rows. They must have been run before:
+    /// libraries prepare themselves at the first call.
+    ///
+    /// # Errors
+    /// [`KernelError::Capture`](crate::KernelError::Capture) if an op uploads, allocates or waits; what `ops` returns.
+    fn capture(&mut self, backend: &B, ops: impl FnOnce(&B::Batch) -> Result<()>) -> Result<()>;
+    /// Queues what was captured for as many rows as the loaded step has.
+    fn replay(&self, backend: &B) -> Result<()>;
+    /// Device memory that the cache and its graphs take.
+    fn bytes(&self) -> usize;
+}
+
+/// The largest step that a [`GraphCache`] takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DecodeShape {
+    pub rows: usize,
+    /// Most blocks of a sequence.
+    pub blocks_per_row: usize,
+    /// Of the KV cache.
+    pub num_blocks: usize,
+    pub block_size: usize,
+    /// Of all attention.
+    pub heads: Heads,
+}
+
+impl DecodeShape {
+    /// Most tokens of a sequence.
+    pub fn max_context(&self) -> usize {
+        self.blocks_per_row.saturating_mul(self.block_size)
+    }
+}
+
+/// The cache of a backend that captures nothing.
+#[derive(Clone, Copy, Debug)]
+pub enum NoGraphs {}
+
+impl<B: Backend> GraphCache<B> for NoGraphs {
+    fn load(&mut self, _backend: &B, _input: &BatchInput, _rows: usize) -> Result<()> {
+        match *self {}
+    }
+    fn batch(&self) -> &B::Batch {
+        match *self {}
+    }
+    fn capture(&mut self, _backend: &B, _ops: impl FnOnce(&B::Batch) -> Result<()>) -> Result<()> {
+        match *self {}
+    }
+    fn replay(&self, _backend: &B) -> Result<()> {
+        match *self {}
+    }
+    fn bytes(&self) -> usize {
+        match *self {}
+    }
+}
+
 /// Where an op writes: columns `start..` of a wider buffer.
 pub struct Columns<'a, B: Backend> {
     pub buffer: &'a mut B::Buffer,
@@ -181,6 +248,10 @@ pub trait Communicator<B: Backend> {
     fn world_size(&self) -> usize;
     /// A buffer that collectives may be called on. All ranks allocate the same ones in the same order.
     fn buffer(&mut self, backend: &B, rows: usize, width: usize) -> Result<B::Buffer>;
+    /// Before rows are written that [`GatherLayout::Rows`] will gather: where that is a sum, all are zeroed.
+    fn start_rows(&mut self, _buffer: &mut B::Buffer, _rows: usize) -> Result<()> {
+        Ok(())
+    }
     /// Every rank has written its own part of the first `rows` rows; afterwards all hold all of it. Two buffers in
     /// turn are enough: a buffer may be written again after one collective on another one.
     fn all_gather(&mut self, buffer: &mut B::Buffer, rows: usize, layout: GatherLayout<'_>) -> Result<()>;
@@ -188,15 +259,29 @@ pub trait Communicator<B: Backend> {
     fn all_reduce(&mut self, buffer: &mut B::Buffer, rows: usize) -> Result<()>;
     /// Small host messages to everyone; the result is in rank order. Bounded by the communicator's message limit.
     fn exchange(&mut self, message: &[u8]) -> Result<Vec<Vec<u8>>>;
+    /// From here to [`end_capture`](Self::end_capture) collectives are captured with the backend's ops: nothing starts.
+    fn begin_capture(&mut self) {}
+    /// What [`replay`](Self::replay) is to be told before the graph is launched.
+    fn end_capture(&mut self) -> CapturedCollectives {
+        CapturedCollectives::default()
+    }
+    /// The collectives of a graph start now: for whoever watches over them.
+    fn replay(&mut self, _captured: &CapturedCollectives) -> Result<()> {
+        Ok(())
+    }
     /// Unblocks everyone, for good.
     fn abort(&self);
 }
+
+/// The collectives of a graph in their order: names, and bytes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CapturedCollectives(pub(crate) Vec<(&'static str, usize)>);
 
 /// Which part of a gathered buffer each rank has written.
 #[derive(Clone, Copy, Debug)]
 pub enum GatherLayout<'a> {
     /// In rank order.
     Columns(&'a [Range<usize>]),
-    /// The writer of each row.
+    /// The writer of each row, after [`Communicator::start_rows`].
     Rows(&'a [u32]),
 }

@@ -12,6 +12,9 @@ pub enum KernelError {
     Shape { op: &'static str, message: String },
     #[error("{op}: {message}")]
     Device { op: &'static str, message: String },
+    /// Memory would be allocated or uploaded, or the device waited for, while a step is captured in a graph.
+    #[error("{op}: not while a step is captured: a graph repeats only what the device does by itself")]
+    Capture { op: &'static str },
     /// A peer is dead, hung or told the group to stop. The group's epoch is over.
     #[error("collective failed: {0}")]
     Collective(String),

@@ -17,7 +17,8 @@ mod noise;
 pub mod philox;
 
 pub use backend::{
-    Backend, Columns, Communicator, GatherLayout, Heads, KvSpec, Linear, Norm, Rope, WeightSource,
+    Backend, CapturedCollectives, Columns, Communicator, DecodeShape, GatherLayout, GraphCache, Heads,
+    KvSpec, Linear, NoGraphs, Norm, Rope, WeightSource,
 };
 pub use batch::BatchInput;
 pub use candidates::{

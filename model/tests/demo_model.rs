@@ -5,8 +5,8 @@ mod support;
 use std::{collections::BTreeMap, fs};
 
 use phalanx_model::{
-    Checkpoint, KvDtype, LayerTensor, MemoryPlan, MemoryRequest, RopeLayout, RopeScaling, TensorFormat,
-    TensorParallelOptions, TensorParallelStyle, TensorRole,
+    Checkpoint, KvDtype, LayerTensor, MemoryPlan, MemoryRequest, Placement, RopeLayout, RopeScaling,
+    TensorFormat, TensorParallelOptions, TensorParallelStyle, TensorRole,
 };
 use support::demo_model;
 
@@ -124,6 +124,8 @@ fn its_memory_plan_adds_up_at_two_ranks() {
         config: checkpoint.config(),
         formats: &formats,
         parallel: TensorParallelOptions::equal(2, TensorParallelStyle::Gather),
+        placement: Placement::Host,
+        most_ranks: 30,
         kv_dtype: KvDtype::F16,
         block_size: 16,
         max_tokens: 512,

@@ -3,9 +3,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::arena::Arena;
 use crate::deadline::Deadline;
 use crate::error::{AbortReason, Awaited, Party, ShmError};
 use crate::gate::Stop;
+use crate::progress::Progress;
 use crate::protocol::{RingReader, RingWriter};
 use crate::segment::Segment;
 use crate::slot::{OUTPUT, PLAN, Stamp};
@@ -42,6 +44,12 @@ impl EnginePort {
 
     pub fn segment(&self) -> &Arc<Segment> {
         &self.segment
+    }
+
+    /// Where ranks that do not meet in the segment say how far they are; none if the arena is too small for it.
+    pub fn progress(&self) -> Option<Progress> {
+        let arena = Arena::new(Arc::clone(&self.segment));
+        Progress::new(arena, self.segment.shape().world_size)
     }
 
     /// Has `fill` write a plan into a free slot of [`plan_slot_bytes`](crate::GroupShape::plan_slot_bytes) and return

@@ -41,6 +41,16 @@ pub enum AbortReason {
 impl AbortReason {
     const ENGINE: u16 = u16::MAX;
 
+    /// The rank that the group was aborted because of, if it was one.
+    pub fn rank(self) -> Option<u32> {
+        match self {
+            Self::TimedOut(Party::Rank(rank))
+            | Self::Lost(Party::Rank(rank))
+            | Self::OutOfStep(Party::Rank(rank)) => Some(rank),
+            _ => None,
+        }
+    }
+
     /// Never 0, which means "not aborted".
     pub(crate) fn code(self) -> u32 {
         let party = |party| match party {

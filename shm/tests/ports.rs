@@ -437,8 +437,17 @@ fn everybody_sees_how_far_every_rank_is() {
     other.beat(2);
     assert_eq!(mine.beats(), [0, 2]);
 
+    assert_eq!(mine.testimony(0), None);
+    other.testify(1, 0, "does not move");
+    other.testify(1, 0, "is said once");
+    other.testify(2, 1, "there is no such witness");
+    assert_eq!(mine.testimony(0).as_deref(), Some("does not move"));
+    assert_eq!(mine.testimony(1), None);
+    mine.testify(0, 1, &"x".repeat(1000));
+    assert!((100..1000).contains(&other.testimony(1).unwrap().len()));
+
     let small = group(SHAPE);
     let arena = rank(&small, 0, SHORT).arena();
-    assert!(Progress::new(arena.clone(), 64).is_some());
-    assert!(Progress::new(arena, 65).is_none());
+    assert!(Progress::new(arena.clone(), 16).is_some());
+    assert!(Progress::new(arena, 17).is_none());
 }

@@ -95,6 +95,34 @@ fn dependencies_point_one_way() {
     );
 }
 
+#[test]
+fn candle_is_built_for_cpus_only() {
+    let metadata = MetadataCommand::new()
+        .manifest_path(root().join("Cargo.toml"))
+        .exec()
+        .expect("cargo metadata");
+    let names: BTreeMap<_, _> = metadata
+        .packages
+        .iter()
+        .map(|package| (&package.id, package.name.as_str()))
+        .collect();
+    let nodes = metadata.resolve.expect("a resolved graph").nodes;
+    let candle: Vec<_> = nodes
+        .iter()
+        .filter(|node| names[&node.id].starts_with("candle-"))
+        .collect();
+    assert!(
+        !candle.is_empty(),
+        "candle is what the quantized formats are checked against"
+    );
+    for node in candle {
+        // They need CUDA to build, and link it another way than cudarc does here.
+        let mut features = node.features.iter().map(|feature| feature.as_str());
+        let device = features.find(|feature| ["cuda", "cudnn", "nccl", "flash-attn"].contains(feature));
+        assert_eq!(device, None, "{} has it on", names[&node.id]);
+    }
+}
+
 fn check_foreign(crate_name: &str, dependency: &str) {
     let device = ["cudarc", "candle-core", "candle-transformers"].contains(&dependency);
     assert!(

@@ -65,7 +65,11 @@ pub struct Assignment {
     pub device: Device,
     /// A collective that takes longer ends the group.
     pub step_timeout: Duration,
+    /// GPUs sum short messages without NCCL where they reach each other's memory.
+    pub custom_all_reduce: bool,
     pub limits: StepLimits,
+    /// Rows of the decode steps that are captured as CUDA graphs, rising; empty on CPUs and for eager execution.
+    pub cudagraph_capture_sizes: Vec<usize>,
 }
 
 impl Assignment {
@@ -111,6 +115,8 @@ impl TryFrom<&v1::Assign> for Assignment {
             threads: within("threads", assign.threads, 1, MAX_THREADS)? as usize,
             device,
             step_timeout: Duration::from_millis(timeout_ms),
+            custom_all_reduce: !assign.disable_custom_all_reduce,
+            cudagraph_capture_sizes: capture_sizes(&assign.cudagraph_capture_sizes, &limits)?,
             limits,
         })
     }
@@ -144,6 +150,20 @@ pub(crate) fn check_num_blocks(block_size: u32, num_blocks: u32) -> Result<u64> 
     let most = u64::from(u32::MAX) / u64::from(block_size);
     within("num_blocks", num_blocks, 1, most)?;
     Ok(most)
+}
+
+/// Of rising numbers, each that of a step's rows.
+fn capture_sizes(sizes: &[u32], limits: &StepLimits) -> Result<Vec<usize>> {
+    const FIELD: &str = "cudagraph_capture_sizes";
+    let most = limits.max_rows.min(limits.max_tokens);
+    let mut least = 1;
+    let mut checked = Vec::with_capacity(sizes.len());
+    for &size in sizes {
+        let size = within(FIELD, size, least, most.into())?;
+        least = size + 1;
+        checked.push(size as usize);
+    }
+    Ok(checked)
 }
 
 fn model_config(spec: &v1::ModelSpec) -> Result<ModelConfig> {

@@ -8,6 +8,7 @@ mod attach;
 mod connect;
 mod device;
 pub mod error;
+mod graphs;
 mod group;
 pub mod layers;
 pub mod loader;

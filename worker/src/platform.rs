@@ -5,13 +5,13 @@ use std::{cell::RefCell, rc::Rc};
 
 use phalanx_kernels::{
     Backend, Communicator, KernelError,
-    comm::{NcclCommunicator, NcclGroup, ShmCommunicator},
+    comm::{NcclCommunicator, NcclGroup, ShmCommunicator, StepLayout},
     cpu::CpuBackend,
     cuda::CudaBackend,
 };
 use phalanx_shm::RankPort;
 
-use crate::{assignment::Assignment, device::gpu_of};
+use crate::{assignment::Assignment, device::gpu_of, layers};
 
 pub(crate) trait Platform {
     type Backend: Backend;
@@ -89,12 +89,27 @@ impl Platform for Cuda {
     }
 
     fn join(&self, backend: &CudaBackend, place: Place<'_>) -> Result<NcclCommunicator, KernelError> {
+        let assignment = place.assignment;
+        let style = assignment.plan.style;
         let group = NcclGroup {
             port: place.port,
             unique_id: place.group_id,
-            style: place.assignment.plan.style,
-            step_timeout: place.assignment.step_timeout,
+            style,
+            step_timeout: assignment.step_timeout,
+            step_layout: StepLayout {
+                before_layers: layers::EMBEDDING_COLLECTIVES,
+                per_layer: layers::collectives_per_layer(style),
+                layers: assignment.config.num_hidden_layers,
+            },
+            custom_all_reduce: assignment.custom_all_reduce,
         };
-        NcclCommunicator::join(backend, group)
+        let comm = NcclCommunicator::join(backend, group)?;
+        if assignment.world_size() > 1 {
+            match comm.one_shot_limit() {
+                Ok(bytes) => tracing::info!(bytes, "shorter sums are made without NCCL"),
+                Err(reason) => tracing::info!(reason, "all sums are NCCL's"),
+            }
+        }
+        Ok(comm)
     }
 }

@@ -267,12 +267,21 @@ impl RankContext {
             group_id: &invitation.nccl_id,
         };
         let comm = platform.join(&model.backend, place)?;
+        let limits = assignment.limits;
+        let mut runner = ModelRunner::new(model, comm)?;
+        runner.capture_graphs(&mut |done, total| {
+            self.report(Report::Event(Event::Progress(v1::Progress {
+                phase: v1::Phase::WarmingUp.into(),
+                bytes_done: done as u64,
+                bytes_total: total as u64,
+            })));
+        })?;
         Ok(StepLoop {
-            limits: assignment.limits,
+            limits,
             epoch: segment.shape().epoch,
             last_step: None,
             port,
-            runner: ModelRunner::new(model, comm)?,
+            runner,
         })
     }
 

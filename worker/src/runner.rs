@@ -1,6 +1,6 @@
 //! One step on one rank: plan in, sampled tokens out.
 
-use std::{ops::Range, path::PathBuf};
+use std::{ops::Range, path::PathBuf, time::Instant};
 
 use phalanx_kernels::{Backend, BatchInput, Communicator};
 use phalanx_proto::step::{StepOutput, StepPlan, StepRow};
@@ -8,6 +8,7 @@ use phalanx_proto::step::{StepOutput, StepPlan, StepRow};
 use crate::{
     assignment::Assignment,
     error::{PlanError, RunError},
+    graphs::DecodeGraphs,
     layers::Step,
     models::LlamaForCausalLm,
     sampler::{self, SamplingRow, Vocabulary},
@@ -31,6 +32,8 @@ pub struct LoadedModel<B: Backend> {
 /// A loaded model in a group, for as long as the group lasts.
 pub struct ModelRunner<'a, B: Backend, C: Communicator<B>> {
     loaded: &'a mut LoadedModel<B>,
+    /// Before the communicator, which NCCL does not free while there are graphs of its collectives.
+    graphs: Option<DecodeGraphs<B>>,
     comm: C,
     workspace: Workspace<B>,
     /// Token ids of each rank.
@@ -48,10 +51,13 @@ impl<'a, B: Backend, C: Communicator<B>> ModelRunner<'a, B, C> {
             });
         }
         let workspace = Workspace::new(&loaded.backend, &mut comm, assignment)?;
+        let heads = loaded.model.layers[0].attention.qkv_proj.heads;
+        let graphs = DecodeGraphs::new(&loaded.backend, assignment, heads)?;
         let shards = assignment.plan.ranks.iter();
         let vocab = shards.map(|shard| shard.vocab.clone()).collect();
         Ok(Self {
             loaded,
+            graphs,
             comm,
             workspace,
             vocab,
@@ -61,6 +67,43 @@ impl<'a, B: Backend, C: Communicator<B>> ModelRunner<'a, B, C> {
     /// What it runs on.
     pub fn backend(&self) -> &B {
         &self.loaded.backend
+    }
+
+    /// Captures the decode steps that the assignment names, the largest first. All ranks must call it together, before
+    /// the first step. `progress(done, total)` hears of every graph.
+    pub fn capture_graphs(&mut self, progress: &mut dyn FnMut(usize, usize)) -> Result<(), RunError> {
+        let Some(graphs) = &mut self.graphs else {
+            return Ok(());
+        };
+        let started = Instant::now();
+        let LoadedModel {
+            backend,
+            assignment,
+            model,
+            ..
+        } = &mut *self.loaded;
+        let sizes = &assignment.cudagraph_capture_sizes;
+        progress(0, sizes.len());
+        for (done, &rows) in (1..).zip(sizes.iter().rev()) {
+            // What padding rows are: the embedding of token 0.
+            let owners = vec![model.embed_tokens.owner(0); rows];
+            let sampled: Vec<u32> = (0..rows as u32).collect();
+            graphs.capture(backend, &mut self.comm, rows, |step| {
+                model.step(step, &mut self.workspace, &owners, &sampled)
+            })?;
+            // As every step ends: the device has done it, and all ranks have met.
+            backend.read(&self.workspace.logits, 1)?;
+            self.comm.exchange(&[])?;
+            progress(done, sizes.len());
+        }
+        tracing::info!(
+            rank = assignment.rank,
+            graphs = sizes.len(),
+            bytes = graphs.bytes(),
+            elapsed = ?started.elapsed(),
+            "graph capturing finished"
+        );
+        Ok(())
     }
 
     /// Runs `plan` and samples the rows that ask for it. Every rank returns the same tokens; `forward_us` is left 0.
@@ -111,7 +154,11 @@ impl<'a, B: Backend, C: Communicator<B>> ModelRunner<'a, B, C> {
             ..
         } = &mut *self.loaded;
         let (input, sampled) = batch_input(plan, assignment)?;
-        if input.num_rows() > 0 {
+        let replayed = match &mut self.graphs {
+            Some(graphs) => graphs.replay(backend, &mut self.comm, &input, &sampled)?,
+            None => false,
+        };
+        if !replayed && input.num_rows() > 0 {
             let owners: Vec<u32> = input
                 .token_ids
                 .iter()
@@ -124,10 +171,7 @@ impl<'a, B: Backend, C: Communicator<B>> ModelRunner<'a, B, C> {
                 batch: &batch,
                 rows: input.num_rows(),
             };
-            model.forward(&mut step, &mut self.workspace, &owners)?;
-            if !sampled.is_empty() {
-                model.compute_logits(backend, &mut self.workspace, &sampled)?;
-            }
+            model.step(&mut step, &mut self.workspace, &owners, &sampled)?;
         }
         Ok(sampled.len())
     }

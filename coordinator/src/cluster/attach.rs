@@ -14,8 +14,9 @@ use super::members::{COMMAND_QUEUE, Cluster};
 
 /// A worker that has connected says who it is within this time.
 const HELLO_LIMIT: Duration = Duration::from_secs(5);
-/// A stream that ended may be followed by a better explanation: the launcher's exit status.
-const EXPLANATION_GRACE: Duration = Duration::from_millis(50);
+/// A stream that ended may be followed by a better explanation: the launcher's exit status, which comes when the kernel
+/// has taken down all of the process's memory.
+const EXPLANATION_GRACE: Duration = Duration::from_millis(400);
 
 /// `NCCL_UNIQUE_ID_BYTES`.
 const NCCL_ID_BYTES: usize = 128;
@@ -85,7 +86,12 @@ async fn listen(cluster: Cluster, rank: u32, mut events: Streaming<v1::WorkerEve
             Err(status) => break format!("its stream broke: {}", status.message()),
         }
     };
-    time::sleep(EXPLANATION_GRACE).await;
+    cluster.release(rank);
+    let mut changes = cluster.subscribe();
+    let explained = async {
+        while !cluster.is_closing() && cluster.failure().is_none() && changes.changed().await.is_ok() {}
+    };
+    let _ = time::timeout(EXPLANATION_GRACE, explained).await;
     cluster.fail(rank, None, end);
     cluster.update_member(rank, |member| member.commands = None);
 }

@@ -3,9 +3,9 @@
 use std::{
     ffi::OsString,
     io,
-    os::unix::process::{CommandExt, ExitStatusExt},
+    os::unix::process::CommandExt,
     path::PathBuf,
-    process::{Command, ExitStatus, Stdio},
+    process::{Command, Stdio},
     sync::{Arc, Mutex, PoisonError},
     thread,
     time::{Duration, Instant},
@@ -14,7 +14,7 @@ use std::{
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::sync::mpsc;
 
-use super::members::Cluster;
+use super::{child, members::Cluster};
 use crate::config::DeviceChoice;
 
 /// How to start a worker: the binary, and what every worker is told.
@@ -49,7 +49,7 @@ struct Child {
 }
 
 impl Launcher {
-    /// Starts one worker per CPU set. A worker's exit becomes its rank's failure in `cluster`.
+    /// Starts one worker per CPU set. A worker's exit, or being stopped for long, becomes its rank's failure in `cluster`.
     pub fn start(spec: &LaunchSpec, cluster: &Cluster) -> io::Result<Self> {
         let (alive, all_gone) = mpsc::channel(1);
         let launcher = Self {
@@ -75,17 +75,20 @@ impl Launcher {
                 let spawned = command.spawn().and_then(|child| {
                     let pid = Pid::from_child(&child);
                     let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
-                    lock(&children).push(Child { rank, pidfd });
-                    Ok(child)
+                    lock(&children).push(Child {
+                        rank,
+                        pidfd: pidfd.try_clone()?,
+                    });
+                    Ok((child, pidfd))
                 });
-                let mut child = match spawned {
-                    Ok(child) => child,
+                let (mut child, pidfd) = match spawned {
+                    Ok(spawned) => spawned,
                     Err(error) => return drop(started.send(Err(error))),
                 };
                 let _ = started.send(Ok(()));
-                let end = child
-                    .wait()
-                    .map_or_else(|error| format!("cannot be waited for: {error}"), describe);
+                let stopped = |why| cluster.fail(rank, None, why);
+                let end = child::follow(&mut child, &pidfd, stopped)
+                    .unwrap_or_else(|error| format!("cannot be waited for: {error}"));
                 lock(&children).retain(|child| child.rank != rank);
                 cluster.fail(rank, None, end);
             })?;
@@ -151,14 +154,6 @@ fn worker_command(spec: &LaunchSpec, rank: u32) -> Command {
         .env("PHALANX_JOIN_TOKEN", &spec.join_token)
         .stdin(Stdio::null());
     command
-}
-
-fn describe(status: ExitStatus) -> String {
-    match (status.code(), status.signal()) {
-        (Some(code), _) => format!("its process exited with status {code}"),
-        (_, Some(signal)) => format!("its process was killed by signal {signal}"),
-        _ => "its process ended".into(),
-    }
 }
 
 /// Disjoint, contiguous CPU sets for `ranks` workers, the first ones larger when the division leaves a rest. With fewer

@@ -356,6 +356,13 @@ impl Cluster {
         });
     }
 
+    /// Lets everybody go who waits in the group for a rank that is gone. Why it is gone may take a moment to be known.
+    pub(super) fn release(&self, rank: u32) {
+        if let Some(segment) = &self.lock().group {
+            segment.abort(AbortReason::Lost(Party::Rank(rank)));
+        }
+    }
+
     /// Changes one rank's entry; false if there is no such rank.
     pub(super) fn update_member(&self, rank: u32, change: impl FnOnce(&mut Member)) -> bool {
         let mut found = false;

@@ -36,6 +36,8 @@ impl Deployment {
             max_edits_per_row: self.limits.max_edits_per_row,
             max_logprobs: self.limits.max_logprobs,
             device: self.device.into(),
+            disable_custom_all_reduce: self.blueprint.options.disable_custom_all_reduce,
+            cudagraph_capture_sizes: self.cudagraph_capture_sizes(),
         };
         threads.iter().enumerate().map(assign).collect()
     }

@@ -6,7 +6,7 @@ use std::{
 };
 
 use phalanx_proto::step::{self, CodecError, StepLimits, StepOutput, StepPlan};
-use phalanx_shm::{AbortReason, EnginePort, Party, ShmError};
+use phalanx_shm::{AbortReason, EnginePort, Party, Progress, ShmError};
 
 use crate::{
     cluster::Cluster,
@@ -15,13 +15,16 @@ use crate::{
 
 /// Plans may wait in the ring for so long. The ring has room unless a rank has stopped reading.
 const PUBLISH_LIMIT: Duration = Duration::from_secs(5);
-/// A worker that died is explained by its stream and its exit status within this time.
-const EXPLANATION_LIMIT: Duration = Duration::from_millis(200);
+/// A worker that died is explained by its stream and its exit status within this time, longer than those wait for each
+/// other.
+const EXPLANATION_LIMIT: Duration = Duration::from_millis(600);
 
 pub struct ShmExecutor {
     port: EnginePort,
     cluster: Cluster,
     limits: StepLimits,
+    /// Where ranks on GPUs say why they gave up.
+    progress: Option<Progress>,
 }
 
 /// What filling a slot may end with.
@@ -38,49 +41,52 @@ impl From<ShmError> for PublishError {
 
 impl ShmExecutor {
     /// The engine's end of a group whose ranks have all joined.
-    pub fn new(port: EnginePort, cluster: Cluster, limits: StepLimits) -> Self {
+    pub fn new(port: EnginePort, cluster: Cluster, limits: StepLimits, progress: Option<Progress>) -> Self {
         Self {
             port,
             cluster,
             limits,
+            progress,
         }
+    }
+
+    fn testimony(&self, rank: u32) -> Option<String> {
+        self.progress.as_ref()?.testimony(rank)
     }
 
     /// Turns "the group was aborted" into which rank failed and why.
     fn explain(&self, error: &ShmError) -> ExecutorError {
+        let reason = match error {
+            ShmError::Aborted { reason } => Some(*reason),
+            _ => None,
+        };
+        // Nobody will know better why a rank was given up, whose process may well be alive.
+        if let Some(AbortReason::TimedOut(Party::Rank(rank))) = reason
+            && let Some(said) = self.testimony(rank)
+        {
+            self.cluster.fail(rank, None, said);
+        }
         let give_up = Instant::now() + EXPLANATION_LIMIT;
         loop {
             if let Some(failure) = self.cluster.failure() {
                 return ExecutorError::RankLost {
                     rank: failure.rank,
-                    cause: failure.to_string(),
+                    cause: failure.cause,
                 };
             }
             if self.cluster.is_closing() {
                 return ExecutorError::Closed;
             }
             if Instant::now() > give_up {
-                let Some(rank) = blamed(error) else {
+                let Some(rank) = reason.and_then(AbortReason::rank) else {
                     return ExecutorError::Protocol(error.to_string());
                 };
                 // Its peers say so; nobody else does. The next look finds it.
-                self.cluster.fail(rank, None, error.to_string());
+                let said = self.testimony(rank).unwrap_or_else(|| error.to_string());
+                self.cluster.fail(rank, None, said);
             }
             thread::sleep(Duration::from_millis(5));
         }
-    }
-}
-
-/// The rank that a group was aborted because of.
-fn blamed(error: &ShmError) -> Option<u32> {
-    let ShmError::Aborted { reason } = error else {
-        return None;
-    };
-    match reason {
-        AbortReason::TimedOut(Party::Rank(rank))
-        | AbortReason::Lost(Party::Rank(rank))
-        | AbortReason::OutOfStep(Party::Rank(rank)) => Some(*rank),
-        _ => None,
     }
 }
 
@@ -105,11 +111,12 @@ impl Executor for ShmExecutor {
         {
             Ok(output) => output,
             Err(ShmError::TimedOut { party, .. }) => {
-                if let Party::Rank(rank) = party {
-                    self.cluster
-                        .fail(rank, None, format!("step {step} took longer than {limit:?}"));
-                }
-                return Err(ExecutorError::Deadline { step });
+                let Party::Rank(rank) = party else {
+                    return Err(ExecutorError::Deadline { step });
+                };
+                let cause = format!("step {step} took longer than {limit:?}");
+                self.cluster.fail(rank, None, cause.clone());
+                return Err(ExecutorError::RankLost { rank, cause });
             }
             Err(error) => return Err(self.explain(&error)),
         };
@@ -130,5 +137,73 @@ impl Executor for ShmExecutor {
     fn rebuild(&mut self) -> Result<u32, ExecutorError> {
         self.port.segment().abort(AbortReason::Shutdown);
         Err(ExecutorError::Closed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use phalanx_shm::{GroupShape, RankPort, Segment, Wait};
+
+    use super::*;
+
+    const LIMITS: StepLimits = StepLimits {
+        max_rows: 1,
+        max_tokens: 1,
+        max_blocks_per_row: 1,
+        num_blocks: 1,
+        vocab_size: 1,
+        max_edits_per_row: 0,
+        max_logprobs: 0,
+    };
+
+    /// A group of two ranks that count their collectives, and the executor over it.
+    fn group(directory: &tempfile::TempDir) -> (Arc<Segment>, Cluster, ShmExecutor) {
+        let shape = GroupShape {
+            world_size: 2,
+            epoch: 1,
+            plan_slots: 1,
+            plan_slot_bytes: 64,
+            output_slots: 1,
+            output_slot_bytes: 64,
+            message_bytes: 64,
+            arena_bytes: Progress::bytes(2),
+        };
+        let segment = Arc::new(Segment::create(directory.path(), "test", shape).expect("a segment"));
+        let port = EnginePort::join(Arc::clone(&segment), Wait::PASSIVE).expect("the engine's place");
+        let cluster = Cluster::new(2, "");
+        let progress = port.progress();
+        let executor = ShmExecutor::new(port, cluster.clone(), LIMITS, progress);
+        (segment, cluster, executor)
+    }
+
+    #[test]
+    fn what_a_rank_says_of_another_is_why_the_step_failed() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let (segment, cluster, mut executor) = group(&directory);
+        let port = RankPort::join(Arc::clone(&segment), 0, Wait::PASSIVE, Duration::from_secs(1));
+        let progress = Progress::new(port.expect("a place").arena(), 2).expect("room");
+        progress.testify(0, 1, "never reached all_reduce #7 (layer 3, 64 bytes) within 9s");
+        segment.abort(AbortReason::TimedOut(Party::Rank(1)));
+        let lost = executor.wait(1, Duration::from_secs(1)).unwrap_err();
+        assert_eq!(
+            lost.to_string(),
+            "rank 1 lost: never reached all_reduce #7 (layer 3, 64 bytes) within 9s"
+        );
+        let failure = cluster.failure().expect("recorded");
+        assert_eq!(
+            failure.to_string(),
+            "rank 1 failed while starting: never reached all_reduce #7 (layer 3, 64 bytes) within 9s"
+        );
+    }
+
+    #[test]
+    fn a_step_that_nobody_gives_up_names_the_rank_that_is_behind() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let (_segment, cluster, mut executor) = group(&directory);
+        let lost = executor.wait(1, Duration::from_millis(1)).unwrap_err();
+        assert_eq!(lost.to_string(), "rank 0 lost: step 1 took longer than 1ms");
+        assert_eq!(cluster.failure().map(|failure| failure.rank), Some(0));
     }
 }

@@ -5,6 +5,6 @@ mod nccl;
 mod shm;
 mod solo;
 
-pub use nccl::{NcclCommunicator, NcclGroup};
+pub use nccl::{NcclCommunicator, NcclGroup, StepLayout};
 pub use shm::ShmCommunicator;
 pub use solo::Solo;

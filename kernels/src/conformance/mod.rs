@@ -7,6 +7,7 @@
 mod activations;
 mod attention;
 mod candidates;
+mod graphs;
 mod linear;
 mod random;
 
@@ -19,6 +20,7 @@ pub use candidates::{
     candidates_are_the_best, candidates_do_not_depend_on_the_split, noise_draws_from_the_softmax,
     not_finite_logits_are_reported,
 };
+pub use graphs::graphs_change_no_bit;
 pub use linear::{linear, linear_is_the_same_on_any_rank};
 
 use std::ops::Range;
@@ -79,7 +81,8 @@ macro_rules! conformance_suite {
                 attention_is_of_its_definition attention_is_the_same_however_prompts_are_cut
                 attention_is_the_same_on_any_rank
                 candidates_are_the_best candidates_do_not_depend_on_the_split
-                noise_draws_from_the_softmax not_finite_logits_are_reported);
+                noise_draws_from_the_softmax not_finite_logits_are_reported
+                graphs_change_no_bit);
         }
     };
     (@tests $attributes:tt $make:expr, $tolerances:expr; $($test:ident)*) => {

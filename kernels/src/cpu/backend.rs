@@ -16,8 +16,8 @@ use super::rotary::{self, Rotary};
 use super::simd::Isa;
 use super::{candidates, embedding, silu};
 use crate::{
-    Backend, BatchInput, CandidateRequest, Candidates, Columns, Heads, KvSpec, Linear, Norm, Result, Rope,
-    WeightSource,
+    Backend, BatchInput, CandidateRequest, Candidates, Columns, DecodeShape, Heads, KvSpec, Linear, NoGraphs,
+    Norm, Result, Rope, WeightSource,
 };
 
 /// A rank's threads and memory. One thread drives it; the ops use all of its threads.
@@ -83,6 +83,7 @@ impl Backend for CpuBackend {
     type Vector = CpuVector;
     type KvCache = CpuKvCache;
     type Batch = CpuBatch;
+    type GraphCache = NoGraphs;
 
     fn buffer(&self, rows: usize, width: usize) -> Result<CpuBuffer> {
         CpuBuffer::private(&self.arena, rows, width)
@@ -102,6 +103,10 @@ impl Backend for CpuBackend {
 
     fn batch(&self, input: &BatchInput) -> Result<CpuBatch> {
         CpuBatch::new(input.clone())
+    }
+
+    fn graph_cache(&self, _shape: &DecodeShape) -> Result<Option<NoGraphs>> {
+        Ok(None)
     }
 
     fn write(&self, buffer: &mut CpuBuffer, values: &[f32]) -> Result<()> {

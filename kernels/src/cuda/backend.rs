@@ -14,6 +14,7 @@ use super::buffer::{CudaBuffer, CudaVector};
 use super::compile::{KernelCache, Origin, Variant};
 use super::device::Device;
 use super::error::{driver, unavailable};
+use super::graph::CudaGraphCache;
 use super::kv_cache::{self, CudaKvCache};
 use super::launch::{Arg, Grid, Kernels};
 use super::library::{Library, require};
@@ -22,8 +23,8 @@ use super::weight::CudaWeight;
 use super::{activation, candidates, embedding, linear, norm, rotary};
 use crate::error::check;
 use crate::{
-    Backend, BatchInput, CandidateRequest, Candidates, Columns, Heads, KernelError, KvSpec, Linear, Norm,
-    Result, Rope, WeightSource,
+    Backend, BatchInput, CandidateRequest, Candidates, Columns, DecodeShape, Heads, KernelError, KvSpec,
+    Linear, Norm, Result, Rope, WeightSource,
 };
 
 /// Weights and activations are cut from allocations of so many bytes.
@@ -59,7 +60,7 @@ impl CudaOptions {
 /// A rank's device: context, stream, kernels and memory. One thread drives it.
 pub struct CudaBackend {
     pub(crate) device: Device,
-    kernels: Kernels,
+    kernels: Arc<Kernels>,
     /// The kernels that are specialized for a head size and an element type of the cache.
     kv_kernels: RefCell<HashMap<(usize, &'static str), Arc<Kernels>>>,
     kernel_cache: KernelCache,
@@ -69,6 +70,7 @@ pub struct CudaBackend {
     activations: Arena,
     /// What lives as long as a step.
     step: Arena,
+    pub(super) step_bytes: usize,
     /// Every op may use it from the start: ops follow each other in stream order.
     pub(super) scratch: Region,
     pub(super) staging: Staging,
@@ -93,7 +95,7 @@ impl CudaBackend {
         require(&[Library::Cuda, Library::CublasLt]).map_err(|why| unavailable("opening the device", why))?;
         let device = Device::open(options.ordinal)?;
         let cubins = options.kernel_cache.cubins(&device.arch, Variant::plain())?;
-        let kernels = Kernels::load(&device, cubins)?;
+        let kernels = Arc::new(Kernels::load(&device, cubins)?);
         Ok(Self {
             kernels,
             kv_kernels: RefCell::default(),
@@ -103,6 +105,7 @@ impl CudaBackend {
             kv: Arena::growing("KV cache", SLAB_BYTES),
             activations: Arena::growing("activations", SLAB_BYTES),
             step: Arena::fixed(&device, "a step's input", options.step_bytes)?,
+            step_bytes: options.step_bytes,
             scratch: Arena::fixed(&device, "workspace", options.workspace_bytes)?
                 .alloc(&device, options.workspace_bytes)?,
             staging: Staging::new(&device, options.staging_bytes)?,
@@ -131,6 +134,11 @@ impl CudaBackend {
             .mem_get_info()
             .map_err(|e| driver("memory", e))?;
         Ok(free as u64)
+    }
+
+    /// The kernels that are not specialized, for whoever launches them without the backend.
+    pub(crate) fn plain_kernels(&self) -> Arc<Kernels> {
+        Arc::clone(&self.kernels)
     }
 
     /// Waits until everything that was queued is done.
@@ -169,8 +177,18 @@ impl CudaBackend {
     /// Uploads words that live as long as a step, through pinned memory and in stream order.
     pub(super) fn upload_step(&self, words: &[u32]) -> Result<Region> {
         let region = self.step.alloc(&self.device, size_of_val(words))?;
-        self.staging.upload(&self.device, &region, bytes_of(words))?;
+        self.upload(&region, words)?;
         Ok(region)
+    }
+
+    /// Memory that stays as long as the region.
+    pub(super) fn fixed_region(&self, bytes: usize) -> Result<Region> {
+        self.activations.alloc(&self.device, bytes)
+    }
+
+    /// Writes the words to the start of a region, in stream order.
+    pub(super) fn upload(&self, region: &Region, words: &[u32]) -> Result<()> {
+        self.staging.upload(&self.device, region, bytes_of(words))
     }
 
     /// Copies the first `words` words of a region to the host, and waits for them.
@@ -205,6 +223,7 @@ impl Backend for CudaBackend {
     type Vector = CudaVector;
     type KvCache = CudaKvCache;
     type Batch = CudaBatch;
+    type GraphCache = CudaGraphCache;
 
     fn buffer(&self, rows: usize, width: usize) -> Result<CudaBuffer> {
         let bytes = rows
@@ -239,6 +258,10 @@ impl Backend for CudaBackend {
 
     fn batch(&self, input: &BatchInput) -> Result<CudaBatch> {
         CudaBatch::new(self, input)
+    }
+
+    fn graph_cache(&self, shape: &DecodeShape) -> Result<Option<CudaGraphCache>> {
+        CudaGraphCache::new(self, *shape).map(Some)
     }
 
     fn write(&self, buffer: &mut CudaBuffer, values: &[f32]) -> Result<()> {

@@ -1,12 +1,13 @@
 //! Devices, and the context and stream of the one that a rank uses.
 
+use std::cell::Cell;
 use std::sync::Arc;
 
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 
 use super::error::{driver, unavailable};
 use super::library::{Library, require};
-use crate::Result;
+use crate::{KernelError, Result};
 
 use sys::CUdevice_attribute as Attribute;
 
@@ -84,13 +85,14 @@ fn arch((major, minor): (i32, i32)) -> String {
 }
 
 /// The context of a rank's device and the one stream that all its work is ordered by.
-#[derive(Clone)]
 pub(crate) struct Device {
     pub(crate) context: Arc<CudaContext>,
     pub(crate) stream: Arc<CudaStream>,
     pub(crate) arch: String,
     /// Major number of the compute capability.
     pub(crate) generation: i32,
+    /// Ops are being captured.
+    pub(crate) capturing: Cell<bool>,
 }
 
 impl Device {
@@ -108,14 +110,35 @@ impl Device {
                 stream: context.new_stream()?,
                 arch: arch(capability),
                 generation: capability.0,
+                capturing: Cell::new(false),
                 context,
             })
         };
         open().map_err(|e| driver(OP, e))
     }
 
+    /// An error while ops are captured: `op` does what a graph cannot repeat, or would do with what is stale by then.
+    pub(crate) fn outside_capture(&self, op: &'static str) -> Result<()> {
+        if self.capturing.get() {
+            return Err(KernelError::Capture { op });
+        }
+        Ok(())
+    }
+
+    /// The same device and stream, for whoever launches without the backend.
+    pub(crate) fn same(&self) -> Self {
+        Self {
+            context: Arc::clone(&self.context),
+            stream: Arc::clone(&self.stream),
+            arch: self.arch.clone(),
+            generation: self.generation,
+            capturing: Cell::new(false),
+        }
+    }
+
     /// Waits until the stream has done everything. Not on the path of a forward pass.
     pub(crate) fn synchronize(&self, op: &'static str) -> Result<()> {
+        self.outside_capture(op)?;
         self.stream.synchronize().map_err(|e| driver(op, e))
     }
 }

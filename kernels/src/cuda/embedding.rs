@@ -2,11 +2,13 @@
 
 use std::ops::Range;
 
+use cudarc::driver::result;
 use phalanx_model::TensorFormat;
 
 use super::backend::CudaBackend;
 use super::batch::CudaBatch;
 use super::buffer::CudaBuffer;
+use super::error::driver;
 use super::launch::{
     Arg::{Pointer, U32},
     Grid,
@@ -58,6 +60,9 @@ pub(crate) fn select_rows(
     for &row in rows {
         x.check(OP, row as usize + 1, x.width())?;
     }
+    if let Some(first) = run_start(rows) {
+        return copy_rows(backend, out, x, first..first + rows.len());
+    }
     let chosen = backend.upload_step(rows)?;
     let args = [
         Pointer(out.ptr()),
@@ -68,4 +73,23 @@ pub(crate) fn select_rows(
     // SAFETY: the parameters of `select_rows`; every row is in `x`, and `out` has a row for each. The memory of
     // `chosen` is given out again only in stream order.
     unsafe { backend.launch(OP, Grid::rows(rows.len(), THREADS), &args) }
+}
+
+/// The first of rows that follow each other: all rows of a step, or those of a step of single tokens.
+fn run_start(rows: &[u32]) -> Option<usize> {
+    let first = *rows.first()?;
+    (first..)
+        .zip(rows)
+        .all(|(a, &b)| a == b)
+        .then_some(first as usize)
+}
+
+/// One copy, and nothing is uploaded.
+fn copy_rows(backend: &CudaBackend, out: &CudaBuffer, x: &CudaBuffer, rows: Range<usize>) -> Result<()> {
+    let row_bytes = x.width() * size_of::<f32>();
+    let from = x.ptr() + (rows.start * row_bytes) as u64;
+    let bytes = rows.len() * row_bytes;
+    // SAFETY: `select_rows` has checked that `x` has the rows and `out` as many of the same width.
+    unsafe { result::memcpy_dtod_async(out.ptr(), from, bytes, backend.device.stream.cu_stream()) }
+        .map_err(|e| driver("select_rows", e))
 }

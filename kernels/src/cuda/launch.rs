@@ -21,6 +21,7 @@ pub(crate) enum Arg<'a> {
     U64(u64),
     F32(f32),
     Attention(&'a AttentionInput),
+    Peers(&'a Peers),
 }
 
 impl Arg<'_> {
@@ -30,8 +31,22 @@ impl Arg<'_> {
             Self::U32(value) => std::ptr::from_ref(value).cast_mut().cast(),
             Self::F32(value) => std::ptr::from_ref(value).cast_mut().cast(),
             Self::Attention(value) => std::ptr::from_ref(*value).cast_mut().cast(),
+            Self::Peers(value) => std::ptr::from_ref(*value).cast_mut().cast(),
         }
     }
+}
+
+/// `Peers` of `all_reduce.cu`: addresses of each rank's memory, in rank order.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Peers {
+    pub(crate) staging: [u64; Self::MAX],
+    pub(crate) flags: [u64; Self::MAX],
+}
+
+impl Peers {
+    /// Ranks, at most.
+    pub(crate) const MAX: usize = 8;
 }
 
 /// A grid of blocks.

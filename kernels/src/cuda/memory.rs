@@ -117,6 +117,7 @@ impl Arena {
     /// # Errors
     /// [`KernelError::OutOfMemory`].
     pub(crate) fn alloc(&self, device: &Device, bytes: usize) -> Result<Region> {
+        device.outside_capture(self.what)?;
         let too_large = || KernelError::OutOfMemory {
             what: self.what,
             requested: bytes,
@@ -197,6 +198,10 @@ impl Pinned {
         self.bytes
     }
 
+    pub(crate) fn start(&self) -> *mut u8 {
+        self.start
+    }
+
     fn bytes(&self) -> &[u8] {
         // SAFETY: `start` is valid for `bytes` initialized bytes; the device writes them only inside `download`, which
         // borrows exclusively.
@@ -215,6 +220,7 @@ impl Pinned {
         (source, (offset, len)): (&Region, (usize, usize)),
     ) -> Result<&[u8]> {
         const OP: &str = "download";
+        device.outside_capture(OP)?;
         crate::error::check(
             OP,
             len <= self.bytes && offset.saturating_add(len) <= source.bytes(),
@@ -279,6 +285,7 @@ impl Staging {
         fill: impl FnOnce(&mut [u8]),
     ) -> Result<()> {
         const OP: &str = "upload";
+        device.outside_capture(OP)?;
         crate::error::check(
             OP,
             len <= self.slot_bytes && offset.saturating_add(len) <= target.bytes(),

@@ -3,7 +3,7 @@
 //!
 //! Weights are bf16, whatever their format in the file; activations and sums are f32; the KV cache is what its
 //! [`KvSpec`](crate::KvSpec) says. Everything runs on one stream. The ops between a step's [`Backend::batch`] and its
-//! sampling allocate nothing and wait for nothing, so they can be captured in a graph.
+//! sampling allocate nothing and wait for nothing, so they can be captured in a graph: a decode step is one launch then.
 //!
 //! [`Backend::batch`]: crate::Backend::batch
 
@@ -18,6 +18,8 @@ mod compile;
 mod device;
 mod embedding;
 mod error;
+mod graph;
+mod ipc;
 mod kv_cache;
 mod launch;
 mod library;
@@ -26,14 +28,20 @@ mod memory;
 mod norm;
 mod rotary;
 mod shape;
+mod timing;
 mod units;
 mod weight;
+
+pub(crate) use device::Device;
+pub(crate) use ipc::{HANDLE_BYTES, HostFlag, OpenedMemory, SharedMemory, bus_id, check_peer_access};
+pub(crate) use launch::{Arg, Grid, Kernels, Peers};
 
 pub use backend::{CudaBackend, CudaOptions};
 pub use batch::CudaBatch;
 pub use buffer::{CudaBuffer, CudaVector};
 pub use compile::{KernelCache, Origin, WarmKernel, WarmRequest, warm};
 pub use device::{DeviceInfo, devices};
+pub use graph::CudaGraphCache;
 pub use kv_cache::CudaKvCache;
 pub use library::{CudaUnavailable, Library, available, require};
 pub use weight::CudaWeight;

@@ -4,6 +4,7 @@
 mod attention;
 mod conformance;
 mod features;
+mod graphs;
 mod kernel_cache;
 mod libraries;
 mod memory;

@@ -1,6 +1,6 @@
 //! Devices and contexts: one primary context per device, and nothing else.
 
-use std::cell::Cell;
+use std::{cell::Cell, ffi::CStr};
 
 use libc::{c_char, c_int, c_uint};
 
@@ -97,7 +97,7 @@ extern "C" fn cuDeviceGetName(out: *mut c_char, len: c_int, device: c_int) -> St
 #[unsafe(no_mangle)]
 extern "C" fn cuDeviceGetPCIBusId(out: *mut c_char, len: c_int, device: c_int) -> Status {
     match ordinal(device) {
-        Ok(ordinal) => put_text(out, len, &format!("0000:{:02x}:00.0", ordinal + 1)),
+        Ok(ordinal) => put_text(out, len, &bus_id(ordinal)),
         Err(status) => status,
     }
 }
@@ -114,6 +114,24 @@ extern "C" fn cuDeviceGetUuid_v2(out: Out<'_, [u8; 16]>, device: c_int) -> Statu
 #[unsafe(no_mangle)]
 extern "C" fn cuDeviceGetUuid(out: Out<'_, [u8; 16]>, device: c_int) -> Status {
     cuDeviceGetUuid_v2(out, device)
+}
+
+fn bus_id(ordinal: usize) -> String {
+    format!("0000:{:02x}:00.0", ordinal + 1)
+}
+
+/// Only the form that [`cuDeviceGetPCIBusId`] writes.
+#[unsafe(no_mangle)]
+extern "C" fn cuDeviceGetByPCIBusId(out: Out<'_, c_int>, id: *const c_char) -> Status {
+    if id.is_null() {
+        return INVALID_VALUE;
+    }
+    // SAFETY: not null, and the caller gives a C string.
+    let id = unsafe { CStr::from_ptr(id) }.to_bytes();
+    match (0..settings().devices).find(|ordinal| bus_id(*ordinal).as_bytes() == id) {
+        Some(ordinal) => put(out, ordinal as c_int),
+        None => INVALID_DEVICE,
+    }
 }
 
 #[unsafe(no_mangle)]
@@ -172,7 +190,9 @@ extern "C" fn cuDeviceGetAttribute(out: Out<'_, c_int>, attribute: c_int, device
 #[unsafe(no_mangle)]
 extern "C" fn cuDeviceCanAccessPeer(out: Out<'_, c_int>, device: c_int, peer: c_int) -> Status {
     match ordinal(peer) {
-        Ok(_) => answer(out, device, |_| c_int::from(device != peer)),
+        Ok(_) => answer(out, device, |_| {
+            c_int::from(device != peer && !settings().no_peer_access)
+        }),
         Err(status) => status,
     }
 }

@@ -19,8 +19,8 @@ use crate::{
     handles::lock,
     settings::{MAX_DEVICES, log, settings},
     status::{
-        CAPTURE_UNSUPPORTED, ILLEGAL_ADDRESS, INVALID_CONTEXT, INVALID_VALUE, OUT_OF_MEMORY, Out, SUCCESS,
-        Status, put, put_result,
+        CAPTURE_UNSUPPORTED, ILLEGAL_ADDRESS, INVALID_CONTEXT, INVALID_VALUE, OUT_OF_MEMORY, Out,
+        PEER_ACCESS_UNSUPPORTED, SUCCESS, Status, put, put_result,
     },
     stream,
 };
@@ -389,6 +389,9 @@ extern "C" fn cuIpcGetMemHandle(out: Out<'_, IpcHandle>, address: usize) -> Stat
 }
 
 fn import(handle: &IpcHandle) -> Result<usize, Status> {
+    if settings().no_peer_access {
+        return Err(PEER_ACCESS_UNSUPPORTED);
+    }
     // As with the driver, a process cannot open its own memory.
     if handle.magic != IPC_MAGIC || handle.process == u64::from(std::process::id()) {
         return Err(INVALID_VALUE);

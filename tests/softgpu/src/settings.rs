@@ -32,6 +32,8 @@ impl Env {
     /// Set: a lost peer of a communicator is reported as `ncclRemoteError`; otherwise the collective hangs, as with
     /// NCCL on one host.
     pub const NCCL_DETECT: &'static str = "SOFTGPU_NCCL_DETECT";
+    /// Set: no device reaches the memory of another, also not that of another process.
+    pub const NO_PEER_ACCESS: &'static str = "SOFTGPU_NO_PEER_ACCESS";
     /// Seconds that the ranks of a communicator wait for each other (60).
     pub const NCCL_INIT_TIMEOUT: &'static str = "SOFTGPU_NCCL_INIT_TIMEOUT";
 }
@@ -54,6 +56,7 @@ pub(crate) struct Settings {
     pub(crate) keep: bool,
     pub(crate) quiet: bool,
     pub(crate) nccl_detect: bool,
+    pub(crate) no_peer_access: bool,
     pub(crate) nccl_init_timeout_s: u64,
 }
 
@@ -93,6 +96,7 @@ impl Settings {
             keep: set(Env::KEEP),
             quiet: set(Env::QUIET),
             nccl_detect: set(Env::NCCL_DETECT),
+            no_peer_access: set(Env::NO_PEER_ACCESS),
             nccl_init_timeout_s: number(Env::NCCL_INIT_TIMEOUT, 60),
         }
     }

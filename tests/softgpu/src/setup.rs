@@ -22,6 +22,9 @@ const NAMES: [&str; 7] = [
     "libcuda.so",
 ];
 
+/// Set: tests are for the GPUs of this machine.
+const REAL_GPU: &str = "PHALANX_REAL_GPU";
+
 /// A private directory in which every library's name is a link to the soft GPU; removed when dropped.
 #[derive(Debug)]
 pub struct LibraryDir {
@@ -81,11 +84,16 @@ impl LibraryDir {
         Ok(command)
     }
 
-    /// The value for `LD_LIBRARY_PATH`: this directory before what is there already.
+    /// The value for `LD_LIBRARY_PATH`: this directory before what is there already; without it if `PHALANX_REAL_GPU` is
+    /// set, so that the same tests run on this machine's own GPUs.
     #[must_use]
     pub fn library_path(&self) -> OsString {
+        let inherited = env::var_os("LD_LIBRARY_PATH").filter(|inherited| !inherited.is_empty());
+        if env::var_os(REAL_GPU).is_some() {
+            return inherited.unwrap_or_default();
+        }
         let mut value = self.path.clone().into_os_string();
-        if let Some(inherited) = env::var_os("LD_LIBRARY_PATH").filter(|inherited| !inherited.is_empty()) {
+        if let Some(inherited) = inherited {
             value.push(":");
             value.push(inherited);
         }

@@ -15,6 +15,7 @@ pub(crate) const INVALID_DEVICE: Status = 101;
 pub(crate) const INVALID_IMAGE: Status = 200;
 pub(crate) const INVALID_CONTEXT: Status = 201;
 pub(crate) const NO_BINARY_FOR_GPU: Status = 209;
+pub(crate) const PEER_ACCESS_UNSUPPORTED: Status = 217;
 pub(crate) const INVALID_PTX: Status = 218;
 pub(crate) const FILE_NOT_FOUND: Status = 301;
 pub(crate) const INVALID_HANDLE: Status = 400;
@@ -41,6 +42,7 @@ pub(crate) fn name(status: Status) -> &'static CStr {
         INVALID_IMAGE => c"CUDA_ERROR_INVALID_IMAGE",
         INVALID_CONTEXT => c"CUDA_ERROR_INVALID_CONTEXT",
         NO_BINARY_FOR_GPU => c"CUDA_ERROR_NO_BINARY_FOR_GPU",
+        PEER_ACCESS_UNSUPPORTED => c"CUDA_ERROR_PEER_ACCESS_UNSUPPORTED",
         INVALID_PTX => c"CUDA_ERROR_INVALID_PTX",
         FILE_NOT_FOUND => c"CUDA_ERROR_FILE_NOT_FOUND",
         INVALID_HANDLE => c"CUDA_ERROR_INVALID_HANDLE",

@@ -37,6 +37,7 @@ impl<B: Backend> VocabParallelEmbedding<B> {
         out: &mut B::Buffer,
         owners: &[u32],
     ) -> Result<()> {
+        step.comm.start_rows(out, step.rows)?;
         step.backend
             .embedding(out, &self.table, self.vocab(), step.batch)?;
         step.comm.all_gather(out, step.rows, GatherLayout::Rows(owners))

@@ -15,6 +15,18 @@ use std::ops::Range;
 use phalanx_kernels::Backend;
 use phalanx_model::TensorParallelStyle;
 
+/// Of a [`VocabParallelEmbedding`].
+pub(crate) const EMBEDDING_COLLECTIVES: usize = 1;
+
+/// Of a decoder layer, whose attention and MLP each end in a [`RowParallelLinear`].
+pub(crate) const fn collectives_per_layer(style: TensorParallelStyle) -> usize {
+    2 * match style {
+        TensorParallelStyle::Reduce => 1,
+        // The input is gathered, too.
+        TensorParallelStyle::Gather => 2,
+    }
+}
+
 /// One forward pass as a layer sees it: the device, the peers and the batch.
 pub struct Step<'a, B: Backend, C> {
     pub backend: &'a B,

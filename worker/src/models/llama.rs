@@ -53,6 +53,22 @@ impl<B: Backend> RmsNorm<B> {
 }
 
 impl<B: Backend> LlamaForCausalLm<B> {
+    /// [`Self::forward`], then [`Self::compute_logits`] of the rows `sampled`. On a GPU all of it is queued, and nothing
+    /// waits, so it can be captured.
+    pub fn step<C: Communicator<B>>(
+        &mut self,
+        step: &mut Step<'_, B, C>,
+        ws: &mut Workspace<B>,
+        owners: &[u32],
+        sampled: &[u32],
+    ) -> Result<()> {
+        self.forward(step, ws, owners)?;
+        if sampled.is_empty() {
+            return Ok(());
+        }
+        self.compute_logits(step.backend, ws, sampled)
+    }
+
     /// Computes the step's tokens: their K and V go to the cache, the final hidden states to `ws.normed`.
     /// `owners` names the rank that embeds each row.
     pub fn forward<C: Communicator<B>>(

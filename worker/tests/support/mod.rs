@@ -108,6 +108,8 @@ pub(crate) fn assign(path: &Path, rank: usize, options: &TensorParallelOptions) 
         max_edits_per_row: 1024,
         max_logprobs: 20,
         device: v1::DeviceKind::Cpu.into(),
+        disable_custom_all_reduce: false,
+        cudagraph_capture_sizes: Vec::new(),
     }
 }
 

@@ -3,12 +3,14 @@
 //! cudarc's safe wrapper cannot be used here: its communicators block while they are set up, cannot be asked for errors,
 //! and cannot be aborted while somebody waits for them.
 
-use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use cudarc::nccl::result::{self, NcclError, NcclStatus};
 use cudarc::nccl::sys;
 
+use crate::cuda::HostFlag;
 use crate::{KernelError, Result};
 
 /// Between two looks at a call that NCCL has not finished.
@@ -27,14 +29,19 @@ unsafe impl Send for RawComm {}
 
 enum State {
     Live(RawComm),
-    /// Freed; why.
-    Aborted(String),
+    /// Why, and who frees it.
+    Aborted {
+        reason: String,
+        ending: Option<JoinHandle<()>>,
+    },
 }
 
 /// A communicator that one thread works with and another may abort. It never blocks: calls that take longer are asked
 /// for until they are done.
 pub(super) struct Handle {
     state: Mutex<State>,
+    /// Ends kernels of our own that wait for a peer, of which NCCL does not know.
+    given_up: Option<Arc<HostFlag>>,
 }
 
 /// Who is in it.
@@ -80,7 +87,13 @@ impl Handle {
         }
         Ok(Self {
             state: Mutex::new(State::Live(RawComm(comm))),
+            given_up: None,
         })
+    }
+
+    /// The flag is set whenever the communicator is aborted.
+    pub(super) fn give_up_with(&mut self, flag: Arc<HostFlag>) {
+        self.given_up = Some(flag);
     }
 
     /// Makes a call, or several in a group, on the communicator, and waits until NCCL has taken it; not until it is done
@@ -95,7 +108,7 @@ impl Handle {
     ) -> Result<()> {
         let status = match &*self.lock() {
             State::Live(comm) => call(comm.0),
-            State::Aborted(reason) => return Err(KernelError::Collective(reason.clone())),
+            State::Aborted { reason, .. } => return Err(KernelError::Collective(reason.clone())),
         };
         match status {
             Ok(NcclStatus::InProgress) => self.settle(|| Ok(())),
@@ -115,7 +128,7 @@ impl Handle {
                 Poll::InProgress => go_on()?,
                 Poll::Failed(reason) | Poll::Aborted(reason) => return Err(KernelError::Collective(reason)),
             }
-            std::thread::sleep(PAUSE);
+            thread::sleep(PAUSE);
         }
     }
 
@@ -124,7 +137,7 @@ impl Handle {
         let state = self.lock();
         let comm = match &*state {
             State::Live(comm) => comm.0,
-            State::Aborted(reason) => return Poll::Aborted(reason.clone()),
+            State::Aborted { reason, .. } => return Poll::Aborted(reason.clone()),
         };
         let mut status = sys::ncclResult_t::ncclSuccess;
         // SAFETY: the communicator is live while the lock is held, and `status` outlives the call.
@@ -142,23 +155,33 @@ impl Handle {
     pub(super) fn aborted(&self) -> Option<String> {
         match &*self.lock() {
             State::Live(_) => None,
-            State::Aborted(reason) => Some(reason.clone()),
+            State::Aborted { reason, .. } => Some(reason.clone()),
         }
     }
 
-    /// Ends what runs on the device and frees the communicator. The first reason is what every later call is told.
+    /// Ends what runs on the device, and frees the communicator when the last graph of its collectives is gone. The first
+    /// reason is what every later call is told.
     pub(super) fn abort(&self, reason: &str) {
+        self.give_up();
         self.lock().abort(reason);
     }
 
     /// As [`abort`](Self::abort); false if another thread is inside a call.
     pub(super) fn try_abort(&self, reason: &str) -> bool {
+        self.give_up();
         match self.state.try_lock() {
             Ok(mut state) => state.abort(reason),
             Err(TryLockError::Poisoned(state)) => state.into_inner().abort(reason),
             Err(TryLockError::WouldBlock) => return false,
         }
         true
+    }
+
+    /// First: whoever holds the lock may be waiting for such a kernel.
+    fn give_up(&self) {
+        if let Some(flag) = &self.given_up {
+            flag.set();
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -169,19 +192,42 @@ impl Handle {
 
 impl State {
     fn abort(&mut self, reason: &str) {
-        if let Self::Live(RawComm(comm)) = *self {
-            *self = Self::Aborted(reason.to_owned());
-            // SAFETY: the state has just given up the pointer, so this is its last use. A failure leaves nothing that
-            // could be done about it.
-            let _ = unsafe { result::comm_abort(comm) };
-        }
+        let Self::Live(RawComm(comm)) = *self else {
+            return;
+        };
+        let comm = RawComm(comm);
+        // A thread of its own: NCCL waits here for the end of the graphs, and whoever called may be who drops them.
+        let thread = thread::Builder::new()
+            .name("nccl-abort".to_owned())
+            .spawn(move || comm.abort());
+        *self = Self::Aborted {
+            reason: reason.to_owned(),
+            // Without a thread the communicator stays as it is, and what waits for it on the device ends the process.
+            ending: thread.ok(),
+        };
+    }
+}
+
+impl RawComm {
+    fn abort(self) {
+        // SAFETY: the state has given up the pointer, so this is its last use. A failure leaves nothing that could be done
+        // about it.
+        let _ = unsafe { result::comm_abort(self.0) };
     }
 }
 
 impl Drop for Handle {
     fn drop(&mut self) {
+        self.give_up();
         // Not `ncclCommDestroy`, which waits for peers that may be gone.
-        self.abort("the group is closed");
+        let mut state = self.lock();
+        state.abort("the group is closed");
+        if let State::Aborted { ending, .. } = &mut *state
+            && let Some(ending) = ending.take()
+        {
+            // Memory of collectives is freed after this. It has not panicked: that would have ended the process.
+            let _ = ending.join();
+        }
     }
 }
 

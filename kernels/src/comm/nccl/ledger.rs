@@ -7,13 +7,32 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::time::{Duration, Instant};
 
-use phalanx_shm::Progress;
+use phalanx_shm::{AbortReason, Progress};
 
 /// A peer that is further behind than this is named without the collective's own name. A step has fewer.
 const REMEMBERED: usize = 1024;
 
 /// A live rank's watchdog beats many times in this.
 const SILENCE: Duration = Duration::from_millis(500);
+
+/// Which collectives make a step, as all ranks start them: for telling where in the model one belongs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StepLayout {
+    /// Before the first layer, for the embedding.
+    pub before_layers: usize,
+    pub per_layer: usize,
+    pub layers: usize,
+}
+
+impl StepLayout {
+    /// The layer, from 0, of a step's collective, from 0; none if it belongs to no layer.
+    fn layer(self, index: usize) -> Option<usize> {
+        let layer = index
+            .checked_sub(self.before_layers)?
+            .checked_div(self.per_layer)?;
+        (layer < self.layers).then_some(layer)
+    }
+}
 
 /// A collective by name and size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,13 +41,23 @@ pub(super) struct Operation {
     pub(super) bytes: usize,
 }
 
+/// A collective of a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Entry {
+    operation: Operation,
+    layer: Option<usize>,
+}
+
 pub(super) struct Ledger {
     progress: Progress,
     rank: u32,
+    layout: StepLayout,
+    /// Collectives of the current step so far.
+    in_step: usize,
     /// How many this rank has started; the first is number 1.
     started: u64,
     /// The last of them, oldest first.
-    recent: VecDeque<Operation>,
+    recent: VecDeque<Entry>,
     /// Every rank's last known beat, and since when it has not changed.
     beats: Vec<(u64, Instant)>,
 }
@@ -39,7 +68,7 @@ pub(super) struct Stall {
     /// Who is waited for, if that can be seen.
     pub(super) culprit: Option<Culprit>,
     pub(super) number: u64,
-    pub(super) operation: Option<Operation>,
+    entry: Option<Entry>,
 }
 
 /// A rank that keeps the others waiting.
@@ -60,10 +89,12 @@ impl Culprit {
 }
 
 impl Ledger {
-    pub(super) fn new(progress: Progress, rank: u32) -> Self {
+    pub(super) fn new(progress: Progress, rank: u32, layout: StepLayout) -> Self {
         Self {
             progress,
             rank,
+            layout,
+            in_step: 0,
             started: 0,
             recent: VecDeque::with_capacity(REMEMBERED),
             beats: Vec::new(),
@@ -74,12 +105,21 @@ impl Ledger {
         self.rank
     }
 
+    /// The next collective is the first of a step.
+    pub(super) fn begin_step(&mut self) {
+        self.in_step = 0;
+    }
+
     /// Tells everybody that this rank starts `operation`.
     pub(super) fn start(&mut self, operation: Operation) {
         if self.recent.len() == REMEMBERED {
             self.recent.pop_front();
         }
-        self.recent.push_back(operation);
+        self.recent.push_back(Entry {
+            operation,
+            layer: self.layout.layer(self.in_step),
+        });
+        self.in_step += 1;
         self.started += 1;
         self.progress.set(self.rank, self.started);
     }
@@ -115,21 +155,97 @@ impl Ledger {
         Stall {
             culprit,
             number,
-            operation: place.and_then(|place| self.recent.get(place).copied()),
+            entry: place.and_then(|place| self.recent.get(place).copied()),
         }
+    }
+
+    /// Leaves a word about the rank `about` for everybody who sees the group aborted.
+    pub(super) fn testify(&self, about: u32, text: &str) {
+        self.progress.testify(self.rank, about, text);
+    }
+
+    /// What some rank has said about the rank that a group was aborted because of.
+    pub(super) fn testimony(&self, reason: AbortReason) -> Option<String> {
+        let rank = reason.rank()?;
+        Some(format!("it {}", self.progress.testimony(rank)?))
+    }
+}
+
+impl Stall {
+    /// As what is known about one rank, which is its subject: the culprit, or the rank that noticed.
+    pub(super) fn predicate(&self) -> String {
+        match self.culprit {
+            Some(Culprit::Behind(_)) => format!("never reached {}", self.collective()),
+            Some(Culprit::Silent(_)) => format!("does not move and never finished {}", self.collective()),
+            None => format!(
+                "noticed that all ranks started, and none finished, {}",
+                self.collective()
+            ),
+        }
+    }
+
+    /// `all_reduce #8231 (layer 17, 33554432 bytes)`.
+    fn collective(&self) -> String {
+        let Some(Entry { operation, layer }) = self.entry else {
+            return format!("collective #{}", self.number);
+        };
+        let Operation { name, bytes } = operation;
+        let layer = layer.map(|layer| format!("layer {layer}, ")).unwrap_or_default();
+        format!("{name} #{} ({layer}{bytes} bytes)", self.number)
     }
 }
 
 impl fmt::Display for Stall {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.culprit {
-            Some(Culprit::Behind(rank)) => write!(f, "rank {rank} never reached ")?,
-            Some(Culprit::Silent(rank)) => write!(f, "rank {rank} does not move and never finished ")?,
-            None => f.write_str("all ranks started, and none finished, ")?,
+            Some(culprit) => write!(f, "rank {} {}", culprit.rank(), self.predicate()),
+            None => write!(f, "all ranks started, and none finished, {}", self.collective()),
         }
-        match self.operation {
-            Some(Operation { name, bytes }) => write!(f, "{name} #{} ({bytes} bytes)", self.number),
-            None => write!(f, "collective #{}", self.number),
-        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_steps_collectives_belong_to_layers() {
+        let layout = StepLayout {
+            before_layers: 1,
+            per_layer: 2,
+            layers: 2,
+        };
+        let layers: Vec<_> = (0..6).map(|index| layout.layer(index)).collect();
+        assert_eq!(layers, [None, Some(0), Some(0), Some(1), Some(1), None]);
+    }
+
+    #[test]
+    fn a_stall_names_rank_collective_and_layer() {
+        let entry = |layer| {
+            Some(Entry {
+                operation: Operation {
+                    name: "all_reduce",
+                    bytes: 64,
+                },
+                layer,
+            })
+        };
+        let stall = |culprit, entry| Stall {
+            culprit,
+            number: 8231,
+            entry,
+        };
+        assert_eq!(
+            stall(Some(Culprit::Behind(3)), entry(Some(17))).to_string(),
+            "rank 3 never reached all_reduce #8231 (layer 17, 64 bytes)"
+        );
+        assert_eq!(
+            stall(Some(Culprit::Silent(1)), entry(None)).to_string(),
+            "rank 1 does not move and never finished all_reduce #8231 (64 bytes)"
+        );
+        assert_eq!(
+            stall(None, None).to_string(),
+            "all ranks started, and none finished, collective #8231"
+        );
     }
 }

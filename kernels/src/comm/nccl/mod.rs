@@ -5,6 +5,7 @@
 
 mod handle;
 mod ledger;
+mod one_shot;
 mod watchdog;
 
 use std::cell::RefCell;
@@ -20,9 +21,11 @@ use phalanx_shm::{AbortReason, Party, Progress, RankPort, Segment};
 
 use crate::cuda::{CudaBackend, CudaBuffer, Library, require};
 use crate::error::check;
-use crate::{Backend, Communicator, GatherLayout, KernelError, Result};
+use crate::{Backend, CapturedCollectives, Communicator, GatherLayout, KernelError, Result};
 use handle::{Clique, Handle, InitDeadline};
+pub use ledger::StepLayout;
 use ledger::{Ledger, Operation};
+use one_shot::{OneShot, Unavailable};
 use watchdog::Watchdog;
 
 use super::layout::check_layout;
@@ -43,6 +46,9 @@ pub struct NcclGroup<'a> {
     pub style: TensorParallelStyle,
     /// From the first collective of a step to its end.
     pub step_timeout: Duration,
+    pub step_layout: StepLayout,
+    /// Sums short messages without NCCL where all devices reach each other's memory. The same on all ranks.
+    pub custom_all_reduce: bool,
 }
 
 /// Collectives of one rank with its own GPU. A rank that is alone needs no NCCL.
@@ -53,8 +59,12 @@ pub struct NcclCommunicator {
     world_size: usize,
     stream: Arc<CudaStream>,
     style: TensorParallelStyle,
+    /// While a graph is captured, what has been put into it.
+    capture: RefCell<Option<CapturedCollectives>>,
     /// None for a rank that is alone. Before `staging`: memory can be freed only after the collectives on it have ended.
     watchdog: Option<Watchdog>,
+    /// For short sums. Behind `watchdog`, which ends what waits in its kernels.
+    one_shot: Result<OneShot, Unavailable>,
     /// The ranks' columns one after another, each part dense; as large as the largest buffer.
     staging: Option<CudaBuffer>,
 }
@@ -87,21 +97,40 @@ impl NcclCommunicator {
             world_size,
             stream: Arc::clone(&backend.device.stream),
             style: group.style,
+            capture: RefCell::default(),
             watchdog: None,
+            one_shot: Err("it is turned off".to_owned()),
             staging: None,
         };
         if world_size > 1 {
             let progress = Progress::new(arena, world_size as u32);
             let progress =
                 progress.ok_or_else(|| shape("join", "no room for the ranks' progress".to_owned()))?;
-            let handle = comm.connect(group.unique_id)?;
-            let ledger = Ledger::new(progress, rank as u32);
+            let mut handle = comm.connect(group.unique_id)?;
+            if group.custom_all_reduce {
+                comm.one_shot = OneShot::join(backend, &mut comm.port.borrow_mut())?;
+            }
+            if let Ok(one_shot) = &comm.one_shot {
+                handle.give_up_with(one_shot.given_up());
+            }
+            let ledger = Ledger::new(progress, rank as u32, group.step_layout);
             let segment = Arc::clone(&comm.segment);
             // Earlier than the coordinator, which knows less about why a step does not end.
             let limit = group.step_timeout * 9 / 10;
             comm.watchdog = Some(Watchdog::start(handle, ledger, segment, limit)?);
         }
         Ok(comm)
+    }
+
+    /// The bytes up to which sums do without NCCL, or why none do.
+    ///
+    /// # Errors
+    /// In words: it was turned off, or which rank's device does not reach which memory.
+    pub fn one_shot_limit(&self) -> Result<usize, &str> {
+        match &self.one_shot {
+            Ok(one_shot) => Ok(one_shot.limit_bytes()),
+            Err(reason) => Err(reason),
+        }
     }
 
     fn connect(&self, unique_id: &[u8]) -> Result<Handle> {
@@ -217,7 +246,13 @@ impl NcclCommunicator {
             bytes: count * VALUE,
         };
         let stream: sys::cudaStream_t = self.stream.cu_stream().cast();
-        watchdog.call(operation, |comm| call(comm, stream))
+        match &mut *self.capture.borrow_mut() {
+            Some(captured) => {
+                captured.0.push((name, operation.bytes));
+                watchdog.capture(operation, |comm| call(comm, stream))
+            }
+            None => watchdog.call(operation, |comm| call(comm, stream)),
+        }
     }
 
     fn bind(&self) -> Result<()> {
@@ -283,27 +318,18 @@ impl NcclCommunicator {
         Ok(())
     }
 
-    /// Rows have one writer each: where the others' are zero, the sum is the gathered buffer. Once a step, for the
-    /// embedding; sending each run of rows from its writer would be a call per run.
-    fn gather_rows(&mut self, buffer: &mut CudaBuffer, rows: usize, writers: &[u32]) -> Result<()> {
-        let row_bytes = buffer.width() * VALUE;
-        let mut start = 0;
-        for run in writers.chunk_by(|a, b| (*a as usize == self.rank) == (*b as usize == self.rank)) {
-            if run[0] as usize != self.rank {
-                let at = buffer.ptr() + (start * row_bytes) as u64;
-                // SAFETY: the rows lie within the buffer: `check_layout` has compared their number with `rows`.
-                let zeroed = unsafe {
-                    driver_result::memset_d8_async(at, 0, run.len() * row_bytes, self.stream.cu_stream())
-                };
-                zeroed.map_err(|error| device("all_gather", error))?;
-            }
-            start += run.len();
-        }
-        self.sum("all_gather", buffer, rows)
-    }
-
     fn sum(&mut self, name: &'static str, buffer: &mut CudaBuffer, rows: usize) -> Result<()> {
         let (at, count) = (pointer(buffer.ptr()), rows * buffer.width());
+        if let (Some(watchdog), Ok(one_shot)) = (&self.watchdog, &self.one_shot)
+            && one_shot.takes(count)
+        {
+            let bytes = count * VALUE;
+            match &mut *self.capture.borrow_mut() {
+                Some(captured) => captured.0.push((name, bytes)),
+                None => watchdog.launch([Operation { name, bytes }])?,
+            }
+            return one_shot.enqueue(buffer, count);
+        }
         // SAFETY: as in `reduce_scatter`; NCCL allows the sum to replace its own term.
         self.enqueue(name, count, |comm, stream| unsafe {
             result::all_reduce(at, at, count, FLOAT, SUM, comm, stream)
@@ -411,13 +437,28 @@ impl Communicator<CudaBackend> for NcclCommunicator {
         backend.buffer(rows, width)
     }
 
+    fn start_rows(&mut self, buffer: &mut CudaBuffer, rows: usize) -> Result<()> {
+        const OP: &str = "start_rows";
+        buffer.check(OP, rows, buffer.width())?;
+        if self.watchdog.is_none() {
+            return Ok(());
+        }
+        self.bind()?;
+        let bytes = rows * buffer.width() * VALUE;
+        // SAFETY: the buffer has as many rows, checked above.
+        unsafe { driver_result::memset_d8_async(buffer.ptr(), 0, bytes, self.stream.cu_stream()) }
+            .map_err(|error| device(OP, error))
+    }
+
     fn all_gather(&mut self, buffer: &mut CudaBuffer, rows: usize, layout: GatherLayout<'_>) -> Result<()> {
         buffer.check("all_gather", rows, buffer.width())?;
         check_layout(layout, self.world_size, rows, buffer.width())?;
         match layout {
             _ if self.watchdog.is_none() => Ok(()),
             GatherLayout::Columns(ranges) => self.gather_columns(buffer, rows, ranges),
-            GatherLayout::Rows(writers) => self.gather_rows(buffer, rows, writers),
+            // Rows have one writer each, and the others' are zero: the sum is the gathered buffer. Once a step, for the
+            // embedding; sending each run of rows from its writer would be a call per run, and another graph per step.
+            GatherLayout::Rows(_) => self.sum("all_gather", buffer, rows),
         }
     }
 
@@ -437,6 +478,21 @@ impl Communicator<CudaBackend> for NcclCommunicator {
         // The watchdog knows better why the group has ended.
         let aborted = || self.watchdog.as_ref().and_then(Watchdog::aborted);
         exchanged.map_err(|error| KernelError::Collective(aborted().unwrap_or_else(|| error.to_string())))
+    }
+
+    fn begin_capture(&mut self) {
+        self.capture = RefCell::new(Some(CapturedCollectives::default()));
+    }
+
+    fn end_capture(&mut self) -> CapturedCollectives {
+        self.capture.take().unwrap_or_default()
+    }
+
+    fn replay(&mut self, captured: &CapturedCollectives) -> Result<()> {
+        let operations = captured.0.iter().map(|&(name, bytes)| Operation { name, bytes });
+        self.watchdog
+            .as_ref()
+            .map_or(Ok(()), |watchdog| watchdog.launch(operations))
     }
 
     fn abort(&self) {

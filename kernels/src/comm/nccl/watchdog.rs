@@ -105,6 +105,18 @@ impl Watchdog {
         call: impl FnOnce(sys::ncclComm_t) -> Result<NcclStatus, NcclError>,
     ) -> Result<()> {
         self.begin(operation);
+        self.capture(operation, call)
+    }
+
+    /// As [`call`](Self::call) while a graph is captured: the operation starts when the graph is launched.
+    ///
+    /// # Errors
+    /// As [`call`](Self::call).
+    pub(super) fn capture(
+        &self,
+        operation: Operation,
+        call: impl FnOnce(sys::ncclComm_t) -> Result<NcclStatus, NcclError>,
+    ) -> Result<()> {
         let handle = &self.shared.handle;
         handle
             .call(operation.name, call)
@@ -118,13 +130,26 @@ impl Watchdog {
             })
     }
 
+    /// The operations of a graph start, which begins a step if none is under way.
+    ///
+    /// # Errors
+    /// [`KernelError::Collective`] if the group is over: a graph does not ask.
+    pub(super) fn launch(&self, operations: impl IntoIterator<Item = Operation>) -> Result<()> {
+        for operation in operations {
+            self.begin(operation);
+        }
+        self.aborted()
+            .map_or(Ok(()), |reason| Err(KernelError::Collective(reason)))
+    }
+
     fn begin(&self, operation: Operation) {
         let mut watch = self.shared.lock();
-        watch.ledger.start(operation);
         let before = watch.state;
         if !matches!(before, State::Step(_)) {
+            watch.ledger.begin_step();
             watch.state = State::Step(Instant::now());
         }
+        watch.ledger.start(operation);
         drop(watch);
         if before == State::Resting {
             self.shared.wake.notify_one();
@@ -209,7 +234,7 @@ impl Shared {
     /// An error is the reason to abort.
     fn look(&self, since: Instant) -> Result<(), String> {
         if let Some(reason) = self.segment.abort_reason() {
-            return Err(aborted(reason));
+            return Err(self.aborted(reason));
         }
         match self.handle.poll() {
             Poll::Settled | Poll::InProgress => {}
@@ -220,12 +245,12 @@ impl Shared {
         if since.elapsed() < self.limit {
             return Ok(());
         }
-        let (stall, own) = {
-            let watch = self.lock();
-            (watch.ledger.stall(), watch.ledger.rank())
-        };
+        let watch = self.lock();
+        let (stall, own) = (watch.ledger.stall(), watch.ledger.rank());
         // Somebody must be named, and this rank's own device is as good as any.
         let blamed = stall.culprit.map_or(own, Culprit::rank);
+        let said = format!("{} within {:?}", stall.predicate(), self.limit);
+        watch.ledger.testify(blamed, &said);
         self.segment.abort(AbortReason::TimedOut(Party::Rank(blamed)));
         Err(format!("{stall} within {:?}", self.limit))
     }
@@ -233,13 +258,25 @@ impl Shared {
     /// NCCL has given up: nobody else's collectives will end either. A rank that is behind is a suspicion and no more.
     fn failed(&self, error: impl Display) -> String {
         if let Some(reason) = self.segment.abort_reason() {
-            return aborted(reason);
+            return self.aborted(reason);
         }
         let watch = self.lock();
+        let said = format!("{error}; {}", watch.ledger.stall());
+        watch
+            .ledger
+            .testify(watch.ledger.rank(), &format!("reports: {said}"));
         // Unless a process has ended, of which the coordinator hears by itself, it is this rank that cannot go on.
         self.segment
             .abort(AbortReason::Lost(Party::Rank(watch.ledger.rank())));
-        format!("{error}; {}", watch.ledger.stall())
+        said
+    }
+
+    /// The group was aborted elsewhere.
+    fn aborted(&self, reason: AbortReason) -> String {
+        match self.lock().ledger.testimony(reason) {
+            Some(said) => format!("the group was aborted: {reason}: {said}"),
+            None => format!("the group was aborted: {reason}"),
+        }
     }
 
     /// Aborts the communicator. The rank's thread may be inside a call that waits for room in the device's queue, which
@@ -257,8 +294,4 @@ impl Shared {
     fn lock(&self) -> MutexGuard<'_, Watch> {
         self.watch.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-fn aborted(reason: AbortReason) -> String {
-    format!("the group was aborted: {reason}")
 }
