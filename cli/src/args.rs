@@ -143,6 +143,9 @@ pub(crate) enum KvCacheDtype {
     F32,
     F16,
     Bf16,
+    /// 8-bit floats with no scale: half the bytes of f16, 3 bits of mantissa.
+    #[value(name = "fp8", alias = "fp8_e4m3")]
+    Fp8,
 }
 
 /// What only a running coordinator needs.

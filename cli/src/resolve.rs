@@ -57,6 +57,7 @@ impl From<KvCacheDtype> for KvDtype {
             KvCacheDtype::Auto | KvCacheDtype::F16 => Self::F16,
             KvCacheDtype::F32 => Self::F32,
             KvCacheDtype::Bf16 => Self::BF16,
+            KvCacheDtype::Fp8 => Self::E4M3,
         }
     }
 }

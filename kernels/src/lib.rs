@@ -12,6 +12,7 @@ pub mod comm;
 pub mod conformance;
 pub mod cpu;
 pub mod cuda;
+mod e4m3;
 pub mod error;
 mod noise;
 pub mod philox;
@@ -23,6 +24,7 @@ pub use batch::BatchInput;
 pub use candidates::{
     Candidate, CandidateRequest, Candidates, ChunkStatistics, LogitEdit, Noise, VOCAB_CHUNK,
 };
+pub use e4m3::E4m3;
 pub use error::KernelError;
 
 pub type Result<T, E = KernelError> = std::result::Result<T, E>;

@@ -146,6 +146,8 @@ pub enum KvDtype {
     F32,
     F16,
     BF16,
+    /// 8-bit floats of the OCP specification, with no infinity and no scale.
+    E4M3,
 }
 
 impl fmt::Display for KvDtype {
@@ -159,6 +161,7 @@ impl KvDtype {
         match self {
             Self::F32 => 4,
             Self::F16 | Self::BF16 => 2,
+            Self::E4M3 => 1,
         }
     }
 }

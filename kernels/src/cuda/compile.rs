@@ -26,6 +26,9 @@ const MAX_CUBIN_BYTES: u64 = 256 << 20;
 
 const OPTIONS: [&str; 3] = ["--std=c++17", "--extra-device-vectorization", "-lineinfo"];
 
+/// E4M3 in `enum Format` of phx.cuh: no number of GGUF's, which has no such type.
+const E4M3_FORMAT: u32 = 256;
+
 /// Where machine code is looked for before it is compiled, and kept afterwards.
 #[derive(Clone, Debug, Default)]
 pub struct KernelCache {
@@ -61,9 +64,10 @@ impl Variant {
     /// The units that are specialized for a KV cache.
     pub(crate) fn of_kv(head_dim: usize, dtype: KvDtype) -> Vec<Self> {
         let format = match dtype {
-            KvDtype::F32 => TensorFormat::F32,
-            KvDtype::F16 => TensorFormat::F16,
-            KvDtype::BF16 => TensorFormat::BF16,
+            KvDtype::F32 => TensorFormat::F32.gguf_type(),
+            KvDtype::F16 => TensorFormat::F16.gguf_type(),
+            KvDtype::BF16 => TensorFormat::BF16.gguf_type(),
+            KvDtype::E4M3 => E4M3_FORMAT,
         };
         let head_dim = u32::try_from(head_dim).unwrap_or(u32::MAX);
         UNITS
@@ -71,7 +75,7 @@ impl Variant {
             .filter(|unit| unit.parameters == ["HEAD_DIM", "KV_FORMAT"])
             .map(|unit| Self {
                 unit,
-                values: vec![head_dim, format.gguf_type()],
+                values: vec![head_dim, format],
             })
             .collect()
     }
