@@ -9,11 +9,13 @@ use std::{
 use sha2::{Digest, Sha256};
 
 use crate::{
-    LayerTensor, ModelConfig, RowSplitBlocks, TensorFormat, TensorFormats, TensorRole,
+    LayerTensor, ModelConfig, Quantization, RowSplitBlocks, TensorFormat, TensorFormats, TensorRole,
     config::ConfigError,
     gguf::{Gguf, GgufError, gguf_type_name},
     safetensors::{SafeTensorsDirectory, SafeTensorsError},
 };
+
+const CONFIG_FILE: &str = "config.json";
 
 /// Why a model cannot be opened.
 #[derive(Debug, thiserror::Error)]
@@ -76,7 +78,10 @@ pub struct Checkpoint<B> {
 #[derive(Debug)]
 enum Source<B> {
     Gguf(Gguf<B>),
-    SafeTensors(SafeTensorsDirectory<B>),
+    SafeTensors {
+        directory: SafeTensorsDirectory<B>,
+        quantization: Option<Quantization>,
+    },
 }
 
 impl<B: AsRef<[u8]>> Checkpoint<B> {
@@ -121,11 +126,16 @@ impl<B: AsRef<[u8]>> Checkpoint<B> {
         path: &Path,
         map: &mut dyn FnMut(&Path) -> Result<B, CheckpointError>,
     ) -> Result<Self, CheckpointError> {
-        let config_path = path.join("config.json");
+        let config_path = path.join(CONFIG_FILE);
         let json = map(&config_path)?;
         let config =
             ModelConfig::from_config_json(json.as_ref()).map_err(|source| CheckpointError::Config {
                 path: config_path,
+                source,
+            })?;
+        let quantization =
+            Quantization::from_config_json(json.as_ref()).map_err(|source| CheckpointError::Config {
+                path: path.join(CONFIG_FILE),
                 source,
             })?;
         let directory = SafeTensorsDirectory::open(path, map)?;
@@ -134,7 +144,11 @@ impl<B: AsRef<[u8]>> Checkpoint<B> {
         for (map, &header) in directory.maps.iter().zip(&directory.header_bytes) {
             fingerprint.file(&map.as_ref()[..header], map.as_ref().len());
         }
-        Self::assemble(path, config, Source::SafeTensors(directory), fingerprint)
+        let source = Source::SafeTensors {
+            directory,
+            quantization,
+        };
+        Self::assemble(path, config, source, fingerprint)
     }
 
     fn assemble(
@@ -181,6 +195,14 @@ impl<B: AsRef<[u8]>> Checkpoint<B> {
         &self.config
     }
 
+    /// What a directory's `config.json` says of quantization. None for GGUF files, whose tensors say it themselves.
+    pub fn quantization(&self) -> Option<&Quantization> {
+        match &self.source {
+            Source::Gguf(_) => None,
+            Source::SafeTensors { quantization, .. } => quantization.as_ref(),
+        }
+    }
+
     /// None if the model has no such tensor. With tied embeddings `LmHead` is the token embedding.
     pub fn tensor(&self, role: TensorRole) -> Option<&TensorInfo> {
         match role {
@@ -209,7 +231,7 @@ impl<B: AsRef<[u8]>> Checkpoint<B> {
     pub fn gguf(&self) -> Option<&Gguf<B>> {
         match &self.source {
             Source::Gguf(gguf) => Some(gguf),
-            Source::SafeTensors(_) => None,
+            Source::SafeTensors { .. } => None,
         }
     }
 
@@ -217,7 +239,7 @@ impl<B: AsRef<[u8]>> Checkpoint<B> {
     pub fn maps(&self) -> &[B] {
         match &self.source {
             Source::Gguf(gguf) => std::slice::from_ref(gguf.bytes()),
-            Source::SafeTensors(directory) => &directory.maps,
+            Source::SafeTensors { directory, .. } => &directory.maps,
         }
     }
 
@@ -298,7 +320,7 @@ impl<B: AsRef<[u8]>> Source<B> {
     fn name(&self, role: TensorRole) -> String {
         match self {
             Self::Gguf(_) => role.gguf_name(),
-            Self::SafeTensors(_) => role.hugging_face_name(),
+            Self::SafeTensors { .. } => role.hugging_face_name(),
         }
     }
 
@@ -330,7 +352,7 @@ impl<B: AsRef<[u8]>> Source<B> {
                     name,
                 })
             }
-            Self::SafeTensors(directory) => {
+            Self::SafeTensors { directory, .. } => {
                 let tensor = directory.tensors.get(&name)?;
                 let format = tensor.format().ok_or_else(|| format!("{:?}", tensor.dtype));
                 let (file, offset, bytes) = (tensor.file, tensor.offset, tensor.bytes);

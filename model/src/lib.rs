@@ -7,6 +7,7 @@ pub mod config;
 pub mod format;
 pub mod gguf;
 pub mod memory;
+pub mod quantization;
 pub mod role;
 pub mod safetensors;
 pub mod shard;
@@ -15,6 +16,7 @@ pub use checkpoint::{Checkpoint, CheckpointError, TensorInfo};
 pub use config::{ConfigError, ModelConfig, RopeConfig, RopeLayout, RopeScaling};
 pub use format::{KvDtype, TensorFormat};
 pub use memory::{MemoryBudget, MemoryError, MemoryPlan, MemoryRequest, RankBudget};
+pub use quantization::Quantization;
 pub use role::{LayerTensor, TensorFormats, TensorRole};
 pub use shard::{
     RankShard, RowSplitBlocks, Shard, ShardError, ShardPlan, TensorParallelOptions, TensorParallelStyle,

@@ -29,10 +29,7 @@ impl ModelConfig {
             ));
         }
         let object = serde_json::from_slice(json).map_err(|error| ConfigError::Json(error.to_string()))?;
-        let fields = Fields {
-            object: &object,
-            prefix: "",
-        };
+        let fields = Fields::new(&object);
         let architecture = fields
             .str("model_type")?
             .ok_or_else(|| ConfigError::missing("model_type"))?;
@@ -79,13 +76,23 @@ impl ModelConfig {
 }
 
 /// A JSON object with typed access; null counts as absent.
-struct Fields<'a> {
+pub(crate) struct Fields<'a> {
     object: &'a Map<String, Value>,
+    /// Of the object's own name, in errors.
     prefix: &'static str,
 }
 
 impl<'a> Fields<'a> {
-    fn name(&self, key: &str) -> String {
+    /// Of a whole file.
+    pub(crate) fn new(object: &'a Map<String, Value>) -> Self {
+        Self { object, prefix: "" }
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.object.is_empty()
+    }
+
+    pub(crate) fn name(&self, key: &str) -> String {
         format!("{}{key}", self.prefix)
     }
 
@@ -108,7 +115,11 @@ impl<'a> Fields<'a> {
         }
     }
 
-    fn size(&self, key: &str) -> Result<Option<usize>> {
+    pub(crate) fn integer(&self, key: &str) -> Result<Option<i64>> {
+        self.typed(key, "an integer", Value::as_i64)
+    }
+
+    pub(crate) fn size(&self, key: &str) -> Result<Option<usize>> {
         self.typed(key, "a non-negative integer", |value| value.as_u64().map(size))
     }
 
@@ -128,15 +139,15 @@ impl<'a> Fields<'a> {
             .ok_or_else(|| ConfigError::missing(self.name(key)))
     }
 
-    fn bool(&self, key: &str) -> Result<Option<bool>> {
+    pub(crate) fn bool(&self, key: &str) -> Result<Option<bool>> {
         self.typed(key, "true or false", Value::as_bool)
     }
 
-    fn str(&self, key: &str) -> Result<Option<&'a str>> {
+    pub(crate) fn str(&self, key: &str) -> Result<Option<&'a str>> {
         self.typed(key, "a string", Value::as_str)
     }
 
-    fn object(&self, key: &'static str, prefix: &'static str) -> Result<Option<Fields<'a>>> {
+    pub(crate) fn object(&self, key: &'static str, prefix: &'static str) -> Result<Option<Fields<'a>>> {
         let object = self.typed(key, "an object", Value::as_object)?;
         Ok(object.map(|object| Fields { object, prefix }))
     }
@@ -147,15 +158,6 @@ impl<'a> Fields<'a> {
             return Err(ConfigError::unsupported(
                 "hidden_act",
                 format!("{activation:?}"),
-                reason,
-            ));
-        }
-        if let Some(quantization) = self.object("quantization_config", "quantization_config.")? {
-            let method = quantization.str("quant_method")?.unwrap_or("set");
-            let reason = "quantized safetensors are not supported; use a GGUF file";
-            return Err(ConfigError::unsupported(
-                "quantization_config",
-                format!("{method:?}"),
                 reason,
             ));
         }
