@@ -2,7 +2,7 @@
 // [num_blocks][num_kv_heads][block_size][KV_STRIDE] of KV_FORMAT elements. KV_STRIDE is HEAD_DIM rounded up to 8, so that
 // every row is 16-byte aligned, and 8-byte aligned in E4M3; the padding holds zeros. E4M3 has no scale.
 //
-// Parameters: HEAD_DIM; KV_FORMAT, one of F32 (0), F16 (1), BF16 (30), E4M3 (256).
+// Parameters: HEAD_DIM; KV_FORMAT, one of F32 (0), F16 (1), BF16 (30), E4M3 (257).
 #pragma once
 #include "phx.cuh"
 

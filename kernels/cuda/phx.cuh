@@ -39,7 +39,7 @@ enum Format : u32 {
   Q5_K = 13,
   Q6_K = 14,
   BF16 = 30,
-  E4M3 = 256,  // not in ggml
+  E4M3 = 257,  // not in ggml
 };
 
 #define NEGATIVE_INFINITY __uint_as_float(0xff800000u)

@@ -14,6 +14,7 @@ pub mod cpu;
 pub mod cuda;
 mod e4m3;
 pub mod error;
+mod fp8;
 mod noise;
 pub mod philox;
 
@@ -26,5 +27,6 @@ pub use candidates::{
 };
 pub use e4m3::E4m3;
 pub use error::KernelError;
+pub use fp8::Fp8Matrix;
 
 pub type Result<T, E = KernelError> = std::result::Result<T, E>;

@@ -1,6 +1,7 @@
-//! E4M3 against its definition, over all codes and what lies between them.
+//! E4M3 against its definition, over all codes and what lies between them, and matrices of it.
 
-use phalanx_kernels::E4m3;
+use phalanx_kernels::{E4m3, Fp8Matrix, WeightSource};
+use phalanx_model::TensorFormat;
 use proptest::prelude::*;
 
 /// The value of a code, from the specification's formula.
@@ -71,6 +72,41 @@ fn what_is_too_large_becomes_the_largest() {
     assert_eq!(round(-f32::NAN), 0x7f);
     assert_eq!(round(-0.0), 0x80);
     assert_eq!(round(f32::from_bits(1)), 0, "a float's smallest number");
+}
+
+#[test]
+fn online_quantization_brings_each_row_to_the_full_range() {
+    let values: Vec<f32> = (0..24)
+        .map(|i| (i as f32 - 5.5) * 10f32.powi(i / 8 - 9))
+        .collect();
+    let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+    let matrix = Fp8Matrix::quantize(&WeightSource {
+        format: TensorFormat::F32,
+        rows: 3,
+        cols: 8,
+        data: &bytes,
+        row_stride: 32,
+        row_scales: None,
+    })
+    .unwrap();
+    let quantized = matrix.source();
+    let scales = quantized.row_scales.unwrap();
+    for (row, values) in values.chunks(8).enumerate() {
+        let largest = values.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+        assert_eq!(scales[row], largest / E4m3::MAX);
+        let codes = &quantized.data[row * 8..][..8];
+        assert!(
+            codes.iter().any(|&code| code & 0x7f == 0x7e),
+            "the largest is 448"
+        );
+        for (&code, value) in codes.iter().zip(values) {
+            let found = E4m3::from_bits(code).to_f32() * scales[row];
+            assert!(
+                (found - value).abs() <= value.abs() / 16.0 + scales[row] / 1024.0,
+                "{found} for {value}"
+            );
+        }
+    }
 }
 
 proptest! {

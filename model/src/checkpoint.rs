@@ -302,7 +302,7 @@ impl Found {
             format => {
                 let names = TensorFormat::ALL
                     .into_iter()
-                    .filter(|&format| allowed(format))
+                    .filter(|&format| format.is_gguf() && allowed(format))
                     .map(|f| f.to_string());
                 let expected = format!("one of {}", names.collect::<Vec<_>>().join(", "));
                 let found = format.map_or_else(|unknown| unknown, |format| format.to_string());

@@ -17,10 +17,12 @@ pub enum TensorFormat {
     Q4_K,
     Q5_K,
     Q6_K,
+    /// Not of GGUF: 8-bit floats (OCP, E4M3), and one f32 scale for each row, which lies elsewhere.
+    F8_E4M3,
 }
 
 impl TensorFormat {
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::F32,
         Self::F16,
         Self::BF16,
@@ -32,12 +34,13 @@ impl TensorFormat {
         Self::Q4_K,
         Self::Q5_K,
         Self::Q6_K,
+        Self::F8_E4M3,
     ];
 
     /// Elements of one block: a row's length must be a multiple of it.
     pub const fn block_len(self) -> usize {
         match self {
-            Self::F32 | Self::F16 | Self::BF16 => 1,
+            Self::F32 | Self::F16 | Self::BF16 | Self::F8_E4M3 => 1,
             Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 | Self::Q8_0 => 32,
             Self::Q4_K | Self::Q5_K | Self::Q6_K => 256,
         }
@@ -48,6 +51,7 @@ impl TensorFormat {
         match self {
             Self::F32 => 4,
             Self::F16 | Self::BF16 => 2,
+            Self::F8_E4M3 => 1,
             Self::Q4_0 => 18,
             Self::Q4_1 => 20,
             Self::Q5_0 => 22,
@@ -59,7 +63,7 @@ impl TensorFormat {
         }
     }
 
-    /// GGUF's number for the format (`enum ggml_type`).
+    /// GGUF's number for the format (`enum ggml_type`); of a format that is not of GGUF one that GGUF does not use.
     pub const fn gguf_type(self) -> u32 {
         match self {
             Self::F32 => 0,
@@ -73,12 +77,19 @@ impl TensorFormat {
             Self::Q5_K => 13,
             Self::Q6_K => 14,
             Self::BF16 => 30,
+            Self::F8_E4M3 => E4M3_TYPE,
         }
     }
 
     /// The format of a GGUF type number, if it is one we hold.
     pub fn from_gguf_type(id: u32) -> Option<Self> {
-        Self::ALL.into_iter().find(|format| format.gguf_type() == id)
+        let mut formats = Self::ALL.into_iter().filter(|format| format.is_gguf());
+        formats.find(|format| format.gguf_type() == id)
+    }
+
+    /// Whether tensors of GGUF files may have it.
+    pub const fn is_gguf(self) -> bool {
+        !matches!(self, Self::F8_E4M3)
     }
 
     /// Whether elements are plain floats, readable one by one.
@@ -105,13 +116,14 @@ impl TensorFormat {
 
     /// Bytes of a `[rows, cols]` matrix as the CPU backend holds it: the file's blocks regrouped into tiles of
     /// [`TILE_ROWS`] rows, with an odd number of 32-element blocks padded to an even one, and the sub-block scales of the
-    /// K formats unpacked to whole bytes. None if `cols` cuts a block or the product overflows. The memory plan counts
-    /// with this function and the kernels assert it.
+    /// K formats unpacked to whole bytes. F8_E4M3 becomes BF16 there, its scales multiplied in. None if `cols` cuts a
+    /// block or the product overflows. The memory plan counts with this function and the kernels assert it.
     pub const fn resident_bytes(self, rows: usize, cols: usize) -> Option<usize> {
         let block_bytes = match self {
             Self::Q4_K => 148,
             Self::Q5_K => 180,
             Self::Q6_K => 212,
+            Self::F8_E4M3 => Self::BF16.block_bytes(),
             _ => self.block_bytes(),
         };
         if !cols.is_multiple_of(self.block_len()) {
@@ -136,6 +148,9 @@ impl fmt::Display for TensorFormat {
         fmt::Debug::fmt(self, f)
     }
 }
+
+/// The number of [`TensorFormat::F8_E4M3`] in `enum Format` of the CUDA sources.
+const E4M3_TYPE: u32 = 257;
 
 /// Rows that the CPU backend's matrix kernels work on at a time.
 pub const TILE_ROWS: usize = 8;

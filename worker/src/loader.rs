@@ -372,6 +372,7 @@ impl<'a, B: Backend> Loader<'a, B> {
                     cols: slice.cols.len(),
                     data,
                     row_stride,
+                    row_scales: None,
                 },
                 file: info.file,
                 span: offset..offset.checked_add(len)?,

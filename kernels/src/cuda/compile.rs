@@ -26,9 +26,6 @@ const MAX_CUBIN_BYTES: u64 = 256 << 20;
 
 const OPTIONS: [&str; 3] = ["--std=c++17", "--extra-device-vectorization", "-lineinfo"];
 
-/// E4M3 in `enum Format` of phx.cuh: no number of GGUF's, which has no such type.
-const E4M3_FORMAT: u32 = 256;
-
 /// Where machine code is looked for before it is compiled, and kept afterwards.
 #[derive(Clone, Debug, Default)]
 pub struct KernelCache {
@@ -67,7 +64,7 @@ impl Variant {
             KvDtype::F32 => TensorFormat::F32.gguf_type(),
             KvDtype::F16 => TensorFormat::F16.gguf_type(),
             KvDtype::BF16 => TensorFormat::BF16.gguf_type(),
-            KvDtype::E4M3 => E4M3_FORMAT,
+            KvDtype::E4M3 => TensorFormat::F8_E4M3.gguf_type(),
         };
         let head_dim = u32::try_from(head_dim).unwrap_or(u32::MAX);
         UNITS

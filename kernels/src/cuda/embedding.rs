@@ -33,7 +33,7 @@ pub(crate) fn embedding(
     })?;
     let args = [
         Pointer(out.ptr()),
-        Pointer(table.ptr()),
+        Pointer(table.bf16(OP)?),
         // Only packed formats have scales.
         Pointer(0),
         U32(TensorFormat::BF16.gguf_type()),

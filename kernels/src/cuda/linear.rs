@@ -1,7 +1,7 @@
 //! The linear layer: the input is rounded to bf16 once, the product is cublasLt's.
 
 use super::backend::CudaBackend;
-use super::blas::Product;
+use super::blas::{Operands, Product};
 use super::buffer::CudaBuffer;
 use super::launch::{
     Arg::{Pointer, U32},
@@ -31,6 +31,9 @@ pub(crate) fn linear(
     if weight.rows() == 0 {
         return Ok(());
     }
+    if let Some(weight) = weight.fp8() {
+        return weight.product(backend, out, (x, rows), bias);
+    }
     // The scratch memory is all there is: more rows than it holds are done in parts.
     let per_part = backend.scratch.bytes() / (weight.ld() * BF16_BYTES).max(1);
     check(OP, per_part > 0, || {
@@ -52,11 +55,12 @@ pub(crate) fn linear(
         // SAFETY: the parameters of `convert_f32_to_bf16`; `x` has the rows, and the scratch memory space for `count`.
         unsafe { backend.launch("convert_f32_to_bf16", Grid::rows(count, 256), &args)? };
         let product = Product {
+            operands: Operands::Bf16,
             m: count,
             n: weight.rows(),
             k: weight.cols(),
             x: backend.scratch.ptr(),
-            weight: weight.ptr(),
+            weight: weight.bf16(OP)?,
             ld: weight.ld(),
             out: out.buffer.column(out.start) + (start * out.buffer.width() * size_of::<f32>()) as u64,
             out_ld: out.buffer.width(),

@@ -1,6 +1,9 @@
-//! Weight matrices: bf16 in device memory, whatever their format in the file.
+//! Weight matrices: bf16 in device memory, whatever their format in the file, but for E4M3 on devices that multiply it.
+
+use phalanx_model::TensorFormat;
 
 use super::backend::CudaBackend;
+use super::fp8::{self, Fp8Weight};
 use super::launch::{
     Arg::{Pointer, U32, U64},
     Grid,
@@ -17,9 +20,14 @@ pub(crate) const BF16_BYTES: usize = 2;
 
 /// A matrix `[rows = outputs, cols = inputs]` in device memory.
 pub struct CudaWeight {
-    region: Region,
+    storage: Storage,
     rows: usize,
     cols: usize,
+}
+
+enum Storage {
+    Bf16(Region),
+    Fp8(Fp8Weight),
 }
 
 /// Elements from one row of bf16 to the next.
@@ -47,17 +55,22 @@ impl CudaWeight {
                 requested: usize::MAX,
                 free: 0,
             })?;
-        let weight = Self {
-            region: backend.weights.alloc(&backend.device, bytes)?,
-            rows,
-            cols,
-        };
+        if is_fp8(parts) && fp8::is_native(&backend.device) {
+            let storage = Storage::Fp8(Fp8Weight::load(backend, parts)?);
+            return Ok(Self { storage, rows, cols });
+        }
+        let region = backend.weights.alloc(&backend.device, bytes)?;
         let mut first = 0;
         for part in parts {
-            weight.convert(backend, part, first)?;
+            let out = region.ptr() + (first * padded(cols) * BF16_BYTES) as u64;
+            match part.format {
+                TensorFormat::F8_E4M3 => fp8::dequantize(backend, part, out, padded(cols))?,
+                _ => convert(backend, part, out)?,
+            }
             first += part.rows;
         }
-        Ok(weight)
+        let storage = Storage::Bf16(region);
+        Ok(Self { storage, rows, cols })
     }
 
     /// Outputs.
@@ -75,48 +88,72 @@ impl CudaWeight {
         padded(self.cols)
     }
 
-    pub(crate) fn ptr(&self) -> u64 {
-        self.region.ptr()
+    /// The matrix of bf16.
+    ///
+    /// # Errors
+    /// [`KernelError::Shape`] if it is of E4M3, which only [`linear`](super::linear) reads.
+    pub(crate) fn bf16(&self, op: &'static str) -> Result<u64> {
+        match &self.storage {
+            Storage::Bf16(region) => Ok(region.ptr()),
+            Storage::Fp8(_) => Err(KernelError::Shape {
+                op,
+                message: "a matrix of E4M3".to_owned(),
+            }),
+        }
+    }
+
+    pub(crate) fn fp8(&self) -> Option<&Fp8Weight> {
+        match &self.storage {
+            Storage::Bf16(_) => None,
+            Storage::Fp8(weight) => Some(weight),
+        }
     }
 
     pub(crate) fn bytes(&self) -> usize {
-        self.region.bytes()
-    }
-
-    /// Writes the rows of `part` from row `first` on.
-    fn convert(&self, backend: &CudaBackend, part: &WeightSource<'_>, first: usize) -> Result<()> {
-        let row_bytes = row_bytes(part)?;
-        let most = backend.staging.slot_bytes().min(backend.scratch.bytes());
-        let per_chunk = most / row_bytes.max(1);
-        check(OP, per_chunk > 0, || {
-            format!("rows of {row_bytes} bytes; at most {most} can be loaded")
-        })?;
-        for start in (0..part.rows).step_by(per_chunk) {
-            let count = per_chunk.min(part.rows - start);
-            let range = (0, count * row_bytes);
-            backend
-                .staging
-                .upload_with(&backend.device, (&backend.scratch, range), |slot| {
-                    for (row, bytes) in slot.chunks_exact_mut(row_bytes.max(1)).enumerate() {
-                        let at = (start + row) * part.row_stride;
-                        bytes.copy_from_slice(&part.data[at..at + row_bytes]);
-                    }
-                })?;
-            let out = self.ptr() + ((first + start) * self.ld() * BF16_BYTES) as u64;
-            let args = [
-                Pointer(out),
-                U32(u32_of(OP, self.ld())?),
-                Pointer(backend.scratch.ptr()),
-                U64(row_bytes as u64),
-                U32(part.format.gguf_type()),
-                U32(u32_of(OP, self.cols)?),
-            ];
-            // SAFETY: the parameters of `dequantize_rows`; the scratch memory holds `count` rows of the file, and the
-            // matrix has as many from `out` on.
-            unsafe { backend.launch("dequantize_rows", Grid::rows(count, 256), &args)? };
+        match &self.storage {
+            Storage::Bf16(region) => region.bytes(),
+            Storage::Fp8(weight) => weight.bytes(),
         }
-        Ok(())
     }
+}
+
+/// Mixed parts become bf16.
+fn is_fp8(parts: &[WeightSource<'_>]) -> bool {
+    !parts.is_empty() && parts.iter().all(|part| part.format == TensorFormat::F8_E4M3)
+}
+
+/// Writes the rows of `part` from address `out` on, as bf16.
+fn convert(backend: &CudaBackend, part: &WeightSource<'_>, out: u64) -> Result<()> {
+    let (row_bytes, ld) = (row_bytes(part)?, padded(part.cols));
+    let most = backend.staging.slot_bytes().min(backend.scratch.bytes());
+    let per_chunk = most / row_bytes.max(1);
+    check(OP, per_chunk > 0, || {
+        format!("rows of {row_bytes} bytes; at most {most} can be loaded")
+    })?;
+    for start in (0..part.rows).step_by(per_chunk) {
+        let count = per_chunk.min(part.rows - start);
+        let range = (0, count * row_bytes);
+        backend
+            .staging
+            .upload_with(&backend.device, (&backend.scratch, range), |slot| {
+                for (row, bytes) in slot.chunks_exact_mut(row_bytes.max(1)).enumerate() {
+                    let at = (start + row) * part.row_stride;
+                    bytes.copy_from_slice(&part.data[at..at + row_bytes]);
+                }
+            })?;
+        let args = [
+            Pointer(out + (start * ld * BF16_BYTES) as u64),
+            U32(u32_of(OP, ld)?),
+            Pointer(backend.scratch.ptr()),
+            U64(row_bytes as u64),
+            U32(part.format.gguf_type()),
+            U32(u32_of(OP, part.cols)?),
+        ];
+        // SAFETY: the parameters of `dequantize_rows`; the scratch memory holds `count` rows of the file, and the
+        // caller has as many from `out` on.
+        unsafe { backend.launch("dequantize_rows", Grid::rows(count, 256), &args)? };
+    }
+    Ok(())
 }
 
 fn row_bytes(part: &WeightSource<'_>) -> Result<usize> {
@@ -132,6 +169,7 @@ fn check_source(part: &WeightSource<'_>, cols: usize) -> Result<()> {
     check(OP, part.cols == cols, || {
         format!("{} columns beside {cols}", part.cols)
     })?;
+    part.check_scales(OP)?;
     let row_bytes = row_bytes(part)?;
     let end = match part.rows {
         0 => Some(0),
