@@ -166,11 +166,22 @@ struct Loader<'a, B: Backend> {
 /// This rank's part of a tensor.
 struct Cut<'a> {
     source: WeightSource<'a>,
+    /// Of its rows, in E4M3.
+    scales: Option<Vec<f32>>,
     /// Where it lies.
     file: usize,
     span: Range<usize>,
     /// Bytes that are read.
     bytes: u64,
+}
+
+impl Cut<'_> {
+    fn source(&self) -> WeightSource<'_> {
+        WeightSource {
+            row_scales: self.scales.as_deref(),
+            ..self.source
+        }
+    }
 }
 
 impl<'a, B: Backend> Loader<'a, B> {
@@ -314,7 +325,7 @@ impl<'a, B: Backend> Loader<'a, B> {
             .iter()
             .map(|&role| self.cut(role))
             .collect::<Result<Vec<_>>>()?;
-        let sources: Vec<WeightSource<'_>> = cuts.iter().map(|cut| cut.source).collect();
+        let sources: Vec<WeightSource<'_>> = cuts.iter().map(Cut::source).collect();
         let weight = self.backend.weight(&sources)?;
         self.weight_bytes += self.backend.weight_bytes(&weight) as u64;
         cuts.iter().for_each(|cut| self.finish(cut));
@@ -351,6 +362,7 @@ impl<'a, B: Backend> Loader<'a, B> {
         let slice = plan
             .slice(config, *rank, role)
             .ok_or(LoadError::Missing { role })?;
+        let scales = checkpoint.row_scales(role)?;
         let cut = || {
             let row_stride = info.format.row_bytes(info.cols)?;
             let before = info.format.row_bytes(slice.cols.start)?;
@@ -373,6 +385,10 @@ impl<'a, B: Backend> Loader<'a, B> {
                     data,
                     row_stride,
                     row_scales: None,
+                },
+                scales: match scales {
+                    Some(scales) => Some(scales.get(slice.rows.clone())?.to_vec()),
+                    None => None,
                 },
                 file: info.file,
                 span: offset..offset.checked_add(len)?,

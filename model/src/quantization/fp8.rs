@@ -18,9 +18,11 @@ impl Fields<'_> {
         }
         match self.str("activation_scheme")?.unwrap_or("dynamic") {
             "dynamic" | "static" => Ok(()),
-            other => {
-                Err(self.refused("activation_scheme", format!("{other:?}"), "supported: dynamic, static"))
-            }
+            other => Err(self.refused(
+                "activation_scheme",
+                format!("{other:?}"),
+                "supported: dynamic, static",
+            )),
         }
     }
 
