@@ -14,9 +14,9 @@ use phalanx_coordinator::{
     },
     engine::SchedulingPolicy,
 };
-use phalanx_model::{KvDtype, TensorParallelStyle};
+use phalanx_model::{KvDtype, QuantizationMethod, TensorParallelStyle};
 
-use crate::args::{Device, EngineArgs, KvCacheDtype, ModelArgs, Policy, Style};
+use crate::args::{Device, EngineArgs, KvCacheDtype, ModelArgs, Policy, QuantizationName, Style};
 
 pub(crate) fn model(args: &ModelArgs) -> anyhow::Result<ModelOptions> {
     let Some(path) = args.model_tag.clone().or_else(|| args.model.clone()) else {
@@ -47,6 +47,11 @@ pub(crate) fn model(args: &ModelArgs) -> anyhow::Result<ModelOptions> {
         block_size: args.block_size,
         kv_cache,
         kv_dtype: args.kv_cache_dtype.into(),
+        quantization: args.quantization.map(|name| match name {
+            QuantizationName::Awq => QuantizationMethod::Awq,
+            QuantizationName::Gptq => QuantizationMethod::Gptq,
+            QuantizationName::Fp8 => QuantizationMethod::Fp8,
+        }),
         gpu_memory_utilization: args.gpu_memory_utilization,
     })
 }

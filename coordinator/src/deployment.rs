@@ -74,7 +74,11 @@ impl Proposal {
     /// # Errors
     /// A model that is damaged or not supported, or a length it does not have.
     pub fn open(options: ModelOptions) -> Result<Self, DeploymentError> {
-        let checkpoint = Arc::new(Checkpoint::open(&options.path, MappedFile::open)?);
+        let checkpoint = Checkpoint::open(&options.path, MappedFile::open)?;
+        let checkpoint = Arc::new(match options.quantization {
+            Some(method) => checkpoint.quantized(method)?,
+            None => checkpoint,
+        });
         let max_model_len = max_model_len(&options, checkpoint.config().max_position_embeddings)?;
         Ok(Self {
             checkpoint,

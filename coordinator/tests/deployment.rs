@@ -27,6 +27,7 @@ fn options(tensor_parallel_size: usize) -> ModelOptions {
         block_size: 16,
         kv_cache: KvCacheSize::Auto,
         kv_dtype: KvDtype::F16,
+        quantization: None,
         gpu_memory_utilization: 0.75,
     }
 }

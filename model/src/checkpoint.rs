@@ -12,7 +12,8 @@ use sha2::{Digest, Sha256};
 
 use self::scale::{ScaleInfo, may_have_scales};
 use crate::{
-    LayerTensor, ModelConfig, Quantization, RowSplitBlocks, TensorFormat, TensorFormats, TensorRole,
+    LayerTensor, ModelConfig, Quantization, QuantizationMethod, RowSplitBlocks, TensorFormat, TensorFormats,
+    TensorRole,
     config::ConfigError,
     gguf::{Gguf, GgufError, gguf_type_name},
     safetensors::{SafeTensorsDirectory, SafeTensorsError},
@@ -47,6 +48,11 @@ pub enum CheckpointError {
         expected: Vec<usize>,
         found: Vec<usize>,
     },
+    #[error("quantization {asked} was asked for, but the checkpoint {found}", asked = asked.name())]
+    Quantization {
+        asked: QuantizationMethod,
+        found: String,
+    },
     #[error("tensor `{tensor}` is {found}; expected {expected}")]
     Format {
         tensor: String,
@@ -77,6 +83,8 @@ pub struct Checkpoint<B> {
     tensors: BTreeMap<TensorRole, TensorInfo>,
     /// Of the matrices of E4M3.
     scales: BTreeMap<TensorRole, ScaleInfo>,
+    /// Matrices of layers become E4M3 when they are loaded.
+    fp8_online: bool,
     fingerprint: [u8; 32],
 }
 
@@ -192,8 +200,49 @@ impl<B: AsRef<[u8]>> Checkpoint<B> {
             source,
             tensors,
             scales,
+            fp8_online: false,
             fingerprint,
         })
+    }
+
+    /// The same, to be loaded as quantized with `method`: as it is, if that is how it is quantized. From one of plain
+    /// numbers the matrices of its layers are to become E4M3 when they are loaded, and count as such from now on.
+    ///
+    /// # Errors
+    /// A checkpoint that is quantized otherwise, or not at all where the method is not one of loading.
+    pub fn quantized(self, method: QuantizationMethod) -> Result<Self, CheckpointError> {
+        let refused = |found| CheckpointError::Quantization { asked: method, found };
+        match (self.quantization(), method) {
+            (Some(found), asked) if found.method() == asked => return Ok(self),
+            (Some(found), _) => return Err(refused(format!("is quantized with {}", found.method().name()))),
+            (None, QuantizationMethod::Fp8) => {}
+            (None, _) => return Err(refused("is not quantized with it".to_owned())),
+        }
+        let mut matrices = self.tensors().filter(|&(role, _)| may_have_scales(role));
+        let coded = matrices.find(|(_, info)| !info.format.is_dense());
+        if let Some((role, info)) = coded {
+            let name = self.source.name(role);
+            return Err(refused(format!(
+                "is quantized already: `{name}` is {}",
+                info.format
+            )));
+        }
+        Ok(Self {
+            fp8_online: true,
+            ..self
+        })
+    }
+
+    /// Whether [`quantized`](Self::quantized) leaves something to be done when it is loaded.
+    pub fn is_quantized_online(&self) -> bool {
+        self.fp8_online
+    }
+
+    /// The format that a tensor is to have once it is loaded.
+    pub fn loaded_format(&self, role: TensorRole) -> Option<TensorFormat> {
+        let online = self.fp8_online && may_have_scales(role);
+        let format = self.tensor(role)?.format;
+        Some(if online { TensorFormat::F8_E4M3 } else { format })
     }
 
     /// What it was opened from.
@@ -267,9 +316,12 @@ impl<B: AsRef<[u8]>> Checkpoint<B> {
         self.fingerprint
     }
 
-    /// Every tensor's format, for shard and memory plans.
+    /// The format that every tensor is to be loaded in, for shard and memory plans.
     pub fn formats(&self) -> TensorFormats {
-        self.tensors().map(|(role, info)| (role, info.format)).collect()
+        let roles = self.tensors().map(|(role, _)| role);
+        roles
+            .filter_map(|role| Some((role, self.loaded_format(role)?)))
+            .collect()
     }
 
     /// The block lengths that row splits must not cut.

@@ -16,7 +16,7 @@ pub use checkpoint::{Checkpoint, CheckpointError, TensorInfo};
 pub use config::{ConfigError, ModelConfig, RopeConfig, RopeLayout, RopeScaling};
 pub use format::{KvDtype, TensorFormat};
 pub use memory::{MemoryBudget, MemoryError, MemoryPlan, MemoryRequest, RankBudget};
-pub use quantization::Quantization;
+pub use quantization::{Quantization, QuantizationMethod};
 pub use role::{LayerTensor, TensorFormats, TensorRole};
 pub use shard::{
     RankShard, RowSplitBlocks, Shard, ShardError, ShardPlan, TensorParallelOptions, TensorParallelStyle,

@@ -43,6 +43,26 @@ pub enum GptqZeros {
     Plain,
 }
 
+/// How a model is to be quantized, as a user asks for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum QuantizationMethod {
+    Awq,
+    Gptq,
+    /// A checkpoint of E4M3, or one of plain numbers, whose matrices of layers are rounded to E4M3 when they are loaded.
+    Fp8,
+}
+
+impl QuantizationMethod {
+    /// As in `quant_method` and on the command line.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Awq => "awq",
+            Self::Gptq => "gptq",
+            Self::Fp8 => "fp8",
+        }
+    }
+}
+
 impl Quantization {
     /// Reads `quantization_config`. None if there is none.
     ///
@@ -70,14 +90,13 @@ impl Quantization {
         }
     }
 
-    /// Its name in `quant_method` and on the command line.
-    pub fn method(&self) -> &'static str {
+    pub fn method(&self) -> QuantizationMethod {
         match self {
             Self::Int4(int4) => match int4.packing {
-                Int4Packing::Awq => "awq",
-                Int4Packing::Gptq { .. } => "gptq",
+                Int4Packing::Awq => QuantizationMethod::Awq,
+                Int4Packing::Gptq { .. } => QuantizationMethod::Gptq,
             },
-            Self::Fp8 => "fp8",
+            Self::Fp8 => QuantizationMethod::Fp8,
         }
     }
 }

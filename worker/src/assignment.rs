@@ -60,6 +60,8 @@ pub struct Assignment {
     /// Token positions per KV block.
     pub block_size: usize,
     pub kv_dtype: KvDtype,
+    /// Matrices of layers are rounded to E4M3 when they are loaded.
+    pub quantize_to_fp8: bool,
     /// On CPUs.
     pub threads: usize,
     pub device: Device,
@@ -109,6 +111,7 @@ impl TryFrom<&v1::Assign> for Assignment {
             plan,
             block_size: assign.block_size as usize,
             kv_dtype,
+            quantize_to_fp8: assign.quantize_to_fp8,
             threads: within("threads", assign.threads, 1, MAX_THREADS)? as usize,
             device,
             step_timeout: Duration::from_millis(timeout_ms),

@@ -3,10 +3,10 @@
 
 use std::{ops::Range, sync::Arc};
 
-use phalanx_kernels::{Backend, Heads, KernelError, KvSpec, WeightSource};
+use phalanx_kernels::{Backend, Fp8Matrix, Heads, KernelError, KvSpec, WeightSource};
 use phalanx_model::{
-    Checkpoint, CheckpointError, LayerTensor, ModelConfig, RankShard, RopeScaling, TensorFormat, TensorInfo,
-    TensorParallelStyle, TensorRole,
+    Checkpoint, CheckpointError, LayerTensor, ModelConfig, QuantizationMethod, RankShard, RopeScaling,
+    TensorFormat, TensorInfo, TensorParallelStyle, TensorRole,
 };
 use phalanx_proto::v1::Phase;
 use phalanx_shm::{MappedFile, ShmError};
@@ -71,7 +71,10 @@ pub fn load<B: Backend>(
     assignment: Assignment,
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<LoadedModel<B>> {
-    let checkpoint = Checkpoint::open(&assignment.model_path, MappedFile::open)?;
+    let mut checkpoint = Checkpoint::open(&assignment.model_path, MappedFile::open)?;
+    if assignment.quantize_to_fp8 {
+        checkpoint = checkpoint.quantized(QuantizationMethod::Fp8)?;
+    }
     check_same_model(checkpoint.config(), &assignment.config)?;
     let mut loader = Loader {
         backend: &backend,
@@ -325,8 +328,24 @@ impl<'a, B: Backend> Loader<'a, B> {
             .iter()
             .map(|&role| self.cut(role))
             .collect::<Result<Vec<_>>>()?;
-        let sources: Vec<WeightSource<'_>> = cuts.iter().map(Cut::source).collect();
-        let weight = self.backend.weight(&sources)?;
+        let quantized = roles
+            .iter()
+            .zip(&cuts)
+            .map(|(&role, cut)| match self.checkpoint.loaded_format(role) {
+                Some(TensorFormat::F8_E4M3) if cut.scales.is_none() => {
+                    Fp8Matrix::quantize(&cut.source).map(Some)
+                }
+                _ => Ok(None),
+            })
+            .collect::<Result<Vec<_>, _>>()?;
+        let sources = cuts
+            .iter()
+            .zip(&quantized)
+            .map(|(cut, quantized)| match quantized {
+                Some(matrix) => matrix.source(),
+                None => cut.source(),
+            });
+        let weight = self.backend.weight(&sources.collect::<Vec<_>>())?;
         self.weight_bytes += self.backend.weight_bytes(&weight) as u64;
         cuts.iter().for_each(|cut| self.finish(cut));
         Ok(weight)

@@ -37,6 +37,7 @@ impl Deployment {
             max_edits_per_row: self.limits.max_edits_per_row,
             max_logprobs: self.limits.max_logprobs,
             device: self.device.into(),
+            quantize_to_fp8: self.checkpoint.is_quantized_online(),
         };
         threads.iter().enumerate().map(assign).collect()
     }
