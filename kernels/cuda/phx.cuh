@@ -22,7 +22,7 @@ struct f16 {
   u16 bits;
 };
 
-// Number formats, with the numbers of `enum ggml_type` (model/src/format.rs, `gguf_type`).
+// Number formats, with the numbers of `enum ggml_type` and one of our own (model/src/format.rs, `gguf_type`).
 enum Format : u32 {
   F32 = 0,
   F16 = 1,
@@ -35,6 +35,7 @@ enum Format : u32 {
   Q5_K = 13,
   Q6_K = 14,
   BF16 = 30,
+  INT4 = 256,
 };
 
 #define NEGATIVE_INFINITY __uint_as_float(0xff800000u)

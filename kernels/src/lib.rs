@@ -13,6 +13,7 @@ pub mod conformance;
 pub mod cpu;
 pub mod cuda;
 pub mod error;
+pub mod int4;
 mod noise;
 pub mod philox;
 

@@ -12,6 +12,7 @@ use crate::{
     LayerTensor, ModelConfig, Quantization, RowSplitBlocks, TensorFormat, TensorFormats, TensorRole,
     config::ConfigError,
     gguf::{Gguf, GgufError, gguf_type_name},
+    int4::{self, Int4Tensors, Span},
     safetensors::{SafeTensorsDirectory, SafeTensorsError},
 };
 
@@ -63,6 +64,16 @@ pub struct TensorInfo {
     /// From the start of that file, bytes.
     pub offset: usize,
     pub bytes: usize,
+    pub layout: TensorLayout,
+}
+
+/// What a tensor's bytes are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TensorLayout {
+    /// `rows` rows of `format.row_bytes(cols)` bytes.
+    Rows,
+    /// Words of eight codes, with scales and zero points elsewhere: `format` is what its rows become when they are read.
+    Int4(Int4Tensors),
 }
 
 /// An opened model over mapped (or otherwise held) files.
@@ -162,6 +173,10 @@ impl<B: AsRef<[u8]>> Checkpoint<B> {
             let Some((rows, cols)) = config.shape(role) else {
                 continue;
             };
+            if let Some(info) = source.find_int4(role, [rows, cols])? {
+                tensors.insert(role, info);
+                continue;
+            }
             match source.find(role) {
                 Some(found) => {
                     tensors.insert(role, found.check(role, rows, cols)?);
@@ -213,13 +228,18 @@ impl<B: AsRef<[u8]>> Checkpoint<B> {
         }
     }
 
-    /// The tensor's data as it lies in the file: `rows` rows of `format.row_bytes(cols)` bytes.
+    /// The tensor's data as its layout says.
     pub fn tensor_bytes(&self, role: TensorRole) -> Option<&[u8]> {
-        let info = self.tensor(role)?;
-        self.maps()
-            .get(info.file)?
-            .as_ref()
-            .get(info.offset..info.offset.checked_add(info.bytes)?)
+        let &TensorInfo {
+            file, offset, bytes, ..
+        } = self.tensor(role)?;
+        self.span(Span { file, offset, bytes })
+    }
+
+    /// Bytes of one of the files. None if they are not all there.
+    pub fn span(&self, span: Span) -> Option<&[u8]> {
+        let file = self.maps().get(span.file)?.as_ref();
+        file.get(span.offset..span.offset.checked_add(span.bytes)?)
     }
 
     /// Every tensor, embeddings first, then in the order of [`TensorRole`].
@@ -297,12 +317,13 @@ impl Found {
                     file,
                     offset,
                     bytes,
+                    layout: TensorLayout::Rows,
                 })
             }
             format => {
                 let names = TensorFormat::ALL
                     .into_iter()
-                    .filter(|&format| allowed(format))
+                    .filter(|&format| format.is_gguf() && allowed(format))
                     .map(|f| f.to_string());
                 let expected = format!("one of {}", names.collect::<Vec<_>>().join(", "));
                 let found = format.map_or_else(|unknown| unknown, |format| format.to_string());
@@ -334,6 +355,16 @@ impl<B: AsRef<[u8]>> Source<B> {
             }
         );
         output_bias && matches!(self, Self::Gguf(_))
+    }
+
+    fn find_int4(&self, role: TensorRole, shape: [usize; 2]) -> Result<Option<TensorInfo>, CheckpointError> {
+        match self {
+            Self::SafeTensors {
+                directory,
+                quantization: Some(Quantization::Int4(quantization)),
+            } => int4::find(directory, &self.name(role), *quantization, shape),
+            _ => Ok(None),
+        }
     }
 
     fn find(&self, role: TensorRole) -> Option<Found> {

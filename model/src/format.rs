@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-/// Element format of a tensor in a file (GGUF's names; the block layouts are those of the GGUF specification).
+/// Element format of a tensor (GGUF's names; the block layouts are those of the GGUF specification).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[allow(non_camel_case_types)]
 pub enum TensorFormat {
@@ -17,10 +17,13 @@ pub enum TensorFormat {
     Q4_K,
     Q5_K,
     Q6_K,
+    /// Not of GGUF: 32 weights `d * (code - z)` of AWQ and GPTQ checkpoints, brought into rows of blocks when they are
+    /// read. A block is an f16 `d`, an f16 `z`, which is an integer of 0 to 16, and 16 bytes of codes as in Q4_0.
+    Int4,
 }
 
 impl TensorFormat {
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::F32,
         Self::F16,
         Self::BF16,
@@ -32,13 +35,14 @@ impl TensorFormat {
         Self::Q4_K,
         Self::Q5_K,
         Self::Q6_K,
+        Self::Int4,
     ];
 
     /// Elements of one block: a row's length must be a multiple of it.
     pub const fn block_len(self) -> usize {
         match self {
             Self::F32 | Self::F16 | Self::BF16 => 1,
-            Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 | Self::Q8_0 => 32,
+            Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 | Self::Q8_0 | Self::Int4 => 32,
             Self::Q4_K | Self::Q5_K | Self::Q6_K => 256,
         }
     }
@@ -49,7 +53,7 @@ impl TensorFormat {
             Self::F32 => 4,
             Self::F16 | Self::BF16 => 2,
             Self::Q4_0 => 18,
-            Self::Q4_1 => 20,
+            Self::Q4_1 | Self::Int4 => 20,
             Self::Q5_0 => 22,
             Self::Q5_1 => 24,
             Self::Q8_0 => 34,
@@ -59,7 +63,7 @@ impl TensorFormat {
         }
     }
 
-    /// GGUF's number for the format (`enum ggml_type`).
+    /// GGUF's number for the format (`enum ggml_type`); of [`TensorFormat::Int4`] one that GGUF does not use.
     pub const fn gguf_type(self) -> u32 {
         match self {
             Self::F32 => 0,
@@ -73,12 +77,19 @@ impl TensorFormat {
             Self::Q5_K => 13,
             Self::Q6_K => 14,
             Self::BF16 => 30,
+            Self::Int4 => INT4_TYPE,
         }
     }
 
     /// The format of a GGUF type number, if it is one we hold.
     pub fn from_gguf_type(id: u32) -> Option<Self> {
-        Self::ALL.into_iter().find(|format| format.gguf_type() == id)
+        let mut formats = Self::ALL.into_iter().filter(|format| format.is_gguf());
+        formats.find(|format| format.gguf_type() == id)
+    }
+
+    /// Whether tensors of GGUF files may have it.
+    pub const fn is_gguf(self) -> bool {
+        !matches!(self, Self::Int4)
     }
 
     /// Whether elements are plain floats, readable one by one.
@@ -99,6 +110,27 @@ impl TensorFormat {
     pub const fn file_bytes(self, rows: usize, cols: usize) -> Option<usize> {
         match self.row_bytes(cols) {
             Some(row) => row.checked_mul(rows),
+            None => None,
+        }
+    }
+
+    /// Whether the CUDA backend multiplies with the blocks themselves. All other formats are bf16 on a GPU.
+    pub const fn stays_quantized_on_gpus(self) -> bool {
+        matches!(self, Self::Q4_0 | Self::Q4_1 | Self::Q8_0 | Self::Int4)
+    }
+
+    /// Bytes of a `[rows, cols]` matrix as the CUDA backend holds it: the file's blocks, or rows of bf16 padded to
+    /// [`BF16_ROW_ALIGN`] elements. None if `cols` cuts a block or the product overflows. The memory plan counts with
+    /// this function and the kernels allocate by it.
+    pub const fn gpu_bytes(self, rows: usize, cols: usize) -> Option<usize> {
+        if self.stays_quantized_on_gpus() {
+            return self.file_bytes(rows, cols);
+        }
+        match cols.checked_next_multiple_of(BF16_ROW_ALIGN) {
+            Some(padded) => match padded.checked_mul(2) {
+                Some(row) => row.checked_mul(rows),
+                None => None,
+            },
             None => None,
         }
     }
@@ -136,6 +168,12 @@ impl fmt::Display for TensorFormat {
         fmt::Debug::fmt(self, f)
     }
 }
+
+/// See [`TensorFormat::gguf_type`].
+const INT4_TYPE: u32 = 256;
+
+/// Rows of bf16 matrices begin at multiples of so many elements on a GPU: 16 bytes, as cublasLt's fast kernels want it.
+pub const BF16_ROW_ALIGN: usize = 8;
 
 /// Rows that the CPU backend's matrix kernels work on at a time.
 pub const TILE_ROWS: usize = 8;

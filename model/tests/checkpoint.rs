@@ -147,7 +147,7 @@ fn every_format_can_be_written_and_opened() {
     (config.hidden_size, config.intermediate_size) = (256, 512);
     config.head_dim = 64;
     config.rope.rotary_dim = 64;
-    for format in TensorFormat::ALL {
+    for format in TensorFormat::ALL.into_iter().filter(|format| format.is_gguf()) {
         let checkpoint = open_bytes(random_gguf(&config, |_| format)).unwrap();
         assert_eq!(
             checkpoint.tensor(layer(0, LayerTensor::O)).unwrap().format,

@@ -7,5 +7,6 @@ mod features;
 mod kernel_cache;
 mod libraries;
 mod memory;
+mod quantized;
 mod soft_gpu;
 mod support;
