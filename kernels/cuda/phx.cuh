@@ -26,7 +26,7 @@ struct e4m3 {
   u8 bits;
 };
 
-// Number formats, with the numbers of `enum ggml_type` (model/src/format.rs, `gguf_type`).
+// Number formats, with the numbers of `enum ggml_type` and some of our own (model/src/format.rs, `gguf_type`).
 enum Format : u32 {
   F32 = 0,
   F16 = 1,
@@ -39,7 +39,8 @@ enum Format : u32 {
   Q5_K = 13,
   Q6_K = 14,
   BF16 = 30,
-  E4M3 = 257,  // not in ggml
+  INT4 = 256,
+  E4M3 = 257,
 };
 
 #define NEGATIVE_INFINITY __uint_as_float(0xff800000u)

@@ -15,6 +15,7 @@ pub mod cuda;
 mod e4m3;
 pub mod error;
 mod fp8;
+pub mod int4;
 mod noise;
 pub mod philox;
 

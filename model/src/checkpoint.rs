@@ -16,6 +16,7 @@ use crate::{
     TensorRole,
     config::ConfigError,
     gguf::{Gguf, GgufError, gguf_type_name},
+    int4::{self, Int4Tensors, Span},
     safetensors::{SafeTensorsDirectory, SafeTensorsError},
 };
 
@@ -72,6 +73,16 @@ pub struct TensorInfo {
     /// From the start of that file, bytes.
     pub offset: usize,
     pub bytes: usize,
+    pub layout: TensorLayout,
+}
+
+/// What a tensor's bytes are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TensorLayout {
+    /// `rows` rows of `format.row_bytes(cols)` bytes.
+    Rows,
+    /// Words of eight codes, with scales and zero points elsewhere: `format` is what its rows become when they are read.
+    Int4(Int4Tensors),
 }
 
 /// An opened model over mapped (or otherwise held) files.
@@ -175,6 +186,10 @@ impl<B: AsRef<[u8]>> Checkpoint<B> {
             let Some((rows, cols)) = config.shape(role) else {
                 continue;
             };
+            if let Some(info) = source.find_int4(role, [rows, cols])? {
+                tensors.insert(role, info);
+                continue;
+            }
             match source.find(role) {
                 Some(found) => {
                     let info = found.check(role, rows, cols)?;
@@ -218,9 +233,9 @@ impl<B: AsRef<[u8]>> Checkpoint<B> {
             (None, QuantizationMethod::Fp8) => {}
             (None, _) => return Err(refused("is not quantized with it".to_owned())),
         }
-        let mut matrices = self.tensors().filter(|&(role, _)| may_have_scales(role));
-        let coded = matrices.find(|(_, info)| !info.format.is_dense());
-        if let Some((role, info)) = coded {
+        let is_coded =
+            |(role, info): &(TensorRole, &TensorInfo)| may_have_scales(*role) && !info.format.is_dense();
+        if let Some((role, info)) = self.tensors().find(is_coded) {
             let name = self.source.name(role);
             return Err(refused(format!(
                 "is quantized already: `{name}` is {}",
@@ -272,13 +287,18 @@ impl<B: AsRef<[u8]>> Checkpoint<B> {
         }
     }
 
-    /// The tensor's data as it lies in the file: `rows` rows of `format.row_bytes(cols)` bytes.
+    /// The tensor's data as its layout says.
     pub fn tensor_bytes(&self, role: TensorRole) -> Option<&[u8]> {
-        let info = self.tensor(role)?;
-        self.maps()
-            .get(info.file)?
-            .as_ref()
-            .get(info.offset..info.offset.checked_add(info.bytes)?)
+        let &TensorInfo {
+            file, offset, bytes, ..
+        } = self.tensor(role)?;
+        self.span(Span { file, offset, bytes })
+    }
+
+    /// Bytes of one of the files. None if they are not all there.
+    pub fn span(&self, span: Span) -> Option<&[u8]> {
+        let file = self.maps().get(span.file)?.as_ref();
+        file.get(span.offset..span.offset.checked_add(span.bytes)?)
     }
 
     /// What the rows of a matrix of E4M3 are scaled with, one number for each. None if the tensor is of another format.
@@ -371,6 +391,7 @@ impl Found {
                     file,
                     offset,
                     bytes,
+                    layout: TensorLayout::Rows,
                 })
             }
             format => {
@@ -423,6 +444,16 @@ impl<B: AsRef<[u8]>> Source<B> {
                 expected: "another format: config.json has no quantization_config of fp8".to_owned(),
                 found: matrix.format.to_string(),
             }),
+        }
+    }
+
+    fn find_int4(&self, role: TensorRole, shape: [usize; 2]) -> Result<Option<TensorInfo>, CheckpointError> {
+        match self {
+            Self::SafeTensors {
+                directory,
+                quantization: Some(Quantization::Int4(quantization)),
+            } => int4::find(directory, &self.name(role), *quantization, shape),
+            _ => Ok(None),
         }
     }
 

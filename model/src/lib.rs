@@ -6,13 +6,14 @@ pub mod checkpoint;
 pub mod config;
 pub mod format;
 pub mod gguf;
+pub mod int4;
 pub mod memory;
 pub mod quantization;
 pub mod role;
 pub mod safetensors;
 pub mod shard;
 
-pub use checkpoint::{Checkpoint, CheckpointError, TensorInfo};
+pub use checkpoint::{Checkpoint, CheckpointError, TensorInfo, TensorLayout};
 pub use config::{ConfigError, ModelConfig, RopeConfig, RopeLayout, RopeScaling};
 pub use format::{KvDtype, TensorFormat};
 pub use memory::{MemoryBudget, MemoryError, MemoryPlan, MemoryRequest, RankBudget};

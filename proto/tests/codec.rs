@@ -62,7 +62,7 @@ fn row() -> impl Strategy<Value = StepRow> {
         any::<u64>(),
         any::<u32>(),
         vec(0..1000u32, 1..=8),
-        vec(0..100u32, 0..=10),
+        vec(0..100u32, 1..=10),
         option::of(sampling()),
     )
         .prop_map(
@@ -198,7 +198,7 @@ fn errors_name_the_field_and_the_limit() {
         ..RowSampling::GREEDY
     };
     let row = StepRow {
-        block_table: vec![],
+        block_table: vec![BlockId(0)],
         sampling: Some(sampling),
         ..row
     };
@@ -209,4 +209,26 @@ fn errors_name_the_field_and_the_limit() {
             ..
         })
     ));
+    // Two tokens, so that the message is not too short for two rows.
+    let whole = StepRow {
+        token_ids: vec![1, 2],
+        sampling: None,
+        ..row
+    };
+    let nowhere = StepRow {
+        token_ids: vec![1],
+        block_table: vec![],
+        ..whole.clone()
+    };
+    let plan = StepPlan {
+        rows: vec![nowhere, whole.clone()],
+        ..plan(&whole)
+    };
+    assert_eq!(
+        decode_plan(&encoded(&plan), &LIMITS),
+        Err(CodecError::Invalid {
+            field: "block_table",
+            value: 0
+        })
+    );
 }

@@ -19,7 +19,7 @@ pub use candidates::{
     candidates_are_the_best, candidates_do_not_depend_on_the_split, noise_draws_from_the_softmax,
     not_finite_logits_are_reported,
 };
-pub use linear::{linear, linear_is_the_same_on_any_rank};
+pub use linear::{linear, linear_is_the_same_on_any_rank, linear_of_mixed_formats};
 
 use std::ops::Range;
 
@@ -79,7 +79,7 @@ macro_rules! conformance_suite {
             use super::*;
             $crate::conformance_suite!(@tests [$(#[$attribute])*] $make, $tolerances;
                 rms_norm fused_add_rms_norm silu_and_mul rotary_embedding embedding select_rows
-                linear linear_is_the_same_on_any_rank
+                linear linear_is_the_same_on_any_rank linear_of_mixed_formats
                 attention_is_of_its_definition attention_is_the_same_however_prompts_are_cut
                 attention_is_the_same_on_any_rank
                 candidates_are_the_best candidates_do_not_depend_on_the_split

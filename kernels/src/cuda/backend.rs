@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 
-use phalanx_model::KvDtype;
+use phalanx_model::{KvDtype, TensorFormat};
 
 use super::attention;
 use super::batch::CudaBatch;
@@ -28,6 +28,8 @@ use crate::{
 
 /// Weights and activations are cut from allocations of so many bytes.
 const SLAB_BYTES: usize = 32 << 20;
+/// The first compute capability whose tensor cores multiply E4M3.
+const E4M3_CAPABILITY: (i32, i32) = (8, 9);
 
 /// What a rank's device is used with.
 #[derive(Clone, Debug)]
@@ -62,6 +64,8 @@ pub struct CudaBackend {
     kernels: Kernels,
     /// The kernels that are specialized for a head size and an element type of the cache.
     kv_kernels: RefCell<HashMap<(usize, &'static str), Arc<Kernels>>>,
+    /// Those that are specialized for weights that stay quantized.
+    pub(super) linear_kernels: RefCell<HashMap<TensorFormat, Arc<Kernels>>>,
     kernel_cache: KernelCache,
     pub(super) blas: Blas,
     pub(super) weights: Arena,
@@ -97,6 +101,7 @@ impl CudaBackend {
         Ok(Self {
             kernels,
             kv_kernels: RefCell::default(),
+            linear_kernels: RefCell::default(),
             kernel_cache: options.kernel_cache,
             blas: Blas::new(&device)?,
             weights: Arena::growing("weights", SLAB_BYTES),
@@ -115,6 +120,9 @@ impl CudaBackend {
     pub fn kernel_origins(&self) -> Vec<Origin> {
         let mut origins = self.kernels.origins().to_vec();
         for kernels in self.kv_kernels.borrow().values() {
+            origins.extend(kernels.origins());
+        }
+        for kernels in self.linear_kernels.borrow().values() {
             origins.extend(kernels.origins());
         }
         origins
@@ -148,10 +156,19 @@ impl CudaBackend {
             return Ok(Arc::clone(kernels));
         }
         let variants = Variant::of_kv(spec.head_dim, spec.dtype);
-        let cubins = self.kernel_cache.cubins(&self.device.arch, variants)?;
-        let kernels = Arc::new(Kernels::load(&self.device, cubins)?);
+        let kernels = Arc::new(self.load_kernels(variants)?);
         self.kv_kernels.borrow_mut().insert(key, Arc::clone(&kernels));
         Ok(kernels)
+    }
+
+    /// Whether the device multiplies E4M3. Where it does not, such weights are bf16 and take twice the memory.
+    pub fn multiplies_e4m3(&self) -> bool {
+        self.device.capability >= E4M3_CAPABILITY
+    }
+
+    pub(super) fn load_kernels(&self, variants: Vec<Variant>) -> Result<Kernels> {
+        let cubins = self.kernel_cache.cubins(&self.device.arch, variants)?;
+        Kernels::load(&self.device, cubins)
     }
 
     /// Uploads words that live as long as a step, through pinned memory and in stream order.

@@ -77,6 +77,18 @@ impl Variant {
             .collect()
     }
 
+    /// The units that are specialized for weights that stay quantized.
+    pub(crate) fn of_weight(format: TensorFormat) -> Vec<Self> {
+        let units = UNITS.iter().filter(|unit| unit.parameters == ["WEIGHT_FORMAT"]);
+        let values = vec![format.gguf_type()];
+        units
+            .map(|unit| Self {
+                unit,
+                values: values.clone(),
+            })
+            .collect()
+    }
+
     /// E.g. `attention-128-30`.
     fn name(&self) -> String {
         let values = self.values.iter().map(|value| format!("-{value}"));
@@ -206,6 +218,10 @@ pub fn warm(request: &WarmRequest, directory: &Path) -> Result<Vec<WarmKernel>> 
         prebuilt: Some(directory.to_owned()),
     };
     let mut variants = Variant::plain();
+    let quantized = TensorFormat::ALL
+        .into_iter()
+        .filter(|format| format.stays_quantized_on_gpus());
+    variants.extend(quantized.flat_map(Variant::of_weight));
     for &head_dim in &request.head_dims {
         for &dtype in &request.kv_dtypes {
             variants.extend(Variant::of_kv(head_dim, dtype));

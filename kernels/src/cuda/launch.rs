@@ -10,6 +10,7 @@ use super::attention::AttentionInput;
 use super::compile::{Cubin, Origin};
 use super::device::Device;
 use super::error::{describe, device as device_error, driver};
+use super::linear::LinearInput;
 use crate::Result;
 
 /// An argument of a kernel, by value.
@@ -21,6 +22,7 @@ pub(crate) enum Arg<'a> {
     U64(u64),
     F32(f32),
     Attention(&'a AttentionInput),
+    Linear(&'a LinearInput),
 }
 
 impl Arg<'_> {
@@ -30,6 +32,7 @@ impl Arg<'_> {
             Self::U32(value) => std::ptr::from_ref(value).cast_mut().cast(),
             Self::F32(value) => std::ptr::from_ref(value).cast_mut().cast(),
             Self::Attention(value) => std::ptr::from_ref(*value).cast_mut().cast(),
+            Self::Linear(value) => std::ptr::from_ref(*value).cast_mut().cast(),
         }
     }
 }

@@ -35,7 +35,12 @@ pub(crate) const UNITS: &[Unit] = &[
     Unit {
         name: "quantization",
         source: include_str!("../../cuda/quantization.cu"),
-        kernels: &["dequantize_rows", "dequantize_rows_f32", "pack_rows"],
+        kernels: &[
+            "dequantize_rows",
+            "dequantize_rows_f32",
+            "pack_rows",
+            "unpack_rows",
+        ],
         parameters: &[],
     },
     Unit {

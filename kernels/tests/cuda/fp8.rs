@@ -1,7 +1,7 @@
 //! E4M3 weights: multiplied as they are by devices of compute capability 8.9 on, brought to bf16 for others.
 
 use phalanx_kernels::cuda::devices;
-use phalanx_kernels::{Backend, Columns, E4m3, Fp8Matrix, Linear, WeightSource};
+use phalanx_kernels::{Backend, Columns, Fp8Matrix, Linear, WeightSource};
 use phalanx_model::TensorFormat;
 
 use crate::support::open;
@@ -33,6 +33,7 @@ fn bytes_of(values: &[f32]) -> Vec<u8> {
 fn a_weight_takes_a_byte_where_the_device_multiplies_it() {
     let native = devices().unwrap()[0].compute_capability >= (8, 9);
     let backend = open();
+    assert_eq!(backend.multiplies_e4m3(), native);
     let shape = [50, 70];
     let bytes = bytes_of(&numbers(shape));
     let matrix = Fp8Matrix::quantize(&source(&bytes, shape)).unwrap();
@@ -40,9 +41,9 @@ fn a_weight_takes_a_byte_where_the_device_multiplies_it() {
     // Rows and columns in 16s and a scale for each row, or rows of bf16 in 8s.
     let expected = if native { 64 * (80 + 4) } else { 50 * 72 * 2 };
     assert_eq!(backend.weight_bytes(&weight), expected);
-    // One part that is no E4M3 makes bf16 of both.
+    // Beside plain numbers it stays what it is.
     let mixed = backend.weight(&[matrix.source(), source(&bytes, shape)]).unwrap();
-    assert_eq!(backend.weight_bytes(&mixed), 100 * 72 * 2);
+    assert_eq!(backend.weight_bytes(&mixed), expected + 50 * 72 * 2);
 }
 
 /// The scale of a row of activations is its own: rows of very different sizes stand side by side.

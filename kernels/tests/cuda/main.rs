@@ -8,5 +8,6 @@ mod fp8;
 mod kernel_cache;
 mod libraries;
 mod memory;
+mod quantized;
 mod soft_gpu;
 mod support;

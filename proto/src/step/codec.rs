@@ -337,13 +337,13 @@ impl Reader<'_> {
         let sequence = SequenceId(self.u64("sequence")?);
         let num_computed_tokens = self.u32("num_computed_tokens")?;
         let token_ids = self.indices("token_ids", tokens_left, limits.vocab_size)?;
-        if token_ids.is_empty() {
-            return Err(CodecError::Invalid {
-                field: "token_ids",
-                value: 0,
-            });
-        }
         let block_table = self.indices("block_table", limits.max_blocks_per_row, limits.num_blocks)?;
+        // A row has tokens to compute and somewhere to put them.
+        for (field, list) in [("token_ids", &token_ids), ("block_table", &block_table)] {
+            if list.is_empty() {
+                return Err(CodecError::Invalid { field, value: 0 });
+            }
+        }
         let block_table = block_table.into_iter().map(BlockId).collect();
         let sampling = if self.bool("sampling")? {
             Some(self.sampling(limits)?)

@@ -9,6 +9,7 @@
 //! |------------------|------------------------------|-------------------------------------------------------------|
 //! | Q4_0             | 2 blocks of 32               | 16 f16 d, 2 x 128 nibbles                                   |
 //! | Q4_1             | 2 blocks of 32               | 16 f16 d, 16 f16 m, 2 x 128 nibbles                         |
+//! | Int4             | 2 blocks of 32               | 16 f16 d, 16 f16 z, 2 x 128 nibbles                         |
 //! | Q5_0, Q5_1       | as Q4_0, Q4_1                | a block has 128 nibbles and 32 bytes of fifth bits          |
 //! | Q8_0             | 2 blocks of 32               | 16 f16 d, 2 x 256 bytes (even K in offset binary)           |
 //! | Q4_K, Q5_K       | 1 super-block of 256         | 8 f16 d, 8 f16 -dmin, 8 x (8 u8 scales, 8 u8 mins), blocks  |
@@ -60,7 +61,7 @@ impl Layout {
                 bytes: 2 * GROUP,
             },
             TensorFormat::Q4_0 => Self::coded(2, 32, 128),
-            TensorFormat::Q4_1 => Self::coded(2, 64, 128),
+            TensorFormat::Q4_1 | TensorFormat::Int4 => Self::coded(2, 64, 128),
             TensorFormat::Q5_0 => Self::coded(2, 32, 160),
             TensorFormat::Q5_1 => Self::coded(2, 64, 160),
             TensorFormat::Q8_0 => Self::coded(2, 32, 256),
@@ -109,7 +110,11 @@ pub fn resident_bytes(format: TensorFormat, rows: usize, cols: usize) -> Option<
 pub(crate) const fn has_min(format: TensorFormat) -> bool {
     matches!(
         format,
-        TensorFormat::Q4_1 | TensorFormat::Q5_1 | TensorFormat::Q4_K | TensorFormat::Q5_K
+        TensorFormat::Q4_1
+            | TensorFormat::Q5_1
+            | TensorFormat::Q4_K
+            | TensorFormat::Q5_K
+            | TensorFormat::Int4
     )
 }
 
@@ -124,7 +129,7 @@ pub(crate) const fn is_super(format: TensorFormat) -> bool {
 /// Bits of a code.
 pub(crate) const fn bits(format: TensorFormat) -> usize {
     match format {
-        TensorFormat::Q4_0 | TensorFormat::Q4_1 | TensorFormat::Q4_K => 4,
+        TensorFormat::Q4_0 | TensorFormat::Q4_1 | TensorFormat::Q4_K | TensorFormat::Int4 => 4,
         TensorFormat::Q5_0 | TensorFormat::Q5_1 | TensorFormat::Q5_K => 5,
         TensorFormat::Q6_K => 6,
         TensorFormat::Q8_0 => 8,

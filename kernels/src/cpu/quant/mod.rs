@@ -16,6 +16,7 @@ pub use quantize::quantize_row;
 
 pub(crate) use dense::dequantize as dequantize_dense;
 pub(crate) use k_quants::scale_and_min;
+pub(crate) use legacy::min_of_zero_point;
 
 use phalanx_model::TensorFormat;
 
@@ -44,6 +45,7 @@ impl Block {
         match format {
             TensorFormat::Q4_0 => legacy::q4_0(bytes),
             TensorFormat::Q4_1 => legacy::q4_1(bytes),
+            TensorFormat::Int4 => legacy::int4(bytes),
             TensorFormat::Q5_0 => legacy::q5_0(bytes),
             TensorFormat::Q5_1 => legacy::q5_1(bytes),
             TensorFormat::Q8_0 => legacy::q8_0(bytes),
