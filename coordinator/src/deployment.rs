@@ -128,7 +128,7 @@ impl Proposal {
         formats: &TensorFormats,
     ) -> Result<(TensorParallelStyle, MemoryPlan), DeploymentError> {
         let plan = |style| MemoryPlan::new(&self.request(style, formats));
-        let Hardware::Cuda(_) = hardware else {
+        let Hardware::Cuda(gpus) = hardware else {
             let style = self.options.style.unwrap_or(TensorParallelStyle::Gather);
             return Ok((style, plan(style)?));
         };
@@ -140,7 +140,7 @@ impl Proposal {
             }
             (None, reduce) => (TensorParallelStyle::Reduce, reduce?),
         };
-        hardware::place_on_gpus(&mut memory, self.checkpoint.config(), formats);
+        hardware::place_on_gpus(&mut memory, gpus, (self.checkpoint.config(), formats));
         memory.segment += ledger_bytes(self.options.tensor_parallel_size);
         Ok((style, memory))
     }

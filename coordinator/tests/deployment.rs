@@ -33,7 +33,11 @@ fn options(tensor_parallel_size: usize) -> ModelOptions {
 }
 
 fn gpus(sizes: &[u64]) -> Hardware {
-    let gpu = |&total| GpuMemory { total, free: total };
+    let gpu = |&total| GpuMemory {
+        total,
+        free: total,
+        multiplies_e4m3: true,
+    };
     Hardware::Cuda(sizes.iter().map(gpu).collect())
 }
 

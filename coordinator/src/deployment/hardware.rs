@@ -1,6 +1,6 @@
 //! What the ranks compute on: chosen by the user, or decided when all of them have said what they have.
 
-use phalanx_model::{MemoryPlan, ModelConfig, TensorFormats, TensorRole};
+use phalanx_model::{MemoryPlan, ModelConfig, TensorFormat, TensorFormats, TensorRole};
 use phalanx_proto::v1;
 
 use crate::config::DeviceChoice;
@@ -9,9 +9,6 @@ use crate::config::DeviceChoice;
 /// a step's input, and what is left over in allocations. The CUDA context is there when a rank reports its free memory;
 /// NCCL's buffers come out of what `gpu_memory_utilization` leaves. An estimate, rounded up.
 const GPU_OVERHEAD_BYTES: u64 = 192 << 20;
-const BF16_BYTES: usize = 2;
-/// Rows begin at multiples of so many elements.
-const BF16_ROW_ALIGN: usize = 8;
 const F32_BYTES: usize = 4;
 
 /// The ranks' devices.
@@ -29,6 +26,8 @@ pub struct GpuMemory {
     pub total: u64,
     /// Not taken by anybody when the rank looked.
     pub free: u64,
+    /// Whether it multiplies 8-bit floats.
+    pub multiplies_e4m3: bool,
 }
 
 /// GPUs were asked for and a rank has none.
@@ -80,6 +79,7 @@ impl GpuMemory {
         Self {
             total: device.memory_bytes,
             free: device.free_bytes.min(device.memory_bytes),
+            multiplies_e4m3: device.multiplies_e4m3,
         }
     }
 
@@ -90,20 +90,36 @@ impl GpuMemory {
     }
 }
 
-/// Turns the bytes of CPU ranks into those of GPU ranks: weights are bf16 whatever their format in the file, and
-/// activations that CPU ranks share lie on every GPU, with as much again to pack them for a gather.
-pub(super) fn place_on_gpus(memory: &mut MemoryPlan, config: &ModelConfig, formats: &TensorFormats) {
+/// Turns the bytes of CPU ranks into those of GPU ranks: matrices as
+/// [`TensorFormat::gpu_bytes`] says, those of 8-bit floats in bf16 if some GPU does not multiply such; and activations that CPU ranks share lie on every GPU, with as much again to pack them for a gather.
+pub(super) fn place_on_gpus(
+    memory: &mut MemoryPlan,
+    gpus: &[GpuMemory],
+    (config, formats): (&ModelConfig, &TensorFormats),
+) {
+    let fp8 = gpus.iter().all(|gpu| gpu.multiplies_e4m3);
+    let on_gpu = |format| match format {
+        TensorFormat::F8_E4M3 if !fp8 => TensorFormat::BF16,
+        format => format,
+    };
+    if !fp8 && formats.values().any(|&format| format == TensorFormat::F8_E4M3) {
+        tracing::info!(
+            "a GPU below compute capability 8.9 does not multiply FP8: such weights are bf16 there"
+        );
+    }
     let shared = std::mem::take(&mut memory.arena);
     memory.segment -= shared;
     let shards = &memory.shards;
     for (rank, bytes) in memory.ranks.iter_mut().enumerate() {
         let weight = |role: TensorRole| {
             let slice = shards.slice(config, rank, role)?;
-            formats.get(&role)?;
-            Some(match role.is_vector() {
-                true => slice.rows.len() * slice.cols.len() * F32_BYTES,
-                false => slice.rows.len() * slice.cols.len().next_multiple_of(BF16_ROW_ALIGN) * BF16_BYTES,
-            } as u64)
+            let (rows, cols) = (slice.rows.len(), slice.cols.len());
+            let format = on_gpu(*formats.get(&role)?);
+            let bytes = match role.is_vector() {
+                true => Some(rows * cols * F32_BYTES),
+                false => format.gpu_bytes(rows, cols),
+            };
+            bytes.map(|bytes| bytes as u64)
         };
         bytes.weights = config.roles().filter_map(weight).sum();
         bytes.workspace += 2 * shared;
@@ -155,7 +171,11 @@ mod tests {
 
     #[test]
     fn what_others_have_taken_is_not_given_again() {
-        let memory = |total, free| GpuMemory { total, free };
+        let memory = |total, free| GpuMemory {
+            total,
+            free,
+            multiplies_e4m3: false,
+        };
         assert_eq!(memory(1000, 1000).budget(1.0), 1000);
         assert_eq!(memory(1000, 1000).budget(0.75), 750);
         assert_eq!(memory(1000, 600).budget(0.75), 350);

@@ -12,7 +12,7 @@ use super::batch::CudaBatch;
 use super::blas::Blas;
 use super::buffer::{CudaBuffer, CudaVector};
 use super::compile::{KernelCache, Origin, Variant};
-use super::device::Device;
+use super::device::{Device, E4M3_CAPABILITY};
 use super::error::unavailable;
 use super::kv_cache::{self, CudaKvCache};
 use super::launch::{Arg, Grid, Kernels};
@@ -28,8 +28,6 @@ use crate::{
 
 /// Weights and activations are cut from allocations of so many bytes.
 const SLAB_BYTES: usize = 32 << 20;
-/// The first compute capability whose tensor cores multiply E4M3.
-const E4M3_CAPABILITY: (i32, i32) = (8, 9);
 
 /// What a rank's device is used with.
 #[derive(Clone, Debug)]
@@ -161,7 +159,7 @@ impl CudaBackend {
         Ok(kernels)
     }
 
-    /// Whether the device multiplies E4M3. Where it does not, such weights are bf16 and take twice the memory.
+    /// As [`DeviceInfo::multiplies_e4m3`](super::DeviceInfo::multiplies_e4m3).
     pub fn multiplies_e4m3(&self) -> bool {
         self.device.capability >= E4M3_CAPABILITY
     }

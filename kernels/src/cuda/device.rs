@@ -10,6 +10,9 @@ use crate::Result;
 
 use sys::CUdevice_attribute as Attribute;
 
+/// The first compute capability whose tensor cores multiply E4M3.
+pub(crate) const E4M3_CAPABILITY: (i32, i32) = (8, 9);
+
 /// A device as the driver describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceInfo {
@@ -29,6 +32,11 @@ pub struct DeviceInfo {
 }
 
 impl DeviceInfo {
+    /// Whether its tensor cores multiply E4M3. Where they do not, such weights are bf16 and take twice the memory.
+    pub fn multiplies_e4m3(&self) -> bool {
+        self.compute_capability >= E4M3_CAPABILITY
+    }
+
     /// What NVRTC calls the architecture, e.g. `sm_90`.
     pub fn arch(&self) -> String {
         arch(self.compute_capability)
