@@ -125,7 +125,7 @@ impl TensorFormat {
     }
 
     /// Bytes of a `[rows, cols]` matrix as the CUDA backend holds it: the file's blocks, or rows of bf16 padded to
-    /// [`BF16_ROW_ALIGN`] elements; F8_E4M3 where the device multiplies it, otherwise it is bf16. None if `cols` cuts a block or the product overflows. The memory plan counts with
+    /// [`BF16_ROW_ALIGN`] elements; F8_E4M3 where the device multiplies it, where not it is bf16. None if `cols` cuts a block or the product overflows. The memory plan counts with
     /// this function and the kernels allocate by it.
     pub const fn gpu_bytes(self, rows: usize, cols: usize) -> Option<usize> {
         if self.stays_quantized_on_gpus() {

@@ -1,11 +1,12 @@
 //! The CUDA backend. CUDA's libraries are found at run time: nothing of them is needed to build, and [`available`] says
 //! in one line what is missing where.
 //!
-//! Weights are bf16, whatever their format in the file; activations and sums are f32; the KV cache is what its
-//! [`KvSpec`](crate::KvSpec) says. Everything runs on one stream. The ops between a step's [`Backend::batch`] and its
+//! Weights are what [`TensorFormat::gpu_bytes`] says of their format; activations and sums are f32; the KV cache is what
+//! its [`KvSpec`](crate::KvSpec) says. Everything runs on one stream. The ops between a step's [`Backend::batch`] and its
 //! sampling allocate nothing and wait for nothing, so they can be captured in a graph.
 //!
 //! [`Backend::batch`]: crate::Backend::batch
+//! [`TensorFormat::gpu_bytes`]: phalanx_model::TensorFormat::gpu_bytes
 
 mod activation;
 mod attention;

@@ -22,7 +22,11 @@ fn weights(rows: usize, cols: usize) -> Vec<f32> {
 fn weights_take_the_bytes_that_are_planned() {
     let backend = open();
     let (rows, cols) = (37, 768);
-    for format in TensorFormat::ALL {
+    // What E4M3 takes depends on the device: see `fp8`.
+    let formats = TensorFormat::ALL
+        .into_iter()
+        .filter(|&f| f != TensorFormat::F8_E4M3);
+    for format in formats {
         let data = quantize_row(format, &weights(rows, cols)).unwrap();
         let source = WeightSource {
             format,
