@@ -124,9 +124,10 @@ impl TensorFormat {
         matches!(self, Self::Q4_0 | Self::Q4_1 | Self::Q8_0 | Self::Int4)
     }
 
-    /// Bytes of a `[rows, cols]` matrix as the CUDA backend holds it: the file's blocks, or rows of bf16 padded to
-    /// [`BF16_ROW_ALIGN`] elements; F8_E4M3 where the device multiplies it, where not it is bf16. None if `cols` cuts a block or the product overflows. The memory plan counts with
-    /// this function and the kernels allocate by it.
+    /// Bytes of a `[rows, cols]` matrix as the CUDA backend holds it: the file's blocks; F8_E4M3 padded to
+    /// [`E4M3_ALIGN`] rows and elements, with its scales, on a device that multiplies it, and as BF16 on others; else rows
+    /// of bf16 padded to [`BF16_ROW_ALIGN`] elements. None if `cols` cuts a block or the product overflows. The memory
+    /// plan counts with this function and the kernels allocate by it.
     pub const fn gpu_bytes(self, rows: usize, cols: usize) -> Option<usize> {
         if self.stays_quantized_on_gpus() {
             return self.file_bytes(rows, cols);
