@@ -140,6 +140,10 @@ pub(crate) struct ModelArgs {
     /// Element type of the KV cache.
     #[arg(long, env = "PHALANX_KV_CACHE_DTYPE", default_value = "auto")]
     pub(crate) kv_cache_dtype: KvCacheDtype,
+    /// How the weights are quantized; default: as the checkpoint says. fp8 rounds a checkpoint of plain numbers when it
+    /// is loaded.
+    #[arg(long, short, env = "PHALANX_QUANTIZATION")]
+    pub(crate) quantization: Option<QuantizationName>,
     /// Threads of each rank; default: the CPUs divided by the ranks.
     #[arg(long, env = "PHALANX_THREADS_PER_RANK")]
     pub(crate) threads_per_rank: Option<usize>,
@@ -165,6 +169,18 @@ pub(crate) enum KvCacheDtype {
     F32,
     F16,
     Bf16,
+    /// 8-bit floats with no scale: half the bytes of f16, 3 bits of mantissa.
+    #[value(name = "fp8", alias = "fp8_e4m3")]
+    Fp8,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum, PartialEq, Eq)]
+pub(crate) enum QuantizationName {
+    Awq,
+    Gptq,
+    Gguf,
+    #[value(alias = "compressed-tensors")]
+    Fp8,
 }
 
 /// What only a running coordinator needs.

@@ -27,7 +27,7 @@ pub(crate) fn run(args: &PlanArgs) -> anyhow::Result<()> {
     let (hardware, shared_memory) = match &gpu {
         // On another machine, whose /dev/shm is not known.
         Some(gpu) => (
-            Hardware::Cuda(vec![GpuMemory::unused(gpu.total); ranks]),
+            Hardware::Cuda(vec![GpuMemory::unused(gpu.total, gpu.multiplies_e4m3); ranks]),
             u64::MAX,
         ),
         None => (Hardware::Cpu, free_space(Path::new("/dev/shm"))?),
@@ -57,6 +57,7 @@ pub(crate) fn run(args: &PlanArgs) -> anyhow::Result<()> {
 struct Gpu {
     name: String,
     total: u64,
+    multiplies_e4m3: bool,
     /// Why Phalanx would not run there.
     lack: Option<String>,
 }
@@ -80,6 +81,7 @@ impl Gpu {
             return Ok(Some(Self {
                 name: card.name.to_owned(),
                 total: card.total,
+                multiplies_e4m3: card.multiplies_e4m3(),
                 lack: (!card.is_supported()).then_some(lack),
             }));
         }
@@ -99,6 +101,8 @@ impl Gpu {
         Ok(Some(Self {
             name: format!("GPU of {text}"),
             total,
+            // Nothing is known of it: the more careful plan.
+            multiplies_e4m3: false,
             lack: None,
         }))
     }
@@ -120,8 +124,9 @@ fn heading(blueprint: &Blueprint, draft: &Draft, gpu: Option<&Gpu>) -> String {
         ),
         format!("context   {} tokens", blueprint.max_model_len),
     ];
-    if let (Some(gpu), RankBudget::Gpus(budget)) = (gpu, &draft.budget.ranks) {
-        let one = budget.poorest().unwrap_or(GpuMemory { total: 0, free: 0 });
+    if let (Some(gpu), RankBudget::Gpus(budget)) = (gpu, &draft.budget.ranks)
+        && let Some(one) = budget.poorest()
+    {
         lines.push(format!(
             "devices   {} x {}, {}",
             budget.gpus.len(),
@@ -195,6 +200,7 @@ fn report(blueprint: &Blueprint, draft: &Draft, plan: Result<&Plan, &impl ToStri
             "workspace": bytes.workspace,
             "overhead": bytes.overhead,
             "nccl": bytes.communicator,
+            "cuda_graphs": bytes.graphs,
             "kv_cache": bytes.kv_bytes(blocks),
             "kv_per_token": bytes.kv_bytes_per_block / memory.block_size as u64,
             "total": bytes.total(blocks),

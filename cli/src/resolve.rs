@@ -14,11 +14,11 @@ use phalanx_coordinator::{
     },
     engine::SchedulingPolicy,
 };
-use phalanx_model::{KvDtype, TensorParallelStyle};
+use phalanx_model::{KvDtype, QuantizationMethod, TensorParallelStyle};
 use phalanx_proto::secret::ApiKeys;
 
 use crate::{
-    args::{Device, EngineArgs, KvCacheDtype, ModelArgs, Policy, Style},
+    args::{Device, EngineArgs, KvCacheDtype, ModelArgs, Policy, QuantizationName, Style},
     limits,
 };
 
@@ -52,6 +52,12 @@ pub(crate) fn model(args: &ModelArgs) -> anyhow::Result<ModelOptions> {
         block_size: args.block_size,
         kv_cache,
         kv_dtype: args.kv_cache_dtype.into(),
+        quantization: args.quantization.map(|name| match name {
+            QuantizationName::Awq => QuantizationMethod::Awq,
+            QuantizationName::Gptq => QuantizationMethod::Gptq,
+            QuantizationName::Gguf => QuantizationMethod::Gguf,
+            QuantizationName::Fp8 => QuantizationMethod::Fp8,
+        }),
         gpu_memory_utilization: args.gpu_memory_utilization,
         disable_custom_all_reduce: args.disable_custom_all_reduce,
         enforce_eager: args.enforce_eager && !args.no_enforce_eager,
@@ -65,6 +71,7 @@ impl From<KvCacheDtype> for KvDtype {
             KvCacheDtype::Auto | KvCacheDtype::F16 => Self::F16,
             KvCacheDtype::F32 => Self::F32,
             KvCacheDtype::Bf16 => Self::BF16,
+            KvCacheDtype::Fp8 => Self::E4M3,
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::{ffi::OsString, net::SocketAddr, path::PathBuf, time::Duration};
 
-use phalanx_model::{KvDtype, TensorParallelStyle};
+use phalanx_model::{KvDtype, QuantizationMethod, TensorParallelStyle};
 use phalanx_proto::secret::ApiKeys;
 
 use crate::engine::SchedulingPolicy;
@@ -32,6 +32,8 @@ pub struct ModelOptions {
     pub block_size: usize,
     pub kv_cache: KvCacheSize,
     pub kv_dtype: KvDtype,
+    /// None: as the checkpoint is.
+    pub quantization: Option<QuantizationMethod>,
     /// The part of a GPU's memory that a rank may take, above 0 and at most 1.
     pub gpu_memory_utilization: f32,
     /// GPUs leave all sums to NCCL.

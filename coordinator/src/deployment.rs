@@ -77,7 +77,7 @@ impl Proposal {
     /// A model that is damaged or not supported, or a length it does not have.
     pub fn open(options: ModelOptions) -> Result<Self, DeploymentError> {
         graphs::check(&options)?;
-        let checkpoint = Arc::new(Checkpoint::open(&options.path, MappedFile::open)?);
+        let checkpoint = Arc::new(blueprint::open_checkpoint(&options)?);
         let blueprint = Blueprint::new(Geometry::of_checkpoint(&checkpoint), options)?;
         Ok(Self {
             checkpoint,

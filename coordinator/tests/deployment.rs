@@ -27,6 +27,7 @@ fn options(tensor_parallel_size: usize) -> ModelOptions {
         block_size: 16,
         kv_cache: KvCacheSize::Auto,
         kv_dtype: KvDtype::F16,
+        quantization: None,
         gpu_memory_utilization: 0.75,
         disable_custom_all_reduce: false,
         enforce_eager: false,
@@ -35,7 +36,11 @@ fn options(tensor_parallel_size: usize) -> ModelOptions {
 }
 
 fn gpus(sizes: &[u64]) -> Hardware {
-    let gpu = |&total| GpuMemory { total, free: total };
+    let gpu = |&total| GpuMemory {
+        total,
+        free: total,
+        multiplies_e4m3: true,
+    };
     Hardware::Cuda(sizes.iter().map(gpu).collect())
 }
 

@@ -3,7 +3,7 @@
 // embedding: out[t] = table[token_ids[t] - vocab_start] for tokens in vocab_start..vocab_end; other rows stay.
 //   out [rows][width] f32, token_ids [rows]
 //   format F32, F16, BF16: table [..][table_stride] numbers, scales unused
-//   format Q4_0, Q4_1, Q8_0: table and scales are the planes of the packed layout of quant.cuh, table_stride = width
+//   format Q4_0, Q4_1, Q8_0, INT4: table and scales are the planes of the packed layout of quant.cuh, table_stride = width
 //   grid (rows), block 256
 //
 // select_rows: out[i] = x[rows[i]].

@@ -1,7 +1,7 @@
-// The linear layer on tensor cores (kernels/src/cpu/linear.rs, kernels/src/cpu/gemm):
+// The linear layer on tensor cores, for weights that stay quantized (kernels/src/cpu/linear.rs, kernels/src/cpu/gemm):
 // out[row][n] = x[row] . weight[n] (+ bias[n]), bf16 x bf16 summed in f32.
 //
-// Quantized weights are decoded to bf16 on their way into shared memory and never stored. An output is the sum of
+// Weights are decoded to bf16 on their way into shared memory and never stored. An output is the sum of
 // K_PARTS parts of K, each summed from its front to its back: the same for both kernels and whatever the other rows and
 // columns are, so that a row has the same bits alone and in a batch, and a column on any rank.
 //
@@ -12,14 +12,13 @@
 //
 //   out: first column to write of the first row, f32, rows out_stride apart
 //   x [rows][inputs] bf16, rows x_stride apart
-//   WEIGHT_FORMAT BF16: weight [outputs][inputs] bf16, rows weight_stride apart, scales unused
-//   WEIGHT_FORMAT Q4_0, Q4_1, Q8_0: the planes of the packed layout of quant.cuh, weight_stride = inputs
-//   inputs and strides are multiples of 8 (quantized: 32), padded with zeros (convert.cu, quantization.cu)
-//   bias [outputs] f32, or null; weight and x 16-byte aligned
-// Parameters: WEIGHT_FORMAT, a GGUF type number
+//   weight: the planes of the packed layout of quant.cuh; codes and x 16-byte aligned
+//   inputs: a multiple of 32; x_stride: of 8
+//   bias [outputs] f32, or null
+// Parameters: WEIGHT_FORMAT, one of the packed layout, by its number
 #include "quant.cuh"
 
-static_assert(WEIGHT_FORMAT == BF16 || WEIGHT_FORMAT == Q4_0 || WEIGHT_FORMAT == Q4_1 || WEIGHT_FORMAT == Q8_0,
+static_assert(WEIGHT_FORMAT == Q4_0 || WEIGHT_FORMAT == Q4_1 || WEIGHT_FORMAT == Q8_0 || WEIGHT_FORMAT == INT4,
               "other formats are dequantized when they are loaded");
 
 // Elements of K that are in shared memory at a time: one quantized block.
@@ -31,11 +30,9 @@ const u32 K_PARTS = 4;
 // By value.
 struct Linear {
   const bf16* x;
-  const u8* weight;
-  const u8* scales;
+  Packed weight;
   const float* bias;
   u32 x_stride;
-  u32 weight_stride;
   u32 rows;
   u32 inputs;
   u32 outputs;
@@ -50,13 +47,6 @@ PHX_DEV Steps part_of_k(const Linear& a, u32 part) {
   const u32 all = div_ceil(a.inputs, DEPTH), each = div_ceil(all, K_PARTS);
   return {min(part * each, all), min((part + 1) * each, all)};
 }
-
-struct Matrix {
-  const bf16* values;
-  u32 stride;
-  u32 rows;
-  u32 cols;
-};
 
 // 16 weights of one block before they are decoded.
 struct HalfBlock {
@@ -89,14 +79,13 @@ struct Tile {
   }
   __device__ __forceinline__ u32 thread() { return WARPS == 1 ? lane_id() : threadIdx.x; }
 
-  // Starts the copy of rows of bf16; zeros outside the matrix.
-  template <u32 LEN>
-  __device__ __forceinline__ void copy(bf16 (&to)[LEN][PITCH], Matrix from, u32 first, u32 step) {
+  // Starts the copy of rows of x; zeros for rows that are not there.
+  __device__ __forceinline__ void copy(bf16 (&to)[ROWS][PITCH], const Linear& a, u32 first, u32 step) {
     const u32 CHUNKS = DEPTH / 8;
-    for (u32 i = thread(); i < LEN * CHUNKS; i += THREADS) {
-      const u32 row = first + i / CHUNKS, to_column = i % CHUNKS * 8, column = step * DEPTH + to_column;
-      const bool valid = row < from.rows && column < from.cols;
-      cp_async16(&to[i / CHUNKS][to_column], valid ? from.values + (u64)row * from.stride + column : from.values, valid);
+    for (u32 i = thread(); i < ROWS * CHUNKS; i += THREADS) {
+      const u32 row = first + i / CHUNKS, column = i % CHUNKS * 8;
+      const bool valid = row < a.rows;
+      cp_async16(&to[i / CHUNKS][column], valid ? a.x + (u64)row * a.x_stride + step * DEPTH + column : a.x, valid);
     }
   }
 
@@ -108,8 +97,8 @@ struct Tile {
       halves[i].scale = {0.f, 0, 0.f};
       if (col >= a.outputs) continue;
       const u64 block = (u64)col * (a.inputs / BLOCK_LEN) + step;
-      halves[i].scale = packed_scale(WEIGHT_FORMAT, a.scales, block);
-      const u8* codes = a.weight + block * packed_code_bytes(WEIGHT_FORMAT);
+      halves[i].scale = packed_scale(WEIGHT_FORMAT, a.weight.scales, block);
+      const u8* codes = a.weight.codes + block * packed_code_bytes(WEIGHT_FORMAT);
       if constexpr (WEIGHT_FORMAT == Q8_0) {
         halves[i].codes = ((const uint4*)codes)[half];
       } else {
@@ -169,12 +158,8 @@ struct Tile {
   }
 
   __device__ __forceinline__ void start(u32 stage, const Linear& a, u32 first_row, u32 first_col, u32 step, HalfBlock (&halves)[HALVES]) {
-    copy(x[stage], {a.x, a.x_stride, a.rows, a.inputs}, first_row, step);
-    if constexpr (WEIGHT_FORMAT == BF16) {
-      copy(weight[stage], {(const bf16*)a.weight, a.weight_stride, a.outputs, a.inputs}, first_col, step);
-    } else {
-      fetch(halves, a, first_col, step);
-    }
+    copy(x[stage], a, first_row, step);
+    fetch(halves, a, first_col, step);
     cp_commit();
   }
 
@@ -184,7 +169,7 @@ struct Tile {
     if (steps.start < steps.end) start(0, a, first_row, first_col, steps.start, halves);
     for (u32 step = steps.start; step < steps.end; step++) {
       const u32 stage = (step - steps.start) % 2;
-      if constexpr (WEIGHT_FORMAT != BF16) store(stage, halves);
+      store(stage, halves);
       if (step + 1 < steps.end) {
         start(stage ^ 1, a, first_row, first_col, step + 1, halves);
         cp_wait<1>();

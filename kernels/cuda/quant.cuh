@@ -1,8 +1,9 @@
 // Weight formats, as the scalar definitions of kernels/src/cpu/quant say: w = scale * (code - offset) + min.
 //
 // Two layouts. The file's: blocks as in a GGUF file, rows at any byte. The packed one, for the formats that the linear
-// kernels read themselves (Q4_0, Q4_1, Q8_0): a plane of codes, [rows][cols / 32] blocks of 16 (Q8_0: 32) bytes as in
-// the file, and a plane of scales, [rows][cols / 32] f16 d (Q4_1: f16 d, f16 m), so that loads are aligned.
+// kernels read themselves (Q4_0, Q4_1, Q8_0, INT4): a plane of codes, [rows][cols / 32] blocks of 16 (Q8_0: 32) bytes as in
+// the file, and a plane of scales, [rows][cols / 32] f16 d (Q4_1: f16 d, f16 m; INT4: f16 d, f16 z), so that loads are
+// aligned.
 #pragma once
 #include "phx.cuh"
 
@@ -21,6 +22,7 @@ __host__ __device__ constexpr u32 block_bytes(u32 format) {
          : format == BF16 ? 2
          : format == Q4_0 ? 18
          : format == Q4_1 ? 20
+         : format == INT4 ? 20
          : format == Q5_0 ? 22
          : format == Q5_1 ? 24
          : format == Q8_0 ? 34
@@ -29,7 +31,7 @@ __host__ __device__ constexpr u32 block_bytes(u32 format) {
                           : 210;
 }
 __host__ __device__ constexpr u32 packed_code_bytes(u32 format) { return format == Q8_0 ? 32 : 16; }
-__host__ __device__ constexpr u32 packed_scale_bytes(u32 format) { return format == Q4_1 ? 4 : 2; }
+__host__ __device__ constexpr u32 packed_scale_bytes(u32 format) { return format == Q4_1 || format == INT4 ? 4 : 2; }
 
 // What decodes a code of one group of 16 weights.
 struct Scale {
@@ -62,6 +64,7 @@ PHX_DEV float file_weight(u32 format, const u8* row, u32 index, u32 k) {
   switch (format) {
     case Q4_0: return decode({load_half(b), 8, 0.f}, nibble(b + 2, k));
     case Q4_1: return decode({load_half(b), 0, load_half(b + 2)}, nibble(b + 4, k));
+    case INT4: return decode({load_half(b), (int)load_half(b + 2), 0.f}, nibble(b + 4, k));
     case Q5_0: return decode({load_half(b), 16, 0.f}, nibble(b + 6, k) | fifth(b + 2, k));
     case Q5_1: return decode({load_half(b), 0, load_half(b + 2)}, nibble(b + 8, k) | fifth(b + 4, k));
     case Q8_0: return decode({load_half(b), 128, 0.f}, b[2 + k] ^ 0x80u);
@@ -103,6 +106,10 @@ PHX_DEV Scale packed_scale(u32 format, const u8* scales, u64 block) {
   if (format == Q4_1) {
     const u32 both = ((const u32*)scales)[block];
     return {to_float(f16{(u16)both}), 0, to_float(f16{(u16)(both >> 16)})};
+  }
+  if (format == INT4) {
+    const u32 both = ((const u32*)scales)[block];
+    return {to_float(f16{(u16)both}), (int)to_float(f16{(u16)(both >> 16)}), 0.f};
   }
   return {to_float(((const f16*)scales)[block]), format == Q8_0 ? 128 : 8, 0.f};
 }

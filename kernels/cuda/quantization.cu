@@ -8,8 +8,12 @@
 //
 // dequantize_rows_f32: the same with f32 output.
 //
-// pack_rows: rows of Q4_0, Q4_1 or Q8_0 in the file's layout to the packed layout of quant.cuh.
+// pack_rows: rows of Q4_0, Q4_1, Q8_0 or INT4 in the file's layout to the packed layout of quant.cuh.
 //   codes, scales: the planes from the first of these rows on; the rest as above
+//   grid (rows), block 256
+//
+// unpack_rows: out[row][0..cols] = the weights of a row in the packed layout, rounded to bf16. cols a multiple of 32.
+//   codes, scales: the planes from the first of these rows on
 //   grid (rows), block 256
 #include "quant.cuh"
 
@@ -52,4 +56,12 @@ pack_rows(u8* __restrict__ codes, u8* __restrict__ scales, const u8* __restrict_
       codes[block * code_bytes + byte - scale_bytes] = row[i];
     }
   }
+}
+
+PHX_KERNEL __launch_bounds__(256)
+unpack_rows(bf16* __restrict__ out, const u8* __restrict__ codes, const u8* __restrict__ scales, u32 format, u32 cols) {
+  const u64 first = (u64)blockIdx.x * (cols / BLOCK_LEN);
+  out += (u64)blockIdx.x * cols;
+  for (u32 i = threadIdx.x; i < cols; i += THREADS)
+    out[i] = rounded<bf16>(packed_weight(format, {codes, scales}, first + i / BLOCK_LEN, i % BLOCK_LEN));
 }

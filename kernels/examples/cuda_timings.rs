@@ -173,6 +173,7 @@ impl Timer {
                 // Finite as any format.
                 data: &vec![0x3c; outputs * row_stride],
                 row_stride,
+                row_scales: None,
             };
             let weight = self.backend.weight(&[source])?;
             for rows in [1, self.sizes.sequences, self.sizes.prompt] {

@@ -1,5 +1,7 @@
 //! A model on disk: its configuration, and where each of its tensors lies, whatever the file format.
 
+mod scale;
+
 use std::{
     collections::BTreeMap,
     error::Error,
@@ -8,12 +10,18 @@ use std::{
 
 use sha2::{Digest, Sha256};
 
+use self::scale::ScaleInfo;
+pub(crate) use self::scale::may_have_scales;
 use crate::{
-    LayerTensor, ModelConfig, RowSplitBlocks, TensorFormat, TensorFormats, TensorRole,
+    LayerTensor, ModelConfig, Quantization, QuantizationMethod, RowSplitBlocks, TensorFormat, TensorFormats,
+    TensorRole,
     config::ConfigError,
     gguf::{Gguf, GgufError, gguf_type_name},
+    int4::{self, Int4Tensors, Span},
     safetensors::{SafeTensorsDirectory, SafeTensorsError},
 };
+
+const CONFIG_FILE: &str = "config.json";
 
 /// Why a model cannot be opened.
 #[derive(Debug, thiserror::Error)]
@@ -42,6 +50,11 @@ pub enum CheckpointError {
         expected: Vec<usize>,
         found: Vec<usize>,
     },
+    #[error("quantization {asked} was asked for, but the checkpoint {found}", asked = asked.name())]
+    Quantization {
+        asked: QuantizationMethod,
+        found: String,
+    },
     #[error("tensor `{tensor}` is {found}; expected {expected}")]
     Format {
         tensor: String,
@@ -61,6 +74,16 @@ pub struct TensorInfo {
     /// From the start of that file, bytes.
     pub offset: usize,
     pub bytes: usize,
+    pub layout: TensorLayout,
+}
+
+/// What a tensor's bytes are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TensorLayout {
+    /// `rows` rows of `format.row_bytes(cols)` bytes.
+    Rows,
+    /// Words of eight codes, with scales and zero points elsewhere: `format` is what its rows become when they are read.
+    Int4(Int4Tensors),
 }
 
 /// An opened model over mapped (or otherwise held) files.
@@ -70,13 +93,20 @@ pub struct Checkpoint<B> {
     config: ModelConfig,
     source: Source<B>,
     tensors: BTreeMap<TensorRole, TensorInfo>,
+    /// Of the matrices of E4M3.
+    scales: BTreeMap<TensorRole, ScaleInfo>,
+    /// Matrices of layers become E4M3 when they are loaded.
+    fp8_online: bool,
     fingerprint: [u8; 32],
 }
 
 #[derive(Debug)]
 enum Source<B> {
     Gguf(Gguf<B>),
-    SafeTensors(SafeTensorsDirectory<B>),
+    SafeTensors {
+        directory: SafeTensorsDirectory<B>,
+        quantization: Option<Quantization>,
+    },
 }
 
 impl<B: AsRef<[u8]>> Checkpoint<B> {
@@ -121,11 +151,16 @@ impl<B: AsRef<[u8]>> Checkpoint<B> {
         path: &Path,
         map: &mut dyn FnMut(&Path) -> Result<B, CheckpointError>,
     ) -> Result<Self, CheckpointError> {
-        let config_path = path.join("config.json");
+        let config_path = path.join(CONFIG_FILE);
         let json = map(&config_path)?;
         let config =
             ModelConfig::from_config_json(json.as_ref()).map_err(|source| CheckpointError::Config {
                 path: config_path,
+                source,
+            })?;
+        let quantization =
+            Quantization::from_config_json(json.as_ref()).map_err(|source| CheckpointError::Config {
+                path: path.join(CONFIG_FILE),
                 source,
             })?;
         let directory = SafeTensorsDirectory::open(path, map)?;
@@ -134,7 +169,11 @@ impl<B: AsRef<[u8]>> Checkpoint<B> {
         for (map, &header) in directory.maps.iter().zip(&directory.header_bytes) {
             fingerprint.file(&map.as_ref()[..header], map.as_ref().len());
         }
-        Self::assemble(path, config, Source::SafeTensors(directory), fingerprint)
+        let source = Source::SafeTensors {
+            directory,
+            quantization,
+        };
+        Self::assemble(path, config, source, fingerprint)
     }
 
     fn assemble(
@@ -143,14 +182,22 @@ impl<B: AsRef<[u8]>> Checkpoint<B> {
         source: Source<B>,
         fingerprint: Fingerprint,
     ) -> Result<Self, CheckpointError> {
-        let mut tensors = BTreeMap::new();
+        let (mut tensors, mut scales) = (BTreeMap::new(), BTreeMap::new());
         for role in config.roles() {
             let Some((rows, cols)) = config.shape(role) else {
                 continue;
             };
+            if let Some(info) = source.find_int4(role, [rows, cols])? {
+                tensors.insert(role, info);
+                continue;
+            }
             match source.find(role) {
                 Some(found) => {
-                    tensors.insert(role, found.check(role, rows, cols)?);
+                    let info = found.check(role, rows, cols)?;
+                    if info.format == TensorFormat::F8_E4M3 {
+                        scales.insert(role, source.scale(role, &info)?);
+                    }
+                    tensors.insert(role, info);
                 }
                 None if source.may_lack(role) => {}
                 None => {
@@ -168,8 +215,51 @@ impl<B: AsRef<[u8]>> Checkpoint<B> {
             config,
             source,
             tensors,
+            scales,
+            fp8_online: false,
             fingerprint,
         })
+    }
+
+    /// The same, to be loaded as quantized with `method`: as it is, if that is how it is quantized. From one of plain
+    /// numbers the matrices of its layers are to become E4M3 when they are loaded, and count as such from now on.
+    ///
+    /// # Errors
+    /// A checkpoint that is quantized otherwise, or not at all where the method is not one of loading.
+    pub fn quantized(self, method: QuantizationMethod) -> Result<Self, CheckpointError> {
+        let refused = |found| CheckpointError::Quantization { asked: method, found };
+        match (self.quantization(), method) {
+            (Some(found), asked) if found.method() == asked => return Ok(self),
+            (Some(found), _) => return Err(refused(format!("is quantized with {}", found.method().name()))),
+            (None, QuantizationMethod::Gguf) if matches!(self.source, Source::Gguf(_)) => return Ok(self),
+            (None, QuantizationMethod::Fp8) => {}
+            (None, _) => return Err(refused("is not quantized with it".to_owned())),
+        }
+        let is_coded =
+            |(role, info): &(TensorRole, &TensorInfo)| may_have_scales(*role) && !info.format.is_dense();
+        if let Some((role, info)) = self.tensors().find(is_coded) {
+            let name = self.source.name(role);
+            return Err(refused(format!(
+                "is quantized already: `{name}` is {}",
+                info.format
+            )));
+        }
+        Ok(Self {
+            fp8_online: true,
+            ..self
+        })
+    }
+
+    /// Whether [`quantized`](Self::quantized) leaves something to be done when it is loaded.
+    pub fn is_quantized_online(&self) -> bool {
+        self.fp8_online
+    }
+
+    /// The format that a tensor is to have once it is loaded.
+    pub fn loaded_format(&self, role: TensorRole) -> Option<TensorFormat> {
+        let online = self.fp8_online && may_have_scales(role);
+        let format = self.tensor(role)?.format;
+        Some(if online { TensorFormat::F8_E4M3 } else { format })
     }
 
     /// What it was opened from.
@@ -179,6 +269,14 @@ impl<B: AsRef<[u8]>> Checkpoint<B> {
 
     pub fn config(&self) -> &ModelConfig {
         &self.config
+    }
+
+    /// What a directory's `config.json` says of quantization. None for GGUF files, whose tensors say it themselves.
+    pub fn quantization(&self) -> Option<&Quantization> {
+        match &self.source {
+            Source::Gguf(_) => None,
+            Source::SafeTensors { quantization, .. } => quantization.as_ref(),
+        }
     }
 
     /// None if the model has no such tensor. With tied embeddings `LmHead` is the token embedding.
@@ -191,13 +289,27 @@ impl<B: AsRef<[u8]>> Checkpoint<B> {
         }
     }
 
-    /// The tensor's data as it lies in the file: `rows` rows of `format.row_bytes(cols)` bytes.
+    /// The tensor's data as its layout says.
     pub fn tensor_bytes(&self, role: TensorRole) -> Option<&[u8]> {
-        let info = self.tensor(role)?;
-        self.maps()
-            .get(info.file)?
-            .as_ref()
-            .get(info.offset..info.offset.checked_add(info.bytes)?)
+        let &TensorInfo {
+            file, offset, bytes, ..
+        } = self.tensor(role)?;
+        self.span(Span { file, offset, bytes })
+    }
+
+    /// Bytes of one of the files. None if they are not all there.
+    pub fn span(&self, span: Span) -> Option<&[u8]> {
+        let file = self.maps().get(span.file)?.as_ref();
+        file.get(span.offset..span.offset.checked_add(span.bytes)?)
+    }
+
+    /// What the rows of a matrix of E4M3 are scaled with, one number for each. None if the tensor is of another format.
+    ///
+    /// # Errors
+    /// A scale that is no finite number.
+    pub fn row_scales(&self, role: TensorRole) -> Result<Option<Vec<f32>>, CheckpointError> {
+        let scales = self.scales.get(&role);
+        scales.map(|scale| scale.read(self.maps())).transpose()
     }
 
     /// Every tensor, embeddings first, then in the order of [`TensorRole`].
@@ -209,7 +321,7 @@ impl<B: AsRef<[u8]>> Checkpoint<B> {
     pub fn gguf(&self) -> Option<&Gguf<B>> {
         match &self.source {
             Source::Gguf(gguf) => Some(gguf),
-            Source::SafeTensors(_) => None,
+            Source::SafeTensors { .. } => None,
         }
     }
 
@@ -217,7 +329,7 @@ impl<B: AsRef<[u8]>> Checkpoint<B> {
     pub fn maps(&self) -> &[B] {
         match &self.source {
             Source::Gguf(gguf) => std::slice::from_ref(gguf.bytes()),
-            Source::SafeTensors(directory) => &directory.maps,
+            Source::SafeTensors { directory, .. } => &directory.maps,
         }
     }
 
@@ -226,9 +338,12 @@ impl<B: AsRef<[u8]>> Checkpoint<B> {
         self.fingerprint
     }
 
-    /// Every tensor's format, for shard and memory plans.
+    /// The format that every tensor is to be loaded in, for shard and memory plans.
     pub fn formats(&self) -> TensorFormats {
-        self.tensors().map(|(role, info)| (role, info.format)).collect()
+        let roles = self.tensors().map(|(role, _)| role);
+        roles
+            .filter_map(|role| Some((role, self.loaded_format(role)?)))
+            .collect()
     }
 
     /// The block lengths that row splits must not cut.
@@ -262,7 +377,10 @@ impl Found {
                 found: self.shape,
             });
         }
-        let allowed = |format: TensorFormat| !role.is_vector() || format.is_dense();
+        let allowed = |format: TensorFormat| match format {
+            TensorFormat::F8_E4M3 => may_have_scales(role),
+            format => !role.is_vector() || format.is_dense(),
+        };
         match self.format {
             Ok(format) if allowed(format) => {
                 let Self {
@@ -275,12 +393,13 @@ impl Found {
                     file,
                     offset,
                     bytes,
+                    layout: TensorLayout::Rows,
                 })
             }
             format => {
                 let names = TensorFormat::ALL
                     .into_iter()
-                    .filter(|&format| allowed(format))
+                    .filter(|&format| format.is_gguf() && allowed(format))
                     .map(|f| f.to_string());
                 let expected = format!("one of {}", names.collect::<Vec<_>>().join(", "));
                 let found = format.map_or_else(|unknown| unknown, |format| format.to_string());
@@ -298,7 +417,7 @@ impl<B: AsRef<[u8]>> Source<B> {
     fn name(&self, role: TensorRole) -> String {
         match self {
             Self::Gguf(_) => role.gguf_name(),
-            Self::SafeTensors(_) => role.hugging_face_name(),
+            Self::SafeTensors { .. } => role.hugging_face_name(),
         }
     }
 
@@ -312,6 +431,32 @@ impl<B: AsRef<[u8]>> Source<B> {
             }
         );
         output_bias && matches!(self, Self::Gguf(_))
+    }
+
+    /// Where the scales of a matrix of E4M3 lie.
+    fn scale(&self, role: TensorRole, matrix: &TensorInfo) -> Result<ScaleInfo, CheckpointError> {
+        let name = self.name(role);
+        match self {
+            Self::SafeTensors {
+                directory,
+                quantization: Some(Quantization::Fp8),
+            } => ScaleInfo::find(directory, &name, matrix),
+            _ => Err(CheckpointError::Format {
+                tensor: name,
+                expected: "another format: config.json has no quantization_config of fp8".to_owned(),
+                found: matrix.format.to_string(),
+            }),
+        }
+    }
+
+    fn find_int4(&self, role: TensorRole, shape: [usize; 2]) -> Result<Option<TensorInfo>, CheckpointError> {
+        match self {
+            Self::SafeTensors {
+                directory,
+                quantization: Some(Quantization::Int4(quantization)),
+            } => int4::find(directory, &self.name(role), *quantization, shape),
+            _ => Ok(None),
+        }
     }
 
     fn find(&self, role: TensorRole) -> Option<Found> {
@@ -330,7 +475,7 @@ impl<B: AsRef<[u8]>> Source<B> {
                     name,
                 })
             }
-            Self::SafeTensors(directory) => {
+            Self::SafeTensors { directory, .. } => {
                 let tensor = directory.tensors.get(&name)?;
                 let format = tensor.format().ok_or_else(|| format!("{:?}", tensor.dtype));
                 let (file, offset, bytes) = (tensor.file, tensor.offset, tensor.bytes);

@@ -9,7 +9,7 @@ use std::fmt::Display;
 pub use rope::{RopeConfig, RopeLayout, RopeScaling, yarn_attention_factor};
 
 pub(crate) use gguf::ROPE_FACTORS_TENSOR;
-pub(crate) use hugging_face::declared_dtype;
+pub(crate) use hugging_face::{Fields, declared_dtype};
 
 use crate::gguf::GgufError;
 
@@ -76,7 +76,7 @@ pub enum ConfigError {
 }
 
 impl ConfigError {
-    fn missing(key: impl Into<String>) -> Self {
+    pub(crate) fn missing(key: impl Into<String>) -> Self {
         Self::Missing { key: key.into() }
     }
 
@@ -88,7 +88,7 @@ impl ConfigError {
         }
     }
 
-    fn unsupported(key: impl Into<String>, value: impl Display, reason: &'static str) -> Self {
+    pub(crate) fn unsupported(key: impl Into<String>, value: impl Display, reason: &'static str) -> Self {
         Self::Unsupported {
             key: key.into(),
             value: value.to_string(),

@@ -1,6 +1,8 @@
 //! What a model is made of, whether or not its weights are at hand.
 
-use crate::{Checkpoint, ConfigError, ModelConfig, TensorFormats, config};
+use crate::{
+    Checkpoint, ConfigError, ModelConfig, TensorFormat, TensorFormats, checkpoint::may_have_scales, config,
+};
 
 /// A model's sizes and the formats of its tensors: all that a memory plan needs.
 #[derive(Clone, Debug, PartialEq)]
@@ -15,6 +17,16 @@ impl Geometry {
             config: checkpoint.config().clone(),
             formats: checkpoint.formats(),
         }
+    }
+
+    /// With the matrices of its layers rounded to E4M3, as they are when a checkpoint of plain numbers is loaded so.
+    pub fn quantized_online(mut self) -> Self {
+        for (role, format) in &mut self.formats {
+            if may_have_scales(*role) {
+                *format = TensorFormat::F8_E4M3;
+            }
+        }
+        self
     }
 
     /// Of the checkpoint that a Hugging Face `config.json` belongs to: all tensors in the type that it declares.

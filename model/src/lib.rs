@@ -7,18 +7,22 @@ pub mod config;
 pub mod format;
 pub mod geometry;
 pub mod gguf;
+pub mod int4;
 pub mod memory;
+pub mod quantization;
 pub mod role;
 pub mod safetensors;
 pub mod shard;
 
-pub use checkpoint::{Checkpoint, CheckpointError, TensorInfo};
+pub use checkpoint::{Checkpoint, CheckpointError, TensorInfo, TensorLayout};
 pub use config::{ConfigError, ModelConfig, RopeConfig, RopeLayout, RopeScaling};
 pub use format::{KvDtype, TensorFormat};
 pub use geometry::Geometry;
 pub use memory::{
-    GpuBudget, GpuMemory, MemoryBudget, MemoryError, MemoryPlan, MemoryRequest, Placement, RankBudget,
+    GpuBudget, GpuMemory, GpuPlacement, MemoryBudget, MemoryError, MemoryPlan, MemoryRequest, Placement,
+    RankBudget,
 };
+pub use quantization::{Quantization, QuantizationMethod};
 pub use role::{LayerTensor, TensorFormats, TensorRole};
 pub use shard::{
     RankShard, RowSplitBlocks, Shard, ShardError, ShardPlan, TensorParallelOptions, TensorParallelStyle,

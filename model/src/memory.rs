@@ -13,7 +13,7 @@ use crate::{
 
 pub use budget::{CONTEXT_BYTES, GpuBudget, GpuMemory, MemoryBudget, RankBudget};
 pub use cards::{GpuCard, LEAST_COMPUTE_CAPABILITY};
-pub use gpu::{GPU_OVERHEAD_BYTES, NCCL_BYTES};
+pub use gpu::{GPU_OVERHEAD_BYTES, GpuPlacement, NCCL_BYTES};
 pub use nearest::Nearest;
 pub use table::{HumanBytes, MemoryTable};
 
@@ -40,11 +40,7 @@ pub enum Placement {
     /// In the host's memory, weights as the CPU backend holds them.
     Host,
     /// Each rank on a GPU of its own.
-    Gpus {
-        /// What a rank takes there beside weights, KV cache and activations: [`GPU_OVERHEAD_BYTES`], or what was
-        /// measured.
-        overhead: u64,
-    },
+    Gpus(GpuPlacement),
 }
 
 /// What is to be served, and how.
@@ -80,6 +76,8 @@ pub struct RankMemory {
     pub overhead: u64,
     /// Buffers of NCCL.
     pub communicator: u64,
+    /// CUDA graphs.
+    pub graphs: u64,
     /// K and V of all layers for one block of tokens.
     pub kv_bytes_per_block: u64,
     /// The KV cache takes memory in multiples of so many bytes.
@@ -89,7 +87,7 @@ pub struct RankMemory {
 impl RankMemory {
     /// Everything but the KV cache.
     pub fn fixed(&self) -> u64 {
-        self.weights + self.workspace + self.overhead + self.communicator
+        self.weights + self.workspace + self.overhead + self.communicator + self.graphs
     }
     pub fn total(&self, num_blocks: u64) -> u64 {
         self.fixed().saturating_add(self.kv_bytes(num_blocks))
@@ -246,11 +244,11 @@ impl MemoryRequest<'_> {
         ];
         match self.placement {
             Placement::Host => buffers.extend(self.scratch(shards, rank)),
-            Placement::Gpus { .. } if gather && shards.ranks.len() > 1 => {
+            Placement::Gpus(_) if gather && shards.ranks.len() > 1 => {
                 // Where NCCL puts the ranks' parts before they are put in their columns.
                 buffers.push(per_token("gathered", config.hidden_size.max(wide), false));
             }
-            Placement::Gpus { .. } => {}
+            Placement::Gpus(_) => {}
         }
         buffers
     }
@@ -302,7 +300,7 @@ impl MemoryRequest<'_> {
             match (role.is_vector(), self.placement) {
                 (true, _) => Some(size_of::<f32>() * rows * cols),
                 (false, Placement::Host) => format.resident_bytes(rows, cols),
-                (false, Placement::Gpus { .. }) => Some(gpu::matrix_bytes(*format, rows, cols)),
+                (false, Placement::Gpus(gpus)) => gpus.matrix_bytes(*format, rows, cols),
             }
         };
         self.config
@@ -321,19 +319,24 @@ impl MemoryRequest<'_> {
         let kv_heads = shards.ranks.get(rank).map_or(0, |held| held.kv_heads.len());
         let layer_bytes = 2 * self.block_size * kv_heads * config.head_dim * self.kv_dtype.bytes();
         let layers = config.num_hidden_layers;
-        let (overhead, communicator, kv_granule) = match self.placement {
-            Placement::Host => (PROCESS_OVERHEAD_BYTES, 0, 1),
-            Placement::Gpus { overhead } => {
+        let (overhead, communicator, graphs) = match self.placement {
+            Placement::Host => (PROCESS_OVERHEAD_BYTES, 0, 0),
+            Placement::Gpus(gpus) => {
                 let connected = shards.ranks.len() > 1;
                 let nccl = if connected { NCCL_BYTES } else { 0 };
-                (overhead, nccl, layers as u64 * gpu::ALLOCATION_GRANULE)
+                (gpus.overhead, nccl, gpus.graph_bytes(layers))
             }
+        };
+        let kv_granule = match self.placement {
+            Placement::Host => 1,
+            Placement::Gpus(_) => layers as u64 * gpu::ALLOCATION_GRANULE,
         };
         RankMemory {
             weights: self.weight_bytes(shards, rank),
             workspace: own.map(|buffer| buffer.bytes()).sum(),
             overhead,
             communicator,
+            graphs,
             kv_bytes_per_block: (layers * layer_bytes) as u64,
             kv_granule,
         }
@@ -416,7 +419,7 @@ impl MemoryPlan {
         }
     }
 
-    /// The plan with what each GPU rank was found to take without its KV cache and without NCCL, in rank order, in
+    /// The plan with what each GPU rank was found to take without its KV cache, NCCL and graphs, in rank order, in
     /// place of what was predicted.
     ///
     /// # Errors

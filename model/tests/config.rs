@@ -367,10 +367,6 @@ fn unusable_config_json_is_refused_by_field() {
         Err(ConfigError::Unsupported { .. })
     ));
     assert!(matches!(
-        changed(json!({"quantization_config": {"quant_method": "awq"}})),
-        Err(ConfigError::Unsupported { .. })
-    ));
-    assert!(matches!(
         changed(json!({"model_type": "gpt_neox"})),
         Err(ConfigError::UnsupportedArchitecture { found }) if found == "gpt_neox"
     ));

@@ -1,9 +1,9 @@
 //! Llama-3.1-70B on GPUs that are not there. Every number is computed by hand beside it.
 
 use phalanx_model::{
-    Geometry, GpuBudget, GpuMemory, KvDtype, MemoryBudget, MemoryError, MemoryPlan, MemoryRequest, Placement,
-    RankBudget, TensorFormat, TensorParallelOptions, TensorParallelStyle,
-    memory::{GPU_OVERHEAD_BYTES, GpuCard, NCCL_BYTES, Nearest},
+    Geometry, GpuBudget, GpuMemory, GpuPlacement, KvDtype, MemoryBudget, MemoryError, MemoryPlan,
+    MemoryRequest, Placement, RankBudget, TensorFormat, TensorParallelOptions, TensorParallelStyle,
+    memory::{GpuCard, NCCL_BYTES, Nearest},
 };
 
 const GIB: u64 = 1 << 30;
@@ -17,9 +17,7 @@ fn request(geometry: &Geometry, world_size: usize) -> MemoryRequest<'_> {
         config: &geometry.config,
         formats: &geometry.formats,
         parallel: TensorParallelOptions::equal(world_size, TensorParallelStyle::Reduce),
-        placement: Placement::Gpus {
-            overhead: GPU_OVERHEAD_BYTES,
-        },
+        placement: Placement::Gpus(GpuPlacement::default()),
         most_ranks: 30,
         kv_dtype: KvDtype::F16,
         block_size: 16,
@@ -34,7 +32,7 @@ fn cards(name: &str, count: usize) -> MemoryBudget {
     let card = GpuCard::find(name).expect("a card");
     MemoryBudget {
         ranks: RankBudget::Gpus(GpuBudget {
-            gpus: vec![GpuMemory::unused(card.total); count],
+            gpus: vec![GpuMemory::unused(card.total, card.multiplies_e4m3()); count],
             utilization: 0.9,
         }),
         shared_memory: u64::MAX,
@@ -175,6 +173,38 @@ fn what_was_measured_takes_the_place_of_what_was_predicted() {
     let blocks = plan.num_blocks(&budget).unwrap();
     assert_eq!(measured.num_blocks(&budget), Ok(blocks - 64 * 256));
     assert!(plan.measured(&[1]).is_err());
+}
+
+#[test]
+fn eight_bits_a_weight_and_graphs_are_counted() {
+    let geometry = llama_70b();
+    let fp8 = geometry.clone().quantized_online();
+    let plan = |geometry: &Geometry, gpus: GpuPlacement| {
+        let placement = Placement::Gpus(gpus);
+        MemoryPlan::new(&MemoryRequest {
+            placement,
+            ..request(geometry, 8)
+        })
+        .unwrap()
+        .ranks[0]
+            .clone()
+    };
+    let native = GpuPlacement {
+        multiplies_e4m3: true,
+        ..GpuPlacement::default()
+    };
+    // A byte for a weight of a layer and an f32 for each of its rows: 80 layers of (q 1024 + k 128 + v 128 + o 8192 +
+    // gate and up 2 x 3584 + down 8192) rows.
+    let in_bf16 = plan(&geometry, native).weights;
+    let expected = in_bf16 - 17_112_760_320 / 2 + 80 * 4 * (1024 + 128 + 128 + 8192 + 2 * 3584 + 8192);
+    assert_eq!(plan(&fp8, native).weights, expected);
+    assert_eq!(plan(&fp8, GpuPlacement::default()).weights, in_bf16);
+    // 80 layers of 14 ops and 12 others, 8 KiB each, in each of 35 graphs.
+    let captured = GpuPlacement {
+        num_graphs: 35,
+        ..GpuPlacement::default()
+    };
+    assert_eq!(plan(&geometry, captured).graphs, 35 * (80 * 14 + 12) * 8192);
 }
 
 #[test]

@@ -47,7 +47,11 @@ fn pooled(bytes: u64) -> MemoryBudget {
 fn each(sizes: &[u64]) -> MemoryBudget {
     let gpus = sizes
         .iter()
-        .map(|&total| GpuMemory { total, free: total })
+        .map(|&total| GpuMemory {
+            total,
+            free: total,
+            multiplies_e4m3: true,
+        })
         .collect();
     MemoryBudget {
         ranks: RankBudget::Gpus(GpuBudget {

@@ -60,6 +60,8 @@ pub struct Assignment {
     /// Token positions per KV block.
     pub block_size: usize,
     pub kv_dtype: KvDtype,
+    /// Matrices of layers are rounded to E4M3 when they are loaded.
+    pub quantize_to_fp8: bool,
     /// On CPUs.
     pub threads: usize,
     pub device: Device,
@@ -97,6 +99,7 @@ impl TryFrom<&v1::Assign> for Assignment {
             v1::KvDtype::F32 => KvDtype::F32,
             v1::KvDtype::F16 => KvDtype::F16,
             v1::KvDtype::Bf16 => KvDtype::BF16,
+            v1::KvDtype::E4m3 => KvDtype::E4M3,
             v1::KvDtype::Unspecified => return Err(AssignmentError::Missing("kv_dtype")),
         };
         let device = match assign.device() {
@@ -112,6 +115,7 @@ impl TryFrom<&v1::Assign> for Assignment {
             plan,
             block_size: assign.block_size as usize,
             kv_dtype,
+            quantize_to_fp8: assign.quantize_to_fp8,
             threads: within("threads", assign.threads, 1, MAX_THREADS)? as usize,
             device,
             step_timeout: Duration::from_millis(timeout_ms),

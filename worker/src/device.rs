@@ -22,6 +22,7 @@ impl DeviceChoice {
         match gpu_of(rank) {
             Ok(gpu) => v1::Device {
                 kind: v1::DeviceKind::Cuda.into(),
+                multiplies_e4m3: gpu.multiplies_e4m3(),
                 name: gpu.name,
                 memory_bytes: gpu.total_bytes as u64,
                 free_bytes: gpu.free_bytes as u64,

@@ -4,12 +4,13 @@
 
 mod read_ahead;
 
-use std::{ops::Range, sync::Arc};
+use std::{borrow::Cow, ops::Range, sync::Arc};
 
-use phalanx_kernels::{Backend, Heads, KernelError, KvSpec, WeightSource};
+use phalanx_kernels::{Backend, Fp8Matrix, Heads, KernelError, KvSpec, WeightSource, int4::Int4Source};
 use phalanx_model::{
-    Checkpoint, CheckpointError, LayerTensor, ModelConfig, RankShard, RopeScaling, TensorFormat, TensorInfo,
-    TensorParallelStyle, TensorRole,
+    Checkpoint, CheckpointError, LayerTensor, ModelConfig, QuantizationMethod, RankShard, RopeScaling,
+    TensorFormat, TensorInfo, TensorLayout, TensorParallelStyle, TensorRole, TensorSlice,
+    int4::{Int4Tensors, Span},
 };
 use phalanx_proto::v1::Phase;
 use phalanx_shm::{MappedFile, ShmError};
@@ -50,6 +51,8 @@ pub enum LoadError {
     },
     #[error("tensor {role:?}: {format:?} is not a format of vectors")]
     VectorFormat { role: TensorRole, format: TensorFormat },
+    #[error("tensor {role:?}: {source}")]
+    Int4 { role: TensorRole, source: KernelError },
     #[error("{path}: {source}")]
     File { path: String, source: ShmError },
     #[error("{path} became shorter while it was read")]
@@ -76,7 +79,10 @@ pub fn load<B: Backend>(
     assignment: Assignment,
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<LoadedModel<B>> {
-    let checkpoint = Checkpoint::open(&assignment.model_path, MappedFile::open)?;
+    let mut checkpoint = Checkpoint::open(&assignment.model_path, MappedFile::open)?;
+    if assignment.quantize_to_fp8 {
+        checkpoint = checkpoint.quantized(QuantizationMethod::Fp8)?;
+    }
     check_same_model(checkpoint.config(), &assignment.config)?;
     let mut loader = Loader {
         backend: &backend,
@@ -92,7 +98,12 @@ pub fn load<B: Backend>(
         if checkpoint.tensor(role).is_some() {
             let cut = loader.cut(role)?;
             loader.bytes_total += cut.bytes;
-            loader.ahead.plan(cut.file, cut.span, cut.bytes);
+            let all: usize = cut.spans.iter().map(|span| span.bytes).sum();
+            for span in &cut.spans {
+                let range = span.offset..span.offset + span.bytes;
+                let read = cut.bytes * span.bytes as u64 / all.max(1) as u64;
+                loader.ahead.plan(span.file, range, read);
+            }
         }
     }
     loader.ahead.advance(checkpoint.maps(), 0);
@@ -200,12 +211,35 @@ struct Loader<'a, B: Backend> {
 
 /// This rank's part of a tensor.
 struct Cut<'a> {
-    source: WeightSource<'a>,
-    /// Where it lies.
-    file: usize,
-    span: Range<usize>,
+    info: &'a TensorInfo,
+    slice: TensorSlice,
+    /// Where what is read lies.
+    spans: Vec<Span>,
     /// Bytes that are read.
     bytes: u64,
+}
+
+impl Cut<'_> {
+    fn rows(&self) -> usize {
+        self.slice.rows.len()
+    }
+
+    /// `data` is what [`Loader::data`] gives, `row_scales` what [`Loader::row_scales`] does.
+    fn source<'a>(&self, data: &'a [u8], row_scales: Option<&'a [f32]>) -> Option<WeightSource<'a>> {
+        let (format, cols) = (self.info.format, self.slice.cols.len());
+        let stored_cols = match self.info.layout {
+            TensorLayout::Rows => self.info.cols,
+            TensorLayout::Int4(_) => cols,
+        };
+        Some(WeightSource {
+            format,
+            rows: self.rows(),
+            cols,
+            data,
+            row_stride: format.row_bytes(stored_cols)?,
+            row_scales,
+        })
+    }
 }
 
 impl<'a, B: Backend> Loader<'a, B> {
@@ -349,11 +383,81 @@ impl<'a, B: Backend> Loader<'a, B> {
             .iter()
             .map(|&role| self.cut(role))
             .collect::<Result<Vec<_>>>()?;
-        let sources: Vec<WeightSource<'_>> = cuts.iter().map(|cut| cut.source).collect();
+        let data = cuts
+            .iter()
+            .zip(roles)
+            .map(|(cut, &role)| self.data(cut, role))
+            .collect::<Result<Vec<_>>>()?;
+        let scales = cuts
+            .iter()
+            .zip(roles)
+            .map(|(cut, &role)| self.row_scales(cut, role))
+            .collect::<Result<Vec<_>>>()?;
+        let sources = (cuts.iter().zip(roles))
+            .zip(data.iter().zip(&scales))
+            .map(|((cut, &role), (data, scales))| {
+                cut.source(data, scales.as_deref())
+                    .ok_or_else(|| cut_error(role, cut.info, &cut.slice))
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let rounded = sources
+            .iter()
+            .zip(roles)
+            .map(|(source, &role)| self.rounded(source, role))
+            .collect::<Result<Vec<_>>>()?;
+        let sources: Vec<WeightSource<'_>> = sources
+            .iter()
+            .zip(&rounded)
+            .map(|(source, rounded)| rounded.as_ref().map_or(*source, Fp8Matrix::source))
+            .collect();
         let weight = self.backend.weight(&sources)?;
         self.weight_bytes += self.backend.weight_bytes(&weight) as u64;
         cuts.iter().for_each(|cut| self.finish(cut));
         Ok(weight)
+    }
+
+    /// The cut's rows: in the file, or made of an AWQ or GPTQ matrix, one stack of matrices at a time.
+    fn data(&self, cut: &Cut<'_>, role: TensorRole) -> Result<Cow<'a, [u8]>> {
+        let outside = || cut_error(role, cut.info, &cut.slice);
+        let bytes = |span: Span| self.checkpoint.span(span).ok_or_else(outside);
+        let TensorLayout::Int4(tensors) = &cut.info.layout else {
+            return Ok(Cow::Borrowed(bytes(cut.spans[0])?));
+        };
+        let source = Int4Source {
+            quantization: tensors.quantization,
+            rows: cut.info.rows,
+            cols: cut.info.cols,
+            qweight: bytes(tensors.qweight)?,
+            qzeros: bytes(tensors.qzeros)?,
+            scales: bytes(tensors.scales)?,
+            g_idx: tensors.g_idx.map_or(Ok(&[][..]), bytes)?,
+        };
+        let TensorSlice { rows, cols } = cut.slice.clone();
+        let blocks = source.blocks(rows, cols);
+        Ok(Cow::Owned(
+            blocks.map_err(|source| LoadError::Int4 { role, source })?,
+        ))
+    }
+
+    /// Of the cut's rows, where the tensor has such.
+    fn row_scales(&self, cut: &Cut<'_>, role: TensorRole) -> Result<Option<Vec<f32>>> {
+        let Some(scales) = self.checkpoint.row_scales(role)? else {
+            return Ok(None);
+        };
+        let own = scales.get(cut.slice.rows.clone());
+        let own = own.ok_or_else(|| cut_error(role, cut.info, &cut.slice))?;
+        Ok(Some(own.to_vec()))
+    }
+
+    /// The rows in E4M3, if they are to become that now.
+    fn rounded(&self, source: &WeightSource<'_>, role: TensorRole) -> Result<Option<Fp8Matrix>> {
+        let wanted = self.checkpoint.loaded_format(role);
+        Ok(
+            match wanted == Some(TensorFormat::F8_E4M3) && wanted != Some(source.format) {
+                true => Some(Fp8Matrix::quantize(source)?),
+                false => None,
+            },
+        )
     }
 
     fn vector(&mut self, values: &[f32]) -> Result<B::Vector> {
@@ -364,11 +468,11 @@ impl<'a, B: Backend> Loader<'a, B> {
     /// A vector's values, of this rank.
     fn values(&mut self, role: TensorRole) -> Result<Vec<f32>> {
         let cut = self.cut(role)?;
-        let mut values = vec![0.0; cut.source.rows];
-        let bytes = &self.checkpoint.maps()[cut.file].bytes()[cut.span.clone()];
-        match cut.source.format {
-            TensorFormat::F32 | TensorFormat::F16 | TensorFormat::BF16 => {
-                phalanx_kernels::cpu::quant::dequantize_row(cut.source.format, bytes, &mut values)?;
+        let mut values = vec![0.0; cut.rows()];
+        match cut.info.format {
+            format @ (TensorFormat::F32 | TensorFormat::F16 | TensorFormat::BF16) => {
+                let bytes = self.data(&cut, role)?;
+                phalanx_kernels::cpu::quant::dequantize_row(format, &bytes, &mut values)?;
             }
             format => return Err(LoadError::VectorFormat { role, format }),
         }
@@ -376,7 +480,8 @@ impl<'a, B: Backend> Loader<'a, B> {
         Ok(values)
     }
 
-    /// What this rank reads of a tensor: whole rows, or the same bytes of every row.
+    /// What this rank reads of a tensor: whole rows, or the same bytes of every row; of an AWQ or GPTQ matrix all pages,
+    /// because its rows lie across the file.
     fn cut(&self, role: TensorRole) -> Result<Cut<'a>> {
         let Assignment {
             config, plan, rank, ..
@@ -386,44 +491,25 @@ impl<'a, B: Backend> Loader<'a, B> {
         let slice = plan
             .slice(config, *rank, role)
             .ok_or(LoadError::Missing { role })?;
-        let cut = || {
-            let row_stride = info.format.row_bytes(info.cols)?;
-            let before = info.format.row_bytes(slice.cols.start)?;
-            let row_bytes = info.format.row_bytes(slice.cols.len())?;
-            let start = slice.rows.start.checked_mul(row_stride)?.checked_add(before)?;
-            // The last row ends with its own bytes, not with the stride.
-            let len = match slice.rows.len() {
-                0 => 0,
-                rows => (rows - 1).checked_mul(row_stride)?.checked_add(row_bytes)?,
-            };
-            let data = checkpoint
-                .tensor_bytes(role)?
-                .get(start..start.checked_add(len)?)?;
-            let offset = info.offset.checked_add(start)?;
-            Some(Cut {
-                source: WeightSource {
-                    format: info.format,
-                    rows: slice.rows.len(),
-                    cols: slice.cols.len(),
-                    data,
-                    row_stride,
-                },
-                file: info.file,
-                span: offset..offset.checked_add(len)?,
-                bytes: (slice.rows.len() as u64).checked_mul(row_bytes as u64)?,
-            })
+        let cut = match &info.layout {
+            TensorLayout::Rows => row_span(info, &slice).map(|(span, bytes)| (vec![span], bytes)),
+            TensorLayout::Int4(tensors) => Some(int4_spans(tensors, info, &slice)),
         };
-        cut().ok_or_else(|| LoadError::Cut {
-            role,
-            format: info.format,
-            rows: slice.rows.clone(),
-            cols: slice.cols.clone(),
+        let (spans, bytes) = cut.ok_or_else(|| cut_error(role, info, &slice))?;
+        Ok(Cut {
+            info,
+            slice,
+            spans,
+            bytes,
         })
     }
 
     /// The tensor has been copied: its pages may go.
     fn finish(&mut self, cut: &Cut<'_>) {
-        self.checkpoint.maps()[cut.file].release(cut.span.clone());
+        for span in &cut.spans {
+            let map = &self.checkpoint.maps()[span.file];
+            map.release(span.offset..span.offset + span.bytes);
+        }
         self.bytes_done += cut.bytes;
         self.ahead.advance(self.checkpoint.maps(), self.bytes_done);
         (self.progress)(LoadProgress {
@@ -432,4 +518,47 @@ impl<'a, B: Backend> Loader<'a, B> {
             bytes_total: self.bytes_total,
         });
     }
+}
+
+fn cut_error(role: TensorRole, info: &TensorInfo, slice: &TensorSlice) -> LoadError {
+    LoadError::Cut {
+        role,
+        format: info.format,
+        rows: slice.rows.clone(),
+        cols: slice.cols.clone(),
+    }
+}
+
+/// From the first byte of the first row to the last of the last, and the bytes that are read of it. None if the slice
+/// cuts a block or is not of this tensor.
+fn row_span(info: &TensorInfo, slice: &TensorSlice) -> Option<(Span, u64)> {
+    let row_stride = info.format.row_bytes(info.cols)?;
+    let before = info.format.row_bytes(slice.cols.start)?;
+    let row_bytes = info.format.row_bytes(slice.cols.len())?;
+    let start = slice.rows.start.checked_mul(row_stride)?.checked_add(before)?;
+    // The last row ends with its own bytes, not with the stride.
+    let bytes = match slice.rows.len() {
+        0 => 0,
+        rows => (rows - 1).checked_mul(row_stride)?.checked_add(row_bytes)?,
+    };
+    if start.checked_add(bytes)? > info.bytes {
+        return None;
+    }
+    let span = Span {
+        file: info.file,
+        offset: info.offset.checked_add(start)?,
+        bytes,
+    };
+    Some((span, (slice.rows.len() as u64).checked_mul(row_bytes as u64)?))
+}
+
+/// All of the matrix's tensors, and the slice's share of their bytes.
+fn int4_spans(tensors: &Int4Tensors, info: &TensorInfo, slice: &TensorSlice) -> (Vec<Span>, u64) {
+    let spans: Vec<Span> = [tensors.qweight, tensors.qzeros, tensors.scales]
+        .into_iter()
+        .chain(tensors.g_idx)
+        .collect();
+    let all: u64 = spans.iter().map(|span| span.bytes as u64).sum();
+    let part = slice.rows.len() as f64 * slice.cols.len() as f64 / (info.rows as f64 * info.cols as f64);
+    (spans, (all as f64 * part) as u64)
 }

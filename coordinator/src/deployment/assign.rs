@@ -30,6 +30,7 @@ impl Deployment {
                 KvDtype::F32 => v1::KvDtype::F32.into(),
                 KvDtype::F16 => v1::KvDtype::F16.into(),
                 KvDtype::BF16 => v1::KvDtype::Bf16.into(),
+                KvDtype::E4M3 => v1::KvDtype::E4m3.into(),
             },
             threads: *threads as u32,
             step_timeout_ms: step_timeout.as_millis() as u64,
@@ -38,6 +39,7 @@ impl Deployment {
             device: self.device.into(),
             disable_custom_all_reduce: self.blueprint.options.disable_custom_all_reduce,
             cudagraph_capture_sizes: self.cudagraph_capture_sizes(),
+            quantize_to_fp8: self.checkpoint.is_quantized_online(),
         };
         threads.iter().enumerate().map(assign).collect()
     }

@@ -3,14 +3,14 @@
 use std::{fs, path::Path};
 
 use phalanx_model::{
-    Checkpoint, Geometry, GpuBudget, MemoryBudget, MemoryError, MemoryPlan, MemoryRequest, Placement,
-    RankBudget, ShardError, TensorParallelOptions, TensorParallelStyle,
-    memory::{GPU_OVERHEAD_BYTES, HumanBytes},
+    Checkpoint, CheckpointError, Geometry, GpuBudget, GpuPlacement, MemoryBudget, MemoryError, MemoryPlan,
+    MemoryRequest, Placement, QuantizationMethod, RankBudget, ShardError, TensorParallelOptions,
+    TensorParallelStyle, memory::HumanBytes,
 };
 use phalanx_proto::{step::StepLimits, v1::DeviceKind};
 use phalanx_shm::{MAX_WORLD_SIZE, MappedFile};
 
-use super::{DeploymentError, Hardware, control_shape, host, ledger_bytes};
+use super::{DeploymentError, Hardware, control_shape, graphs, host, ledger_bytes};
 use crate::{
     config::{KvCacheSize, ModelOptions},
     engine::EngineConfig,
@@ -55,8 +55,8 @@ impl Blueprint {
     pub fn open(options: ModelOptions) -> Result<Self, DeploymentError> {
         let path = &options.path;
         let geometry = match lone_config(path) {
-            Some(config) => geometry_of(&config)?,
-            None => Geometry::of_checkpoint(&Checkpoint::open(path, MappedFile::open)?),
+            Some(config) => geometry_of(&config, options.quantization)?,
+            None => Geometry::of_checkpoint(&open_checkpoint(&options)?),
         };
         Self::new(geometry, options)
     }
@@ -130,9 +130,17 @@ impl Blueprint {
     /// `plan` with what the ranks have measured in place of what was predicted; `taken` is in rank order.
     pub(super) fn settle(&self, plan: &Plan, taken: &[u64]) -> Result<Plan, DeploymentError> {
         let memory = plan.memory.measured(taken)?;
-        let overhead = memory.ranks.iter().map(|rank| rank.overhead).max();
-        let placement = Placement::Gpus {
-            overhead: overhead.unwrap_or(GPU_OVERHEAD_BYTES),
+        let placement = match memory.placement {
+            Placement::Host => Placement::Host,
+            Placement::Gpus(gpus) => Placement::Gpus(GpuPlacement {
+                overhead: memory
+                    .ranks
+                    .iter()
+                    .map(|rank| rank.overhead)
+                    .max()
+                    .unwrap_or(gpus.overhead),
+                ..gpus
+            }),
         };
         let predicted = plan
             .memory
@@ -166,9 +174,11 @@ impl Blueprint {
     fn memory(&self, hardware: &Hardware) -> Result<(TensorParallelStyle, MemoryPlan), DeploymentError> {
         let placement = match hardware {
             Hardware::Cpu => Placement::Host,
-            Hardware::Cuda(_) => Placement::Gpus {
-                overhead: GPU_OVERHEAD_BYTES,
-            },
+            Hardware::Cuda(gpus) => Placement::Gpus(GpuPlacement {
+                multiplies_e4m3: gpus.iter().all(|gpu| gpu.multiplies_e4m3),
+                num_graphs: graphs::sizes(&self.options, &self.limits(u32::MAX)).len(),
+                ..GpuPlacement::default()
+            }),
         };
         let plan = |style| MemoryPlan::new(&self.request(style, placement));
         let (gather, reduce) = (TensorParallelStyle::Gather, TensorParallelStyle::Reduce);
@@ -187,7 +197,7 @@ impl Blueprint {
         let options = &self.options;
         let device = match placement {
             Placement::Host => DeviceKind::Cpu,
-            Placement::Gpus { .. } => DeviceKind::Cuda,
+            Placement::Gpus(_) => DeviceKind::Cuda,
         };
         let ledger = ledger_bytes(device, options.tensor_parallel_size);
         MemoryRequest {
@@ -238,7 +248,16 @@ fn lone_config(path: &Path) -> Option<std::path::PathBuf> {
     (config.is_file() && !has_weights).then_some(config)
 }
 
-fn geometry_of(config: &Path) -> Result<Geometry, DeploymentError> {
+/// The model's files, to be loaded as the options say.
+pub(super) fn open_checkpoint(options: &ModelOptions) -> Result<Checkpoint<MappedFile>, DeploymentError> {
+    let checkpoint = Checkpoint::open(&options.path, MappedFile::open)?;
+    Ok(match options.quantization {
+        Some(method) => checkpoint.quantized(method)?,
+        None => checkpoint,
+    })
+}
+
+fn geometry_of(config: &Path, quantization: Option<QuantizationMethod>) -> Result<Geometry, DeploymentError> {
     let failed = |source| DeploymentError::Host {
         what: config.display().to_string(),
         source,
@@ -252,10 +271,19 @@ fn geometry_of(config: &Path) -> Result<Geometry, DeploymentError> {
         });
     }
     let json = fs::read(config).map_err(failed)?;
-    Geometry::from_config_json(&json).map_err(|source| DeploymentError::Geometry {
+    let geometry = Geometry::from_config_json(&json).map_err(|source| DeploymentError::Geometry {
         path: config.to_owned(),
         source,
-    })
+    })?;
+    match quantization {
+        None => Ok(geometry),
+        Some(QuantizationMethod::Fp8) => Ok(geometry.quantized_online()),
+        Some(asked) => Err(DeploymentError::Checkpoint(CheckpointError::Quantization {
+            asked,
+            found: "is a configuration without weights, which can only be planned as it is or with fp8"
+                .to_owned(),
+        })),
+    }
 }
 
 fn num_blocks(

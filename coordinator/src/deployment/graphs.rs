@@ -1,6 +1,6 @@
 //! Which decode steps the ranks capture as CUDA graphs. A step is padded to the next size that there is.
 
-use phalanx_proto::v1;
+use phalanx_proto::{step::StepLimits, v1};
 
 use super::{Deployment, DeploymentError};
 use crate::config::ModelOptions;
@@ -11,21 +11,29 @@ const MAX_DEFAULT_SIZE: u32 = 512;
 /// A start would take long, and graphs take memory.
 const MAX_SIZES: usize = 512;
 
-impl Deployment {
-    /// Rows of the steps, rising; none on CPUs, or if execution is to be eager.
-    pub fn cudagraph_capture_sizes(&self) -> Vec<u32> {
-        if self.device != v1::DeviceKind::Cuda || self.blueprint.options.enforce_eager {
-            return Vec::new();
+/// Rows of the steps, rising; none if execution is to be eager.
+pub(super) fn sizes(options: &ModelOptions, limits: &StepLimits) -> Vec<u32> {
+    if options.enforce_eager {
+        return Vec::new();
+    }
+    let most = limits.max_rows.min(limits.max_tokens);
+    match &options.cudagraph_capture_sizes {
+        None => default_sizes(most),
+        Some(sizes) => {
+            let mut sizes: Vec<u32> = sizes.iter().copied().filter(|&size| size <= most).collect();
+            sizes.sort_unstable();
+            sizes.dedup();
+            sizes
         }
-        let most = self.limits.max_rows.min(self.limits.max_tokens);
-        match &self.blueprint.options.cudagraph_capture_sizes {
-            None => default_sizes(most),
-            Some(sizes) => {
-                let mut sizes: Vec<u32> = sizes.iter().copied().filter(|&size| size <= most).collect();
-                sizes.sort_unstable();
-                sizes.dedup();
-                sizes
-            }
+    }
+}
+
+impl Deployment {
+    /// Rows of the steps that are captured, rising; none on CPUs.
+    pub fn cudagraph_capture_sizes(&self) -> Vec<u32> {
+        match self.device {
+            v1::DeviceKind::Cuda => sizes(&self.blueprint.options, &self.limits),
+            v1::DeviceKind::Cpu | v1::DeviceKind::Unspecified => Vec::new(),
         }
     }
 

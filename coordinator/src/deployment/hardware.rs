@@ -62,6 +62,7 @@ fn memory_of(device: &v1::Device) -> GpuMemory {
     GpuMemory {
         total: device.memory_bytes,
         free: device.free_bytes.min(device.memory_bytes),
+        multiplies_e4m3: device.multiplies_e4m3,
     }
 }
 

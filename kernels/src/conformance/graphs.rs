@@ -62,6 +62,7 @@ fn matrix<B: Backend>(backend: &B, random: &mut Random, rows: usize, cols: usize
         cols,
         data: &bytes,
         row_stride: 4 * cols,
+        row_scales: None,
     };
     backend.weight(&[source]).unwrap()
 }

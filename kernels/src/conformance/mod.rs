@@ -21,7 +21,7 @@ pub use candidates::{
     not_finite_logits_are_reported,
 };
 pub use graphs::graphs_change_no_bit;
-pub use linear::{linear, linear_is_the_same_on_any_rank};
+pub use linear::{linear, linear_is_the_same_on_any_rank, linear_of_mixed_formats};
 
 use std::ops::Range;
 
@@ -38,6 +38,8 @@ pub struct Tolerances {
     pub linear_dense: f64,
     /// Activations are rounded to 8 bits.
     pub linear_quantized: f64,
+    /// E4M3 weights: on CPUs they are rounded to bf16; GPUs that multiply E4M3 round the activations to it.
+    pub linear_fp8: f64,
     /// Of `sum(exp(x - max))`.
     pub statistics: f64,
 }
@@ -51,6 +53,7 @@ impl Tolerances {
         attention: 3e-6,
         linear_dense: 1e-5,
         linear_quantized: 2e-2,
+        linear_fp8: 4e-3,
         statistics: 2e-6,
     };
     /// For products of bf16, summed in f32.
@@ -61,6 +64,7 @@ impl Tolerances {
         attention: 2e-2,
         linear_dense: 2e-2,
         linear_quantized: 2e-2,
+        linear_fp8: 6e-2,
         statistics: 1e-5,
     };
 }
@@ -77,7 +81,7 @@ macro_rules! conformance_suite {
             use super::*;
             $crate::conformance_suite!(@tests [$(#[$attribute])*] $make, $tolerances;
                 rms_norm fused_add_rms_norm silu_and_mul rotary_embedding embedding select_rows
-                linear linear_is_the_same_on_any_rank
+                linear linear_is_the_same_on_any_rank linear_of_mixed_formats
                 attention_is_of_its_definition attention_is_the_same_however_prompts_are_cut
                 attention_is_the_same_on_any_rank
                 candidates_are_the_best candidates_do_not_depend_on_the_split

@@ -5,14 +5,14 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 
-use phalanx_model::KvDtype;
+use phalanx_model::{KvDtype, TensorFormat};
 
 use super::attention;
 use super::batch::CudaBatch;
 use super::blas::Blas;
 use super::buffer::{CudaBuffer, CudaVector};
 use super::compile::{KernelCache, Origin, Variant};
-use super::device::Device;
+use super::device::{Device, E4M3_CAPABILITY};
 use super::error::{driver, unavailable};
 use super::graph::CudaGraphCache;
 use super::kv_cache::{self, CudaKvCache};
@@ -63,6 +63,8 @@ pub struct CudaBackend {
     kernels: Arc<Kernels>,
     /// The kernels that are specialized for a head size and an element type of the cache.
     kv_kernels: RefCell<HashMap<(usize, &'static str), Arc<Kernels>>>,
+    /// Those that are specialized for weights that stay quantized.
+    pub(super) linear_kernels: RefCell<HashMap<TensorFormat, Arc<Kernels>>>,
     kernel_cache: KernelCache,
     pub(super) blas: Blas,
     pub(super) weights: Arena,
@@ -99,6 +101,7 @@ impl CudaBackend {
         Ok(Self {
             kernels,
             kv_kernels: RefCell::default(),
+            linear_kernels: RefCell::default(),
             kernel_cache: options.kernel_cache,
             blas: Blas::new(&device)?,
             weights: Arena::growing("weights", SLAB_BYTES),
@@ -118,6 +121,9 @@ impl CudaBackend {
     pub fn kernel_origins(&self) -> Vec<Origin> {
         let mut origins = self.kernels.origins().to_vec();
         for kernels in self.kv_kernels.borrow().values() {
+            origins.extend(kernels.origins());
+        }
+        for kernels in self.linear_kernels.borrow().values() {
             origins.extend(kernels.origins());
         }
         origins
@@ -162,16 +168,26 @@ impl CudaBackend {
             KvDtype::F32 => "f32",
             KvDtype::F16 => "f16",
             KvDtype::BF16 => "bf16",
+            KvDtype::E4M3 => "e4m3",
         };
         let key = (spec.head_dim, dtype);
         if let Some(kernels) = self.kv_kernels.borrow().get(&key) {
             return Ok(Arc::clone(kernels));
         }
         let variants = Variant::of_kv(spec.head_dim, spec.dtype);
-        let cubins = self.kernel_cache.cubins(&self.device.arch, variants)?;
-        let kernels = Arc::new(Kernels::load(&self.device, cubins)?);
+        let kernels = Arc::new(self.load_kernels(variants)?);
         self.kv_kernels.borrow_mut().insert(key, Arc::clone(&kernels));
         Ok(kernels)
+    }
+
+    /// As [`DeviceInfo::multiplies_e4m3`](super::DeviceInfo::multiplies_e4m3).
+    pub fn multiplies_e4m3(&self) -> bool {
+        self.device.capability >= E4M3_CAPABILITY
+    }
+
+    pub(super) fn load_kernels(&self, variants: Vec<Variant>) -> Result<Kernels> {
+        let cubins = self.kernel_cache.cubins(&self.device.arch, variants)?;
+        Kernels::load(&self.device, cubins)
     }
 
     /// Uploads words that live as long as a step, through pinned memory and in stream order.

@@ -61,9 +61,10 @@ impl Variant {
     /// The units that are specialized for a KV cache.
     pub(crate) fn of_kv(head_dim: usize, dtype: KvDtype) -> Vec<Self> {
         let format = match dtype {
-            KvDtype::F32 => TensorFormat::F32,
-            KvDtype::F16 => TensorFormat::F16,
-            KvDtype::BF16 => TensorFormat::BF16,
+            KvDtype::F32 => TensorFormat::F32.gguf_type(),
+            KvDtype::F16 => TensorFormat::F16.gguf_type(),
+            KvDtype::BF16 => TensorFormat::BF16.gguf_type(),
+            KvDtype::E4M3 => TensorFormat::F8_E4M3.gguf_type(),
         };
         let head_dim = u32::try_from(head_dim).unwrap_or(u32::MAX);
         UNITS
@@ -71,7 +72,19 @@ impl Variant {
             .filter(|unit| unit.parameters == ["HEAD_DIM", "KV_FORMAT"])
             .map(|unit| Self {
                 unit,
-                values: vec![head_dim, format.gguf_type()],
+                values: vec![head_dim, format],
+            })
+            .collect()
+    }
+
+    /// The units that are specialized for weights that stay quantized.
+    pub(crate) fn of_weight(format: TensorFormat) -> Vec<Self> {
+        let units = UNITS.iter().filter(|unit| unit.parameters == ["WEIGHT_FORMAT"]);
+        let values = vec![format.gguf_type()];
+        units
+            .map(|unit| Self {
+                unit,
+                values: values.clone(),
             })
             .collect()
     }
@@ -205,6 +218,10 @@ pub fn warm(request: &WarmRequest, directory: &Path) -> Result<Vec<WarmKernel>> 
         prebuilt: Some(directory.to_owned()),
     };
     let mut variants = Variant::plain();
+    let quantized = TensorFormat::ALL
+        .into_iter()
+        .filter(|format| format.stays_quantized_on_gpus());
+    variants.extend(quantized.flat_map(Variant::of_weight));
     for &head_dim in &request.head_dims {
         for &dtype in &request.kv_dtypes {
             variants.extend(Variant::of_kv(head_dim, dtype));

@@ -11,6 +11,9 @@ use crate::{KernelError, Result};
 
 use sys::CUdevice_attribute as Attribute;
 
+/// The first compute capability whose tensor cores multiply E4M3.
+pub(crate) const E4M3_CAPABILITY: (i32, i32) = (8, 9);
+
 /// A device as the driver describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceInfo {
@@ -30,6 +33,11 @@ pub struct DeviceInfo {
 }
 
 impl DeviceInfo {
+    /// Whether its tensor cores multiply E4M3. Where they do not, such weights are bf16 and take twice the memory.
+    pub fn multiplies_e4m3(&self) -> bool {
+        self.compute_capability >= E4M3_CAPABILITY
+    }
+
     /// What NVRTC calls the architecture, e.g. `sm_90`.
     pub fn arch(&self) -> String {
         arch(self.compute_capability)
@@ -93,6 +101,8 @@ pub(crate) struct Device {
     pub(crate) generation: i32,
     /// Ops are being captured.
     pub(crate) capturing: Cell<bool>,
+    /// Major and minor number.
+    pub(crate) capability: (i32, i32),
 }
 
 impl Device {
@@ -111,6 +121,7 @@ impl Device {
                 arch: arch(capability),
                 generation: capability.0,
                 capturing: Cell::new(false),
+                capability,
                 context,
             })
         };
@@ -132,6 +143,7 @@ impl Device {
             stream: Arc::clone(&self.stream),
             arch: self.arch.clone(),
             generation: self.generation,
+            capability: self.capability,
             capturing: Cell::new(false),
         }
     }

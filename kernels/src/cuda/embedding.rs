@@ -14,7 +14,7 @@ use super::launch::{
     Grid,
 };
 use super::shape::u32_of;
-use super::weight::CudaWeight;
+use super::weight::{CudaWeight, Storage, padded};
 use crate::Result;
 use crate::error::check;
 
@@ -33,13 +33,22 @@ pub(crate) fn embedding(
     check(OP, vocab.len() <= table.rows(), || {
         format!("vocabulary {vocab:?} in a table of {} rows", table.rows())
     })?;
+    let [segment] = table.segments() else {
+        return check(OP, table.rows() == 0, || {
+            "a table of parts that are stored differently".to_owned()
+        });
+    };
+    let (format, stride) = match segment.storage() {
+        Storage::Bf16 => (TensorFormat::BF16, padded(table.cols())),
+        Storage::Packed { format, .. } => (*format, table.cols()),
+        Storage::E4m3 => return check(OP, false, || "a table of E4M3".to_owned()),
+    };
     let args = [
         Pointer(out.ptr()),
-        Pointer(table.ptr()),
-        // Only packed formats have scales.
-        Pointer(0),
-        U32(TensorFormat::BF16.gguf_type()),
-        U32(u32_of(OP, table.ld())?),
+        Pointer(segment.row(0)),
+        Pointer(segment.scales(0)),
+        U32(format.gguf_type()),
+        U32(u32_of(OP, stride)?),
         Pointer(batch.token_ids()),
         U32(u32_of(OP, vocab.start)?),
         U32(u32_of(OP, vocab.end)?),

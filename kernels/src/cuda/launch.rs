@@ -10,6 +10,7 @@ use super::attention::AttentionInput;
 use super::compile::{Cubin, Origin};
 use super::device::Device;
 use super::error::{describe, device as device_error, driver};
+use super::linear::LinearInput;
 use crate::Result;
 
 /// An argument of a kernel, by value.
@@ -22,6 +23,7 @@ pub(crate) enum Arg<'a> {
     F32(f32),
     Attention(&'a AttentionInput),
     Peers(&'a Peers),
+    Linear(&'a LinearInput),
 }
 
 impl Arg<'_> {
@@ -32,6 +34,7 @@ impl Arg<'_> {
             Self::F32(value) => std::ptr::from_ref(value).cast_mut().cast(),
             Self::Attention(value) => std::ptr::from_ref(*value).cast_mut().cast(),
             Self::Peers(value) => std::ptr::from_ref(*value).cast_mut().cast(),
+            Self::Linear(value) => std::ptr::from_ref(*value).cast_mut().cast(),
         }
     }
 }

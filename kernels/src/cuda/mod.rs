@@ -1,11 +1,12 @@
 //! The CUDA backend. CUDA's libraries are found at run time: nothing of them is needed to build, and [`available`] says
 //! in one line what is missing where.
 //!
-//! Weights are bf16, whatever their format in the file; activations and sums are f32; the KV cache is what its
-//! [`KvSpec`](crate::KvSpec) says. Everything runs on one stream. The ops between a step's [`Backend::batch`] and its
+//! Weights are what [`TensorFormat::gpu_bytes`] says of their format; activations and sums are f32; the KV cache is what
+//! its [`KvSpec`](crate::KvSpec) says. Everything runs on one stream. The ops between a step's [`Backend::batch`] and its
 //! sampling allocate nothing and wait for nothing, so they can be captured in a graph: a decode step is one launch then.
 //!
 //! [`Backend::batch`]: crate::Backend::batch
+//! [`TensorFormat::gpu_bytes`]: phalanx_model::TensorFormat::gpu_bytes
 
 mod activation;
 mod attention;
@@ -18,6 +19,7 @@ mod compile;
 mod device;
 mod embedding;
 mod error;
+mod fp8;
 mod graph;
 mod ipc;
 mod kv_cache;

@@ -27,9 +27,20 @@ pub(crate) const UNITS: &[Unit] = &[
         parameters: &[],
     },
     Unit {
+        name: "fp8",
+        source: include_str!("../../cuda/fp8.cu"),
+        kernels: &["quantize_rows_e4m3", "scale_product", "dequantize_rows_e4m3"],
+        parameters: &[],
+    },
+    Unit {
         name: "quantization",
         source: include_str!("../../cuda/quantization.cu"),
-        kernels: &["dequantize_rows", "dequantize_rows_f32", "pack_rows"],
+        kernels: &[
+            "dequantize_rows",
+            "dequantize_rows_f32",
+            "pack_rows",
+            "unpack_rows",
+        ],
         parameters: &[],
     },
     Unit {

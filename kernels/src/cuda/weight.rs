@@ -1,9 +1,16 @@
-//! Weight matrices: bf16 in device memory, whatever their format in the file.
+//! Weight matrices in device memory: quantized as in the file where the kernels can multiply with it, else bf16.
+
+use std::sync::Arc;
+
+use phalanx_model::TensorFormat;
+use phalanx_model::format::{BF16_ROW_ALIGN, E4M3_ALIGN};
 
 use super::backend::CudaBackend;
+use super::compile::Variant;
+use super::fp8;
 use super::launch::{
     Arg::{Pointer, U32, U64},
-    Grid,
+    Grid, Kernels,
 };
 use super::memory::Region;
 use super::shape::u32_of;
@@ -11,53 +18,67 @@ use crate::error::check;
 use crate::{KernelError, Result, WeightSource};
 
 const OP: &str = "weight";
-/// Rows start at multiples of so many elements: 16 bytes, as cublasLt's fast kernels want it.
-const ROW_ALIGNMENT: usize = 8;
 pub(crate) const BF16_BYTES: usize = 2;
+/// Of a block of the packed layout.
+const BLOCK_LEN: usize = 32;
 
 /// A matrix `[rows = outputs, cols = inputs]` in device memory.
 pub struct CudaWeight {
+    /// In the order of their outputs.
+    segments: Vec<Segment>,
+    rows: usize,
+    cols: usize,
+}
+
+/// Outputs that follow each other and are stored alike.
+pub(crate) struct Segment {
+    storage: Storage,
     region: Region,
     rows: usize,
     cols: usize,
 }
 
+/// How a segment lies in its memory.
+pub(crate) enum Storage {
+    /// Rows of bf16, [`padded`].
+    Bf16,
+    /// The packed layout of `kernels/cuda/quant.cuh`: all codes, then all scales.
+    Packed {
+        format: TensorFormat,
+        /// Specialized for the format.
+        kernels: Arc<Kernels>,
+    },
+    /// Rows of E4M3 and then an f32 scale for each; rows and columns in multiples of [`E4M3_ALIGN`], padded with zeros.
+    E4m3,
+}
+
 /// Elements from one row of bf16 to the next.
 pub(crate) fn padded(cols: usize) -> usize {
-    cols.next_multiple_of(ROW_ALIGNMENT)
+    cols.next_multiple_of(BF16_ROW_ALIGN)
 }
 
 impl CudaWeight {
-    /// Converts the rows of `parts` on the device, a bounded number of bytes at a time.
+    /// Brings the rows of `parts` to the device, a bounded number of bytes at a time. Parts of different formats may be
+    /// stacked.
     ///
     /// # Errors
-    /// [`KernelError::Shape`] if the parts differ in width or are shorter than they say, [`KernelError::OutOfMemory`].
+    /// [`KernelError::Shape`] if the parts differ in width or are shorter than they say, [`KernelError::OutOfMemory`],
+    /// [`KernelError::Device`] if a format's kernels cannot be compiled.
     pub(crate) fn load(backend: &CudaBackend, parts: &[WeightSource<'_>]) -> Result<Self> {
         let cols = parts.first().map_or(0, |part| part.cols);
-        let mut rows = 0usize;
         for part in parts {
             check_source(part, cols)?;
-            rows = rows.saturating_add(part.rows);
         }
-        let bytes = rows
-            .checked_mul(padded(cols))
-            .and_then(|n| n.checked_mul(BF16_BYTES))
-            .ok_or(KernelError::OutOfMemory {
-                what: "weights",
-                requested: usize::MAX,
-                free: 0,
-            })?;
-        let weight = Self {
-            region: backend.weights.alloc(&backend.device, bytes)?,
-            rows,
+        let filled: Vec<WeightSource<'_>> = parts.iter().filter(|part| part.rows > 0).copied().collect();
+        let alike = filled.chunk_by(|a, b| stored_as(backend, a.format) == stored_as(backend, b.format));
+        let segments = alike
+            .map(|parts| Segment::load(backend, parts))
+            .collect::<Result<Vec<_>>>()?;
+        Ok(Self {
+            rows: segments.iter().map(|segment| segment.rows).sum(),
+            segments,
             cols,
-        };
-        let mut first = 0;
-        for part in parts {
-            weight.convert(backend, part, first)?;
-            first += part.rows;
-        }
-        Ok(weight)
+        })
     }
 
     /// Outputs.
@@ -70,21 +91,112 @@ impl CudaWeight {
         self.cols
     }
 
-    /// Elements from one row to the next.
-    pub(crate) fn ld(&self) -> usize {
-        padded(self.cols)
+    pub(crate) fn segments(&self) -> &[Segment] {
+        &self.segments
     }
 
-    pub(crate) fn ptr(&self) -> u64 {
-        self.region.ptr()
-    }
-
+    /// Bytes of its memory: that of [`TensorFormat::gpu_bytes`].
     pub(crate) fn bytes(&self) -> usize {
-        self.region.bytes()
+        self.segments.iter().map(|segment| segment.region.bytes()).sum()
+    }
+}
+
+/// What a format of a file becomes.
+fn stored_as(backend: &CudaBackend, format: TensorFormat) -> TensorFormat {
+    let multiplied = format == TensorFormat::F8_E4M3 && backend.multiplies_e4m3();
+    if multiplied || format.stays_quantized_on_gpus() {
+        format
+    } else {
+        TensorFormat::BF16
+    }
+}
+
+impl Segment {
+    /// `parts` are not empty, and stored alike.
+    fn load(backend: &CudaBackend, parts: &[WeightSource<'_>]) -> Result<Self> {
+        let (format, cols) = (stored_as(backend, parts[0].format), parts[0].cols);
+        let rows = parts
+            .iter()
+            .try_fold(0usize, |rows, part| rows.checked_add(part.rows));
+        let bytes = rows.and_then(|rows| format.gpu_bytes(rows, cols));
+        let (Some(rows), Some(bytes)) = (rows, bytes) else {
+            return Err(KernelError::OutOfMemory {
+                what: "weights",
+                requested: usize::MAX,
+                free: 0,
+            });
+        };
+        let storage = match format {
+            TensorFormat::BF16 => Storage::Bf16,
+            TensorFormat::F8_E4M3 => Storage::E4m3,
+            format => Storage::Packed {
+                format,
+                kernels: backend.linear_kernels(format)?,
+            },
+        };
+        let segment = Self {
+            storage,
+            region: backend.weights.alloc(&backend.device, bytes)?,
+            rows,
+            cols,
+        };
+        let mut first = 0;
+        for part in parts {
+            match (&segment.storage, part.format) {
+                (Storage::E4m3, _) => fp8::upload(backend, &segment, part, first)?,
+                (_, TensorFormat::F8_E4M3) => fp8::dequantize(backend, &segment, part, first)?,
+                _ => segment.upload(backend, part, first)?,
+            }
+            first += part.rows;
+        }
+        Ok(segment)
+    }
+
+    pub(crate) fn storage(&self) -> &Storage {
+        &self.storage
+    }
+
+    pub(crate) fn region(&self) -> &Region {
+        &self.region
+    }
+
+    /// Outputs.
+    pub(crate) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// The address of row `row` of bf16, or of its codes.
+    pub(crate) fn row(&self, row: usize) -> u64 {
+        let bytes = match &self.storage {
+            Storage::Bf16 => padded(self.cols) * BF16_BYTES,
+            Storage::Packed { format, .. } => self.blocks() * code_bytes(*format),
+            Storage::E4m3 => self.cols.next_multiple_of(E4M3_ALIGN),
+        };
+        self.region.ptr() + (row * bytes) as u64
+    }
+
+    /// The address of the scales of row `row`; 0 for bf16, which has none.
+    pub(crate) fn scales(&self, row: usize) -> u64 {
+        match &self.storage {
+            Storage::Bf16 => 0,
+            Storage::Packed { format, .. } => {
+                let scale_bytes = format.block_bytes() - code_bytes(*format);
+                self.row(self.rows) + (row * self.blocks() * scale_bytes) as u64
+            }
+            Storage::E4m3 => {
+                let all = self.rows.next_multiple_of(E4M3_ALIGN);
+                self.row(all) + (row * size_of::<f32>()) as u64
+            }
+        }
+    }
+
+    /// Blocks of a row of the packed layout.
+    fn blocks(&self) -> usize {
+        self.cols / BLOCK_LEN
     }
 
     /// Writes the rows of `part` from row `first` on.
-    fn convert(&self, backend: &CudaBackend, part: &WeightSource<'_>, first: usize) -> Result<()> {
+    fn upload(&self, backend: &CudaBackend, part: &WeightSource<'_>, first: usize) -> Result<()> {
         let row_bytes = row_bytes(part)?;
         let most = backend.staging.slot_bytes().min(backend.scratch.bytes());
         let per_chunk = most / row_bytes.max(1);
@@ -102,20 +214,52 @@ impl CudaWeight {
                         bytes.copy_from_slice(&part.data[at..at + row_bytes]);
                     }
                 })?;
-            let out = self.ptr() + ((first + start) * self.ld() * BF16_BYTES) as u64;
-            let args = [
-                Pointer(out),
-                U32(u32_of(OP, self.ld())?),
-                Pointer(backend.scratch.ptr()),
-                U64(row_bytes as u64),
-                U32(part.format.gguf_type()),
-                U32(u32_of(OP, self.cols)?),
-            ];
-            // SAFETY: the parameters of `dequantize_rows`; the scratch memory holds `count` rows of the file, and the
-            // matrix has as many from `out` on.
-            unsafe { backend.launch("dequantize_rows", Grid::rows(count, 256), &args)? };
+            self.convert(backend, part, first + start..first + start + count)?;
         }
         Ok(())
+    }
+
+    /// Writes `rows` from the scratch memory, where they lie as in the file.
+    fn convert(
+        &self,
+        backend: &CudaBackend,
+        part: &WeightSource<'_>,
+        rows: std::ops::Range<usize>,
+    ) -> Result<()> {
+        let grid = Grid::rows(rows.len(), 256);
+        let source = [
+            Pointer(backend.scratch.ptr()),
+            U64(row_bytes(part)? as u64),
+            U32(part.format.gguf_type()),
+            U32(u32_of(OP, self.cols)?),
+        ];
+        let (name, target) = match &self.storage {
+            Storage::Bf16 => ("dequantize_rows", U32(u32_of(OP, padded(self.cols))?)),
+            Storage::Packed { .. } | Storage::E4m3 => ("pack_rows", Pointer(self.scales(rows.start))),
+        };
+        let args = [&[Pointer(self.row(rows.start)), target], &source[..]].concat();
+        // SAFETY: the parameters of either kernel; the scratch memory holds these rows of the file, and the segment has
+        // as many from the first address, and their scales from the second, on.
+        unsafe { backend.launch(name, grid, &args) }
+    }
+}
+
+/// Of a block of the packed layout.
+fn code_bytes(format: TensorFormat) -> usize {
+    if format == TensorFormat::Q8_0 { 32 } else { 16 }
+}
+
+impl CudaBackend {
+    /// The kernels that multiply with weights of `format`: compiled and loaded once for all matrices.
+    fn linear_kernels(&self, format: TensorFormat) -> Result<Arc<Kernels>> {
+        if let Some(kernels) = self.linear_kernels.borrow().get(&format) {
+            return Ok(Arc::clone(kernels));
+        }
+        let kernels = Arc::new(self.load_kernels(Variant::of_weight(format))?);
+        self.linear_kernels
+            .borrow_mut()
+            .insert(format, Arc::clone(&kernels));
+        Ok(kernels)
     }
 }
 
@@ -132,6 +276,7 @@ fn check_source(part: &WeightSource<'_>, cols: usize) -> Result<()> {
     check(OP, part.cols == cols, || {
         format!("{} columns beside {cols}", part.cols)
     })?;
+    part.check_scales(OP)?;
     let row_bytes = row_bytes(part)?;
     let end = match part.rows {
         0 => Some(0),

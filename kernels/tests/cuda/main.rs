@@ -4,9 +4,11 @@
 mod attention;
 mod conformance;
 mod features;
+mod fp8;
 mod graphs;
 mod kernel_cache;
 mod libraries;
 mod memory;
+mod quantized;
 mod soft_gpu;
 mod support;

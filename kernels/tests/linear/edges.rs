@@ -30,6 +30,9 @@ fn extremes_do_not_saturate() {
                 for &at in scale_offsets(format) {
                     block[at..at + 2].copy_from_slice(&f16::from_f32(0.5).to_le_bytes());
                 }
+                if format == TensorFormat::Int4 {
+                    block[2..4].copy_from_slice(&f16::from_f32(16.0).to_le_bytes());
+                }
             }
             let weights = matrix.dequantized();
             let packed = matrix.pack();

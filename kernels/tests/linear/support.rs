@@ -45,12 +45,15 @@ pub(crate) fn is_dense(format: TensorFormat) -> bool {
 /// Byte offsets of a block's f16 scales.
 pub(crate) fn scale_offsets(format: TensorFormat) -> &'static [usize] {
     match format {
-        TensorFormat::Q4_0 | TensorFormat::Q5_0 | TensorFormat::Q8_0 => &[0],
+        TensorFormat::Q4_0 | TensorFormat::Q5_0 | TensorFormat::Q8_0 | TensorFormat::Int4 => &[0],
         TensorFormat::Q4_1 | TensorFormat::Q5_1 | TensorFormat::Q4_K | TensorFormat::Q5_K => &[0, 2],
         TensorFormat::Q6_K => &[208],
-        TensorFormat::F32 | TensorFormat::F16 | TensorFormat::BF16 => &[],
+        TensorFormat::F32 | TensorFormat::F16 | TensorFormat::BF16 | TensorFormat::F8_E4M3 => &[],
     }
 }
+
+/// Scales of rows.
+static ONES: [f32; 1024] = [1.0; 1024];
 
 /// Rows in a file's layout.
 pub(crate) struct Matrix {
@@ -79,6 +82,10 @@ impl Matrix {
                 let bits = (7 + rng.next() as u16 % 3) << 10 | rng.next() as u16 & 0x83ff;
                 block[at..at + 2].copy_from_slice(&bits.to_le_bytes());
             }
+            if format == TensorFormat::Int4 {
+                let zero_point = half::f16::from_f32((rng.next() % 17) as f32);
+                block[2..4].copy_from_slice(&zero_point.to_le_bytes());
+            }
         }
         Self {
             format,
@@ -101,6 +108,7 @@ impl Matrix {
             cols: self.cols,
             data: &self.data[range.start * stride..range.end * stride],
             row_stride: stride,
+            row_scales: (self.format == TensorFormat::F8_E4M3).then(|| &ONES[range]),
         }
     }
 
@@ -120,7 +128,15 @@ impl Matrix {
         out
     }
 
-    pub(crate) fn dequantized_by_candle(&self) -> Vec<f32> {
+    /// By candle, or by the definition where candle lacks the format.
+    pub(crate) fn dequantized_by_others(&self) -> Vec<f32> {
+        if self.format == TensorFormat::Int4 {
+            return self.data.chunks_exact(20).flat_map(int4_weights).collect();
+        }
+        // `tests/e4m3.rs` compares it with its definition.
+        if self.format == TensorFormat::F8_E4M3 {
+            return self.dequantized();
+        }
         let dtype = match self.format {
             TensorFormat::F32 => GgmlDType::F32,
             TensorFormat::F16 => GgmlDType::F16,
@@ -133,6 +149,7 @@ impl Matrix {
             TensorFormat::Q4_K => GgmlDType::Q4K,
             TensorFormat::Q5_K => GgmlDType::Q5K,
             TensorFormat::Q6_K => GgmlDType::Q6K,
+            TensorFormat::Int4 | TensorFormat::F8_E4M3 => unreachable!("decoded above"),
         };
         let storage = QStorage::from_data((&self.data[..]).into(), &Device::Cpu, dtype).unwrap();
         let tensor = QTensor::new(storage, (self.rows, self.cols)).unwrap();
@@ -144,6 +161,21 @@ impl Matrix {
             .to_vec1()
             .unwrap()
     }
+}
+
+/// `d * code - d * z`, rounded once.
+fn int4_weights(block: &[u8]) -> impl Iterator<Item = f32> {
+    let half = |at: usize| half::f16::from_le_bytes([block[at], block[at + 1]]).to_f64();
+    let (scale, zero_point) = (half(0), half(2));
+    let codes = block[4..].iter();
+    let codes = codes
+        .clone()
+        .map(|byte| byte & 15)
+        .chain(codes.map(|byte| byte >> 4));
+    codes
+        .map(move |code| (scale * f64::from(code) - scale * zero_point) as f32)
+        .collect::<Vec<_>>()
+        .into_iter()
 }
 
 pub(crate) fn pack(parts: &[WeightSource<'_>]) -> PackedWeight {

@@ -14,7 +14,7 @@ fn dequantization_is_candles_and_survives_packing() {
             let matrix = Matrix::random(format, rows, cols(format, blocks), &mut rng);
             let scalar = matrix.dequantized();
             let context = format!("{format:?} {rows} x {}", matrix.cols);
-            assert_eq!(bits(&scalar), bits(&matrix.dequantized_by_candle()), "{context}");
+            assert_eq!(bits(&scalar), bits(&matrix.dequantized_by_others()), "{context}");
             let packed = matrix.pack();
             let mut out = vec![f32::NAN; matrix.cols];
             for (row, expected) in scalar.chunks_exact(matrix.cols).enumerate() {
@@ -41,6 +41,7 @@ fn quantizers_round_trip_within_a_step() {
         (TensorFormat::Q4_K, 0.15),
         (TensorFormat::Q5_K, 0.1),
         (TensorFormat::Q6_K, 0.04),
+        (TensorFormat::Int4, 0.14),
     ] {
         let weights: Vec<f32> = (0..1024).map(|_| rng.unit()).collect();
         let mut out = vec![0.0; 1024];

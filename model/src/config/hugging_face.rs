@@ -65,10 +65,7 @@ impl ModelConfig {
             ));
         }
         let object = serde_json::from_slice(json).map_err(|error| ConfigError::Json(error.to_string()))?;
-        let fields = Fields {
-            object: &object,
-            prefix: "",
-        };
+        let fields = Fields::new(&object);
         let architecture = fields
             .str("model_type")?
             .ok_or_else(|| ConfigError::missing("model_type"))?;
@@ -115,13 +112,33 @@ impl ModelConfig {
 }
 
 /// A JSON object with typed access; null counts as absent.
-struct Fields<'a> {
+pub(crate) struct Fields<'a> {
     object: &'a Map<String, Value>,
+    /// Of the object's own name, in errors.
     prefix: &'static str,
 }
 
 impl<'a> Fields<'a> {
-    fn name(&self, key: &str) -> String {
+    /// Of a whole file.
+    pub(crate) fn new(object: &'a Map<String, Value>) -> Self {
+        Self { object, prefix: "" }
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.object.is_empty()
+    }
+
+    /// Whether there is such a key.
+    pub(crate) fn has(&self, key: &str) -> bool {
+        self.object.get(key).is_some_and(|value| !value.is_null())
+    }
+
+    /// The values of all keys.
+    pub(crate) fn values(&self) -> impl Iterator<Item = &'a Value> {
+        self.object.values()
+    }
+
+    pub(crate) fn name(&self, key: &str) -> String {
         format!("{}{key}", self.prefix)
     }
 
@@ -144,7 +161,11 @@ impl<'a> Fields<'a> {
         }
     }
 
-    fn size(&self, key: &str) -> Result<Option<usize>> {
+    pub(crate) fn integer(&self, key: &str) -> Result<Option<i64>> {
+        self.typed(key, "an integer", Value::as_i64)
+    }
+
+    pub(crate) fn size(&self, key: &str) -> Result<Option<usize>> {
         self.typed(key, "a non-negative integer", |value| value.as_u64().map(size))
     }
 
@@ -164,15 +185,15 @@ impl<'a> Fields<'a> {
             .ok_or_else(|| ConfigError::missing(self.name(key)))
     }
 
-    fn bool(&self, key: &str) -> Result<Option<bool>> {
+    pub(crate) fn bool(&self, key: &str) -> Result<Option<bool>> {
         self.typed(key, "true or false", Value::as_bool)
     }
 
-    fn str(&self, key: &str) -> Result<Option<&'a str>> {
+    pub(crate) fn str(&self, key: &str) -> Result<Option<&'a str>> {
         self.typed(key, "a string", Value::as_str)
     }
 
-    fn object(&self, key: &'static str, prefix: &'static str) -> Result<Option<Fields<'a>>> {
+    pub(crate) fn object(&self, key: &'static str, prefix: &'static str) -> Result<Option<Fields<'a>>> {
         let object = self.typed(key, "an object", Value::as_object)?;
         Ok(object.map(|object| Fields { object, prefix }))
     }
@@ -183,15 +204,6 @@ impl<'a> Fields<'a> {
             return Err(ConfigError::unsupported(
                 "hidden_act",
                 format!("{activation:?}"),
-                reason,
-            ));
-        }
-        if let Some(quantization) = self.object("quantization_config", "quantization_config.")? {
-            let method = quantization.str("quant_method")?.unwrap_or("set");
-            let reason = "quantized safetensors are not supported; use a GGUF file";
-            return Err(ConfigError::unsupported(
-                "quantization_config",
-                format!("{method:?}"),
                 reason,
             ));
         }

@@ -103,7 +103,7 @@ impl GgufWriter {
             format.file_bytes(rows, cols)
         });
         match bytes {
-            Some(bytes) if !dims.contains(&0) => {
+            Some(bytes) if !dims.contains(&0) && format.is_gguf() => {
                 self.tensors.push(TensorDeclaration {
                     name,
                     dims,

@@ -42,20 +42,23 @@ impl GpuBudget {
     }
 }
 
-/// Bytes of a GPU.
+/// A GPU, as far as it matters to memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GpuMemory {
     pub total: u64,
     /// Not taken by anybody when the rank looked, which has a CUDA context by then.
     pub free: u64,
+    /// Whether it multiplies 8-bit floats: if not, such weights are bf16 there.
+    pub multiplies_e4m3: bool,
 }
 
 impl GpuMemory {
     /// A GPU on which there is nothing but a rank's context.
-    pub fn unused(total: u64) -> Self {
+    pub fn unused(total: u64, multiplies_e4m3: bool) -> Self {
         Self {
             total,
             free: total.saturating_sub(CONTEXT_BYTES),
+            multiplies_e4m3,
         }
     }
 
@@ -81,24 +84,22 @@ mod tests {
 
     #[test]
     fn utilization_is_of_the_whole_with_the_context_and_never_more_than_is_free() {
-        let gpu = GpuMemory::unused(80 * GIB);
+        let gpu = GpuMemory::unused(80 * GIB, true);
         assert_eq!(gpu.budget(0.9), 72 * GIB - CONTEXT_BYTES);
         assert_eq!(gpu.budget(1.0), 80 * GIB - CONTEXT_BYTES);
         // Half of it belongs to another process; a share that lies within the other half is whole.
         let shared = GpuMemory {
-            total: 80 * GIB,
             free: 40 * GIB,
+            ..gpu
         };
         assert_eq!(shared.budget(0.25), 20 * GIB - CONTEXT_BYTES);
         assert_eq!(shared.budget(0.9), 40 * GIB);
-        assert_eq!(
-            GpuMemory {
-                total: GIB,
-                free: GIB
-            }
-            .budget(1.0),
-            GIB
-        );
-        assert_eq!(GpuMemory { total: GIB, free: 0 }.budget(1.0), 0);
+        let small = |free| GpuMemory {
+            total: GIB,
+            free,
+            ..gpu
+        };
+        assert_eq!(small(GIB).budget(1.0), GIB);
+        assert_eq!(small(0).budget(1.0), 0);
     }
 }

@@ -59,6 +59,11 @@ impl GpuCard {
         })
     }
 
+    /// Whether it multiplies 8-bit floats.
+    pub fn multiplies_e4m3(&self) -> bool {
+        self.compute_capability >= (8, 9)
+    }
+
     /// Whether the kernels run on it.
     pub fn is_supported(&self) -> bool {
         self.compute_capability >= LEAST_COMPUTE_CAPABILITY

@@ -3,15 +3,21 @@
 use std::fmt;
 
 use super::{
-    GpuBudget, GpuMemory, HumanBytes, MemoryBudget, MemoryError, MemoryHolder, MemoryPlan, MemoryRequest,
-    RankBudget, Shortage,
+    GpuBudget, HumanBytes, MemoryBudget, MemoryError, MemoryHolder, MemoryPlan, MemoryRequest, RankBudget,
+    Shortage,
 };
-use crate::{KvDtype, TensorFormat, TensorFormats, TensorParallelOptions};
+use crate::{KvDtype, TensorFormat, TensorFormats, TensorParallelOptions, TensorRole};
 
 /// Element types of a KV cache, the most exact first.
-const KV_DTYPES: [KvDtype; 1] = [KvDtype::F16];
+const KV_DTYPES: [KvDtype; 2] = [KvDtype::F16, KvDtype::E4M3];
 /// Formats of weights, the most exact first.
-const FORMATS: [TensorFormat; 3] = [TensorFormat::Q8_0, TensorFormat::Q6_K, TensorFormat::Q4_K];
+const FORMATS: [TensorFormat; 5] = [
+    TensorFormat::Q8_0,
+    TensorFormat::F8_E4M3,
+    TensorFormat::Q6_K,
+    TensorFormat::Q4_K,
+    TensorFormat::Q4_0,
+];
 /// More of a GPU than this is not suggested: fragments, and whatever the display or a debugger takes.
 const MOST_UTILIZATION_PERCENT: u32 = 97;
 /// A context that is worth having, where the one that was asked for is too long for any number of ranks nearby.
@@ -29,7 +35,7 @@ pub struct Nearest {
     pub gpu_memory_utilization: Option<f32>,
     /// Fewer tokens in one step make activations and the segment smaller.
     pub max_tokens: Option<usize>,
-    /// Of all matrices.
+    /// Of all matrices of layers.
     pub format: Option<TensorFormat>,
 }
 
@@ -46,7 +52,10 @@ impl fmt::Display for Nearest {
             self.world_size_and_len
                 .map(|(ranks, len)| format!("--tensor-parallel-size {ranks} --max-model-len {len}")),
             number("--tensor-parallel-size", self.world_size),
-            self.format.map(|format| format!("weights in {format:?}")),
+            self.format.map(|format| match format {
+                TensorFormat::F8_E4M3 => "--quantization fp8".to_owned(),
+                format => format!("weights in {format:?}"),
+            }),
         ];
         let mut separator = "it fits with";
         for suggestion in suggestions.into_iter().flatten() {
@@ -66,6 +75,7 @@ fn flag_value(dtype: KvDtype) -> &'static str {
         KvDtype::F32 => "f32",
         KvDtype::F16 => "f16",
         KvDtype::BF16 => "bf16",
+        KvDtype::E4M3 => "fp8",
     }
 }
 
@@ -192,8 +202,9 @@ impl Search<'_> {
     fn budget_of(&self, world_size: usize) -> MemoryBudget {
         let mut budget = self.budget.clone();
         if let RankBudget::Gpus(gpus) = &mut budget.ranks {
-            let poorest = gpus.poorest().unwrap_or(GpuMemory { total: 0, free: 0 });
-            gpus.gpus = vec![poorest; world_size];
+            gpus.gpus = gpus
+                .poorest()
+                .map_or_else(Vec::new, |poorest| vec![poorest; world_size]);
         }
         budget
     }
@@ -204,7 +215,10 @@ impl Search<'_> {
                 .request
                 .formats
                 .iter()
-                .map(|(&role, &found)| (role, if role.is_vector() { found } else { format }))
+                .map(|(&role, &found)| {
+                    let changed = matches!(role, TensorRole::Layer { .. }) && !role.is_vector();
+                    (role, if changed { format } else { found })
+                })
                 .collect();
             let request = MemoryRequest {
                 formats: &formats,

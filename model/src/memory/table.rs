@@ -107,8 +107,9 @@ impl MemoryTable<'_> {
         line(f, "workspace", memory.workspace)?;
         match self.plan.placement {
             Placement::Host => line(f, "process (estimate)", memory.overhead)?,
-            Placement::Gpus { .. } => {
+            Placement::Gpus(_) => {
                 line(f, "kernels (estimate)", memory.overhead)?;
+                line(f, "CUDA graphs (estimate)", memory.graphs)?;
                 line(f, "NCCL (estimate)", memory.communicator)?;
             }
         }
@@ -117,5 +118,5 @@ impl MemoryTable<'_> {
 }
 
 fn line(f: &mut fmt::Formatter<'_>, what: &str, bytes: u64) -> fmt::Result {
-    writeln!(f, "  {what:<20} {:>40}", HumanBytes(bytes))
+    writeln!(f, "  {what:<22} {:>38}", HumanBytes(bytes))
 }

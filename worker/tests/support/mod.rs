@@ -103,6 +103,7 @@ pub(crate) fn assign(path: &Path, rank: usize, options: &TensorParallelOptions) 
         max_rows: MAX_ROWS as u32,
         max_blocks_per_row: NUM_BLOCKS as u32,
         kv_dtype: v1::KvDtype::F32.into(),
+        quantize_to_fp8: false,
         threads: 1,
         step_timeout_ms: 30_000,
         max_edits_per_row: 1024,
@@ -277,6 +278,7 @@ pub(crate) fn logits_buffer(backend: &CpuBackend, rows: &[Vec<f32>]) -> <CpuBack
         cols: width,
         data: &data,
         row_stride: 4 * width,
+        row_scales: None,
     };
     let table = backend.weight(&[table]).unwrap();
     let ids: Vec<u32> = (0..rows.len() as u32).collect();

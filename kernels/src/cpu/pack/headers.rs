@@ -3,9 +3,9 @@
 use phalanx_model::TensorFormat;
 
 use super::{has_min, is_super};
-use crate::cpu::quant::{half, scale_and_min};
+use crate::cpu::quant::{half, min_of_zero_point, scale_and_min};
 
-/// Where the mins of a Q4_1 or Q5_1 chunk start.
+/// Where the mins of a Q4_1 or Q5_1 chunk start, and the zero points of an Int4 chunk.
 pub(crate) const MINS: usize = 32;
 /// Where the f16 `-dmin` of a Q4_K or Q5_K chunk start.
 pub(crate) const SUPER_MINS: usize = 16;
@@ -45,8 +45,12 @@ pub(super) fn put(format: TensorFormat, row: &[u8], index: usize, (lane, chunk):
 pub(super) fn get(format: TensorFormat, chunk: &[u8], lane: usize, at: usize) -> ([f32; 2], Option<f32>) {
     if !is_super(format) {
         let offset = at * 16 + lane * 2;
-        let min = has_min(format).then(|| half(chunk, MINS + offset));
-        return ([half(chunk, offset); 2], min);
+        let scale = half(chunk, offset);
+        let min = has_min(format).then(|| match (format, half(chunk, MINS + offset)) {
+            (TensorFormat::Int4, zero_point) => min_of_zero_point(scale, zero_point),
+            (_, min) => min,
+        });
+        return ([scale; 2], min);
     }
     let d = half(chunk, lane * 2);
     if format == TensorFormat::Q6_K {

@@ -9,11 +9,13 @@
 //! |------------------|------------------------------|-------------------------------------------------------------|
 //! | Q4_0             | 2 blocks of 32               | 16 f16 d, 2 x 128 nibbles                                   |
 //! | Q4_1             | 2 blocks of 32               | 16 f16 d, 16 f16 m, 2 x 128 nibbles                         |
+//! | Int4             | 2 blocks of 32               | 16 f16 d, 16 f16 z, 2 x 128 nibbles                         |
 //! | Q5_0, Q5_1       | as Q4_0, Q4_1                | a block has 128 nibbles and 32 bytes of fifth bits          |
 //! | Q8_0             | 2 blocks of 32               | 16 f16 d, 2 x 256 bytes (even K in offset binary)           |
 //! | Q4_K, Q5_K       | 1 super-block of 256         | 8 f16 d, 8 f16 -dmin, 8 x (8 u8 scales, 8 u8 mins), blocks  |
 //! | Q6_K             | 1 super-block of 256         | 8 f16 d, 8 x 8 pairs of i8 scales, 16 unused, 8 x (128 nibbles, 64 of bit pairs) |
 //! | F32, F16, BF16   | one K                        | 8 numbers                                                   |
+//! | F8_E4M3          | one K                        | 8 bf16, each the code times the scale of its row            |
 //!
 //! Byte `step * 32 + lane * 4 + i` of a block's nibbles holds K `4 * step + i` of row `lane` in its low and K
 //! `16 + 4 * step + i` in its high half: the halves of a block stay as in GGUF.
@@ -52,14 +54,14 @@ impl Layout {
                 block_bytes: 0,
                 bytes: 4 * GROUP,
             },
-            TensorFormat::F16 | TensorFormat::BF16 => Self {
+            TensorFormat::F16 | TensorFormat::BF16 | TensorFormat::F8_E4M3 => Self {
                 blocks: 0,
                 header: 0,
                 block_bytes: 0,
                 bytes: 2 * GROUP,
             },
             TensorFormat::Q4_0 => Self::coded(2, 32, 128),
-            TensorFormat::Q4_1 => Self::coded(2, 64, 128),
+            TensorFormat::Q4_1 | TensorFormat::Int4 => Self::coded(2, 64, 128),
             TensorFormat::Q5_0 => Self::coded(2, 32, 160),
             TensorFormat::Q5_1 => Self::coded(2, 64, 160),
             TensorFormat::Q8_0 => Self::coded(2, 32, 256),
@@ -84,6 +86,14 @@ impl Layout {
     }
 }
 
+/// What weights of a format are once they are packed.
+pub(crate) const fn resident_format(format: TensorFormat) -> TensorFormat {
+    match format {
+        TensorFormat::F8_E4M3 => TensorFormat::BF16,
+        format => format,
+    }
+}
+
 /// Bytes `rows` x `cols` weights of `format` take when packed: those of the file, but for rows padded to a multiple of
 /// 8, an odd number of 32-blocks padded to an even one, and 1 to 3 % more for Q4_K, Q5_K and Q6_K. None if `cols` cuts a
 /// block of the format or the size overflows.
@@ -100,7 +110,11 @@ pub fn resident_bytes(format: TensorFormat, rows: usize, cols: usize) -> Option<
 pub(crate) const fn has_min(format: TensorFormat) -> bool {
     matches!(
         format,
-        TensorFormat::Q4_1 | TensorFormat::Q5_1 | TensorFormat::Q4_K | TensorFormat::Q5_K
+        TensorFormat::Q4_1
+            | TensorFormat::Q5_1
+            | TensorFormat::Q4_K
+            | TensorFormat::Q5_K
+            | TensorFormat::Int4
     )
 }
 
@@ -115,11 +129,11 @@ pub(crate) const fn is_super(format: TensorFormat) -> bool {
 /// Bits of a code.
 pub(crate) const fn bits(format: TensorFormat) -> usize {
     match format {
-        TensorFormat::Q4_0 | TensorFormat::Q4_1 | TensorFormat::Q4_K => 4,
+        TensorFormat::Q4_0 | TensorFormat::Q4_1 | TensorFormat::Q4_K | TensorFormat::Int4 => 4,
         TensorFormat::Q5_0 | TensorFormat::Q5_1 | TensorFormat::Q5_K => 5,
         TensorFormat::Q6_K => 6,
         TensorFormat::Q8_0 => 8,
-        TensorFormat::F16 | TensorFormat::BF16 => 16,
+        TensorFormat::F16 | TensorFormat::BF16 | TensorFormat::F8_E4M3 => 16,
         TensorFormat::F32 => 32,
     }
 }
@@ -140,7 +154,12 @@ pub(crate) fn pack_group(source: &WeightSource<'_>, group: usize, out: &mut [u8]
     let layout = Layout::of(source.format);
     let row_bytes = source.cols / source.format.block_len() * source.format.block_bytes();
     for (lane, row) in (group * GROUP..source.rows.min((group + 1) * GROUP)).enumerate() {
+        let scale = source.row_scales.and_then(|scales| scales.get(row));
         let row = &source.data[row * source.row_stride..][..row_bytes];
+        if let Some(scale) = scale {
+            dense::pack_scaled_row(row, *scale, lane, out);
+            continue;
+        }
         if is_dense(source.format) {
             dense::pack_row(source.format, row, lane, out);
             continue;

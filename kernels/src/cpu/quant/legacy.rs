@@ -1,4 +1,4 @@
-//! Q4_0, Q4_1, Q5_0, Q5_1, Q8_0: 32 weights with one f16 scale, and a min for the `_1` formats.
+//! Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Int4: 32 weights with one f16 scale, and a min or a zero point for some.
 
 use super::{BLOCK, Block, half};
 
@@ -34,6 +34,23 @@ pub(super) fn q4_1(b: &[u8]) -> Block {
         scale: [half(b, 0); 2],
         min: Some(half(b, 2)),
     }
+}
+
+/// f16 d, f16 z, 16 bytes of nibbles.
+pub(super) fn int4(b: &[u8]) -> Block {
+    let scale = half(b, 0);
+    Block {
+        codes: nibbles(&b[4..]),
+        offset: 0,
+        scale: [scale; 2],
+        min: Some(min_of_zero_point(scale, half(b, 2))),
+    }
+}
+
+/// What a zero point adds to every weight of its block. Scale times code, this, and the sum of both have few enough bits
+/// that f32 rounds none of them.
+pub(crate) fn min_of_zero_point(scale: f32, zero_point: f32) -> f32 {
+    -(scale * zero_point)
 }
 
 /// f16 d, u32 of fifth bits, 16 bytes of nibbles.

@@ -16,6 +16,7 @@ pub use quantize::quantize_row;
 
 pub(crate) use dense::dequantize as dequantize_dense;
 pub(crate) use k_quants::scale_and_min;
+pub(crate) use legacy::min_of_zero_point;
 
 use phalanx_model::TensorFormat;
 
@@ -44,13 +45,14 @@ impl Block {
         match format {
             TensorFormat::Q4_0 => legacy::q4_0(bytes),
             TensorFormat::Q4_1 => legacy::q4_1(bytes),
+            TensorFormat::Int4 => legacy::int4(bytes),
             TensorFormat::Q5_0 => legacy::q5_0(bytes),
             TensorFormat::Q5_1 => legacy::q5_1(bytes),
             TensorFormat::Q8_0 => legacy::q8_0(bytes),
             TensorFormat::Q4_K => k_quants::q4_k(bytes, index % per),
             TensorFormat::Q5_K => k_quants::q5_k(bytes, index % per),
             TensorFormat::Q6_K => k_quants::q6_k(bytes, index % per),
-            TensorFormat::F32 | TensorFormat::F16 | TensorFormat::BF16 => {
+            TensorFormat::F32 | TensorFormat::F16 | TensorFormat::BF16 | TensorFormat::F8_E4M3 => {
                 unreachable!("dense formats have no blocks")
             }
         }
@@ -66,10 +68,11 @@ impl Block {
 
 /// Whether the format stores one number per weight.
 pub(crate) const fn is_dense(format: TensorFormat) -> bool {
-    matches!(format, TensorFormat::F32 | TensorFormat::F16 | TensorFormat::BF16)
+    format.is_dense()
 }
 
-/// Decodes one row. `bytes` is the row as it lies in a model file, `out` its `cols` weights.
+/// Decodes one row. `bytes` is the row as it lies in a model file, `out` its `cols` weights; of F8_E4M3 the codes, for
+/// the row's scale lies elsewhere.
 ///
 /// # Errors
 /// [`KernelError::Shape`] if `out` is not a whole number of blocks or `bytes` is not exactly as long as such a row.

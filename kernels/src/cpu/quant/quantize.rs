@@ -4,7 +4,7 @@ use half::{bf16, f16};
 use phalanx_model::TensorFormat;
 
 use super::BLOCK;
-use crate::{KernelError, Result};
+use crate::{E4m3, KernelError, Result};
 
 /// Encodes a row of finite weights in `format`.
 ///
@@ -24,10 +24,12 @@ pub fn quantize_row(format: TensorFormat, weights: &[f32]) -> Result<Vec<u8>> {
             TensorFormat::F32 => out.extend_from_slice(&block[0].to_le_bytes()),
             TensorFormat::F16 => out.extend_from_slice(&f16::from_f32(block[0]).to_le_bytes()),
             TensorFormat::BF16 => out.extend_from_slice(&bf16::from_f32(block[0]).to_le_bytes()),
+            TensorFormat::F8_E4M3 => out.push(E4m3::from_f32(block[0]).to_bits()),
             TensorFormat::Q4_0 => symmetric(block, 8, &mut out),
             TensorFormat::Q5_0 => symmetric(block, 16, &mut out),
             TensorFormat::Q4_1 => with_min(block, 15, &mut out),
             TensorFormat::Q5_1 => with_min(block, 31, &mut out),
+            TensorFormat::Int4 => with_zero_point(block, &mut out),
             TensorFormat::Q8_0 => q8_0(block, &mut out),
             TensorFormat::Q4_K | TensorFormat::Q5_K => k_with_min(format, block, &mut out),
             TensorFormat::Q6_K => q6_k(block, &mut out),
@@ -94,6 +96,19 @@ fn with_min(block: &[f32], max: u8, out: &mut Vec<u8>) {
     let min = push_half(out, lo);
     let codes = std::array::from_fn(|k| code(block[k] - min, scale, f32::from(max)));
     push_codes(out, &codes, max == 31);
+}
+
+/// The range from min(0, lowest) to max(0, highest), so that 0 has a code.
+fn with_zero_point(block: &[f32], out: &mut Vec<u8>) {
+    let (lo, hi) = range(block);
+    let (lo, hi) = (lo.min(0.0), hi.max(0.0));
+    let scale = push_half(out, (hi - lo) / 15.0);
+    let zero_point = push_half(out, f32::from(code(-lo, scale, 15.0)));
+    let codes = std::array::from_fn(|k| match scale {
+        0.0 => 0,
+        _ => (block[k] / scale + zero_point).round_ties_even().clamp(0.0, 15.0) as u8,
+    });
+    push_codes(out, &codes, false);
 }
 
 fn q8_0(block: &[f32], out: &mut Vec<u8>) {

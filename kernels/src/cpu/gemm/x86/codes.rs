@@ -17,6 +17,8 @@ pub(super) trait Coded {
     const FIVE_BITS: bool = bits(Self::FORMAT) == 5;
     const MIN: bool = has_min(Self::FORMAT);
     const SUPER: bool = is_super(Self::FORMAT);
+    /// Mins are minus scale times zero point.
+    const ZERO_POINT: bool = matches!(Self::FORMAT, TensorFormat::Int4);
     /// Whether the 16-bit sums are of codes less the middle of their range.
     const CENTERED: bool = Self::FIVE_BITS || offset(Self::FORMAT) != 0;
 }
@@ -43,6 +45,7 @@ macro_rules! formats {
 formats!(
     Q4_0 = Q4_0,
     Q4_1 = Q4_1,
+    Int4 = Int4,
     Q5_0 = Q5_0,
     Q5_1 = Q5_1,
     Q4K = Q4_K,
@@ -88,6 +91,9 @@ pub(super) unsafe fn min<F: Coded>(chunk: *const u8, block: usize) -> __m256 {
                 half8(chunk.add(SUPER_MINS)),
                 integers(chunk.add(BLOCK_SCALES + block * 16 + 8)),
             )
+        } else if F::ZERO_POINT {
+            let product = _mm256_mul_ps(scale::<F>(chunk, block), half8(chunk.add(MINS + block * 16)));
+            _mm256_xor_ps(product, _mm256_set1_ps(-0.0))
         } else {
             half8(chunk.add(MINS + block * 16))
         }
