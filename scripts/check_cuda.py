@@ -18,10 +18,10 @@ SHARED_BYTES_PER_BLOCK = 48 * 1024  # what a launch gets without asking for more
 SOURCES = "kernels/cuda"
 UNITS = "kernels/src/cuda/units.rs"
 OPTIONS = ["--std=c++17", "-lineinfo"]
-# Values of the units' parameters that are compiled: GGUF type numbers F32 0, F16 1, Q4_0 2, Q4_1 3, Q8_0 8,
-# BF16 30, and INT4 256.
+# Values of the units' parameters that are compiled: GGUF type numbers F32 0, F16 1, Q4_0 2, Q4_1 3, Q8_0 8, BF16 30;
+# and INT4 256, E4M3 257.
 VARIANTS = {
-    ("HEAD_DIM", "KV_FORMAT"): [(64, 1), (128, 30), (128, 1), (80, 0)],
+    ("HEAD_DIM", "KV_FORMAT"): [(64, 1), (128, 30), (128, 1), (80, 0), (64, 257), (128, 257)],
     ("WEIGHT_FORMAT",): [(2,), (3,), (8,), (256,)],
     (): [()],
 }

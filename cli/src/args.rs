@@ -89,6 +89,9 @@ pub(crate) struct ModelArgs {
     /// What the ranks compute on; auto: GPUs if there is one for every rank, else CPUs.
     #[arg(long, env = "PHALANX_DEVICE", default_value = "auto")]
     pub(crate) device: Device,
+    /// What the model's files must be quantized as; default: whatever they are.
+    #[arg(long, short, env = "PHALANX_QUANTIZATION")]
+    pub(crate) quantization: Option<Quantization>,
     /// How partial results are combined; gather gives the same bits at any number of ranks. Default: gather on CPUs,
     /// reduce on GPUs.
     #[arg(long, env = "PHALANX_TENSOR_PARALLEL_STYLE")]
@@ -131,6 +134,14 @@ pub(crate) enum Device {
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum, PartialEq, Eq)]
+pub(crate) enum Quantization {
+    Awq,
+    Gptq,
+    Gguf,
+    Fp8,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum, PartialEq, Eq)]
 pub(crate) enum Style {
     Gather,
     Reduce,
@@ -143,6 +154,9 @@ pub(crate) enum KvCacheDtype {
     F32,
     F16,
     Bf16,
+    /// 8-bit floats with no scale: half the bytes of f16, 3 bits of mantissa.
+    #[value(name = "fp8", alias = "fp8_e4m3")]
+    Fp8,
 }
 
 /// What only a running coordinator needs.

@@ -16,7 +16,7 @@ use phalanx_coordinator::{
 };
 use phalanx_model::{KvDtype, TensorParallelStyle};
 
-use crate::args::{Device, EngineArgs, KvCacheDtype, ModelArgs, Policy, Style};
+use crate::args::{Device, EngineArgs, KvCacheDtype, ModelArgs, Policy, Quantization, Style};
 
 pub(crate) fn model(args: &ModelArgs) -> anyhow::Result<ModelOptions> {
     let Some(path) = args.model_tag.clone().or_else(|| args.model.clone()) else {
@@ -36,6 +36,15 @@ pub(crate) fn model(args: &ModelArgs) -> anyhow::Result<ModelOptions> {
             Device::Cpu => DeviceChoice::Cpu,
             Device::Cuda => DeviceChoice::Cuda,
         },
+        quantization: args.quantization.map(|method| {
+            match method {
+                Quantization::Awq => "awq",
+                Quantization::Gptq => "gptq",
+                Quantization::Gguf => "gguf",
+                Quantization::Fp8 => "fp8",
+            }
+            .to_owned()
+        }),
         style: args.tensor_parallel_style.map(|style| match style {
             Style::Gather => TensorParallelStyle::Gather,
             Style::Reduce => TensorParallelStyle::Reduce,
@@ -57,6 +66,7 @@ impl From<KvCacheDtype> for KvDtype {
             KvCacheDtype::Auto | KvCacheDtype::F16 => Self::F16,
             KvCacheDtype::F32 => Self::F32,
             KvCacheDtype::Bf16 => Self::BF16,
+            KvCacheDtype::Fp8 => Self::E4M3,
         }
     }
 }

@@ -21,6 +21,8 @@ pub struct ModelOptions {
     pub path: PathBuf,
     pub tensor_parallel_size: usize,
     pub device: DeviceChoice,
+    /// What the model's files must be quantized as. None: whatever they are.
+    pub quantization: Option<String>,
     /// None: gather on CPUs, which gives the same bits at any number of ranks; reduce on GPUs, where it moves less.
     pub style: Option<TensorParallelStyle>,
     pub rank_weights: Option<Vec<f32>>,

@@ -57,6 +57,8 @@ pub enum DeploymentError {
         value: usize,
         limit: usize,
     },
+    #[error("quantization is {asked}, the model's files say {found}")]
+    Quantization { asked: String, found: &'static str },
     #[error("cannot read {what}: {source}")]
     Host { what: String, source: std::io::Error },
 }
@@ -75,6 +77,11 @@ impl Proposal {
     /// A model that is damaged or not supported, or a length it does not have.
     pub fn open(options: ModelOptions) -> Result<Self, DeploymentError> {
         let checkpoint = Arc::new(Checkpoint::open(&options.path, MappedFile::open)?);
+        let found = checkpoint.quantization_method();
+        if let Some(asked) = options.quantization.as_ref().filter(|&asked| asked != found) {
+            let asked = asked.clone();
+            return Err(DeploymentError::Quantization { asked, found });
+        }
         let max_model_len = max_model_len(&options, checkpoint.config().max_position_embeddings)?;
         Ok(Self {
             checkpoint,

@@ -49,6 +49,7 @@ fn weight(format: TensorFormat, rows: usize, cols: usize, pool: &Pool, arena: &A
         cols,
         data: &data,
         row_stride,
+        row_scales: None,
     };
     PackedWeight::pack(&[source], pool, arena).expect("memory")
 }

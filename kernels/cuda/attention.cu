@@ -20,7 +20,7 @@
 //   out: first column to write of the step's first row, f32, rows out_stride apart
 //   partial_sums [partial rows][num_q][max_spans][HEAD_DIM] f32, partial_weights [partial rows][num_q][max_spans][2] f32
 //   (largest score, sum of weights relative to it)
-// Parameters: HEAD_DIM, KV_FORMAT. Queries, K, V and weights are multiplied in bf16, with an f16 cache in f16.
+// Parameters: HEAD_DIM, KV_FORMAT. Queries, K, V and weights are multiplied in bf16, with an f16 or E4M3 cache in f16.
 #include "kv_layout.cuh"
 
 static_assert(HEAD_DIM >= 1 && HEAD_DIM <= 128, "a vector's sums must fit in registers");
@@ -43,6 +43,10 @@ struct MultipliedAs {
 };
 template <>
 struct MultipliedAs<F16> {
+  typedef f16 type;
+};
+template <>
+struct MultipliedAs<E4M3> {
   typedef f16 type;
 };
 typedef MultipliedAs<KV_FORMAT>::type Factor;
@@ -134,6 +138,10 @@ PHX_DEV void load_tile(Rows& to, const KvElement* cache, const Attention& a, con
         pairs[3] = packed<Factor>(high.z, high.w);
       }
       *(uint4*)at = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+    } else if constexpr (KV_FORMAT == E4M3) {
+      const uint2 codes = valid ? *(const uint2*)from : make_uint2(0, 0);
+      *(uint4*)at = make_uint4(e4m3x2_to_f16x2(codes.x), e4m3x2_to_f16x2(codes.x >> 16), e4m3x2_to_f16x2(codes.y),
+                               e4m3x2_to_f16x2(codes.y >> 16));
     } else {
       cp_async16(at, from, valid);
     }

@@ -1,8 +1,8 @@
 // The paged cache (kernels/src/cpu/kv_cache.rs): K and V of a layer are two arrays
 // [num_blocks][num_kv_heads][block_size][KV_STRIDE] of KV_FORMAT elements. KV_STRIDE is HEAD_DIM rounded up to 8, so that
-// every row is 16-byte aligned; the padding holds zeros.
+// every row is 16-byte aligned, and 8-byte aligned in E4M3; the padding holds zeros. E4M3 has no scale.
 //
-// Parameters: HEAD_DIM; KV_FORMAT, one of F32 (0), F16 (1), BF16 (30).
+// Parameters: HEAD_DIM; KV_FORMAT, one of F32 (0), F16 (1), BF16 (30), E4M3 (257).
 #pragma once
 #include "phx.cuh"
 
@@ -21,6 +21,10 @@ struct ElementOf<F16> {
 template <>
 struct ElementOf<BF16> {
   typedef bf16 type;
+};
+template <>
+struct ElementOf<E4M3> {
+  typedef e4m3 type;
 };
 typedef ElementOf<KV_FORMAT>::type KvElement;
 

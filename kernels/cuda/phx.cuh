@@ -21,8 +21,12 @@ struct bf16 {
 struct f16 {
   u16 bits;
 };
+// kernels/src/e4m3.rs
+struct e4m3 {
+  u8 bits;
+};
 
-// Number formats, with the numbers of `enum ggml_type` and one of our own (model/src/format.rs, `gguf_type`).
+// Number formats, with the numbers of `enum ggml_type` and two of our own (model/src/format.rs, `gguf_type`).
 enum Format : u32 {
   F32 = 0,
   F16 = 1,
@@ -36,6 +40,7 @@ enum Format : u32 {
   Q6_K = 14,
   BF16 = 30,
   INT4 = 256,
+  E4M3 = 257,
 };
 
 #define NEGATIVE_INFINITY __uint_as_float(0xff800000u)
@@ -77,6 +82,50 @@ PHX_DEV void from_float(f16& out, float v) {
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out.bits) : "f"(v));
 #endif
 }
+// Beyond +-448 is +-448; NaN stays NaN, without its sign.
+PHX_DEV void from_float(e4m3& out, float v) {
+#if !defined(SOFTGPU) && __CUDA_ARCH__ >= 890
+  u16 pair;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(0.f), "f"(v));
+  out.bits = (u8)pair;
+#else
+  const u32 bits = __float_as_uint(v), sign = bits >> 24 & 0x80u;
+  const float magnitude = fminf(__uint_as_float(bits & 0x7fffffffu), 448.f);
+  u32 code;
+  if (magnitude < 1.f / 64.f) {
+    // Leaves no bits below 2^-9, the step of subnormal numbers.
+    code = __float_as_uint(magnitude + 16384.f) - __float_as_uint(16384.f);
+  } else {
+    const u32 m = __float_as_uint(magnitude);
+    code = ((m + 0x7ffffu + (m >> 20 & 1)) >> 20) - (120u << 3);
+  }
+  out.bits = (bits & 0x7fffffffu) > 0x7f800000u ? 0x7fu : (u8)(sign | code);
+#endif
+}
+// Two numbers, the first in the low byte, as two f16, the first in the low half. Exact.
+PHX_DEV u32 e4m3x2_to_f16x2(u32 codes) {
+#if !defined(SOFTGPU) && __CUDA_ARCH__ >= 890
+  u32 r;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(r) : "h"((u16)codes));
+  return r;
+#else
+  const u32 spread = (codes & 0xffu) | (codes & 0xff00u) << 8;
+  const u32 magnitudes = spread & 0x007f007fu, signs = (spread & 0x00800080u) << 8;
+  // Bit 7 of each half is set if its magnitude is 0x7f; the difference makes 0x7fff, a NaN of f16, of it.
+  const u32 nan = (magnitudes + 0x00010001u) & 0x00800080u;
+  const u32 halves = magnitudes << 7 | signs | ((nan << 8) - (nan >> 7));
+  // Exponent and mantissa are in an f16's places, and too small by 2^8, the difference of the biases.
+#ifdef SOFTGPU
+  const u32 low = softgpu::f16_rn(softgpu::f16_to_f((u16)halves) * 256.f);
+  return low | (u32)softgpu::f16_rn(softgpu::f16_to_f((u16)(halves >> 16)) * 256.f) << 16;
+#else
+  u32 r;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(halves), "r"(0x5c005c00u));
+  return r;
+#endif
+#endif
+}
+PHX_DEV float to_float(e4m3 v) { return to_float(f16{(u16)e4m3x2_to_f16x2(v.bits)}); }
 template <class T>
 PHX_DEV T rounded(float v) {
   T out;

@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use phalanx_model::{KvDtype, RopeLayout, TensorFormat};
 
+use crate::error::check;
 use crate::{BatchInput, CandidateRequest, Candidates, Result};
 
 /// A device's ops. One op is one method, one CPU file, one .cu file and one row of the conformance suite. Activations
@@ -173,6 +174,19 @@ pub struct WeightSource<'a> {
     pub data: &'a [u8],
     /// More than a row's bytes when the input features are sharded.
     pub row_stride: usize,
+    /// Of `F8_E4M3`, and only of that: what each row's codes are multiplied with.
+    pub row_scales: Option<&'a [f32]>,
+}
+
+impl WeightSource<'_> {
+    /// An error unless there is a scale for each row of `F8_E4M3`, and none otherwise.
+    pub(crate) fn check_scales(&self, op: &'static str) -> Result<()> {
+        let expected = (self.format == TensorFormat::F8_E4M3).then_some(self.rows);
+        let found = self.row_scales.map(<[f32]>::len);
+        check(op, found == expected, || {
+            format!("{found:?} scales for {} rows of {}", self.rows, self.format)
+        })
+    }
 }
 
 /// NCCL's verbs, in stream order with the backend. An error ends the group's epoch.

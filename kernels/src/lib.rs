@@ -12,7 +12,9 @@ pub mod comm;
 pub mod conformance;
 pub mod cpu;
 pub mod cuda;
+mod e4m3;
 pub mod error;
+mod fp8;
 pub mod int4;
 mod noise;
 pub mod philox;
@@ -24,6 +26,8 @@ pub use batch::BatchInput;
 pub use candidates::{
     Candidate, CandidateRequest, Candidates, ChunkStatistics, LogitEdit, Noise, VOCAB_CHUNK,
 };
+pub use e4m3::E4m3;
 pub use error::KernelError;
+pub use fp8::Fp8Matrix;
 
 pub type Result<T, E = KernelError> = std::result::Result<T, E>;

@@ -94,6 +94,7 @@ fn weight(
         cols,
         data,
         row_stride,
+        row_scales: None,
     };
     backend.weight(&[source]).unwrap()
 }

@@ -1,5 +1,7 @@
 //! A model on disk: its configuration, and where each of its tensors lies, whatever the file format.
 
+mod scale;
+
 use std::{
     collections::BTreeMap,
     error::Error,
@@ -8,6 +10,7 @@ use std::{
 
 use sha2::{Digest, Sha256};
 
+use self::scale::{ScaleInfo, may_have_scales};
 use crate::{
     LayerTensor, ModelConfig, Quantization, RowSplitBlocks, TensorFormat, TensorFormats, TensorRole,
     config::ConfigError,
@@ -83,6 +86,8 @@ pub struct Checkpoint<B> {
     config: ModelConfig,
     source: Source<B>,
     tensors: BTreeMap<TensorRole, TensorInfo>,
+    /// Of the matrices of E4M3.
+    scales: BTreeMap<TensorRole, ScaleInfo>,
     fingerprint: [u8; 32],
 }
 
@@ -168,7 +173,7 @@ impl<B: AsRef<[u8]>> Checkpoint<B> {
         source: Source<B>,
         fingerprint: Fingerprint,
     ) -> Result<Self, CheckpointError> {
-        let mut tensors = BTreeMap::new();
+        let (mut tensors, mut scales) = (BTreeMap::new(), BTreeMap::new());
         for role in config.roles() {
             let Some((rows, cols)) = config.shape(role) else {
                 continue;
@@ -179,7 +184,11 @@ impl<B: AsRef<[u8]>> Checkpoint<B> {
             }
             match source.find(role) {
                 Some(found) => {
-                    tensors.insert(role, found.check(role, rows, cols)?);
+                    let info = found.check(role, rows, cols)?;
+                    if info.format == TensorFormat::F8_E4M3 {
+                        scales.insert(role, source.scale(role, &info)?);
+                    }
+                    tensors.insert(role, info);
                 }
                 None if source.may_lack(role) => {}
                 None => {
@@ -197,6 +206,7 @@ impl<B: AsRef<[u8]>> Checkpoint<B> {
             config,
             source,
             tensors,
+            scales,
             fingerprint,
         })
     }
@@ -215,6 +225,16 @@ impl<B: AsRef<[u8]>> Checkpoint<B> {
         match &self.source {
             Source::Gguf(_) => None,
             Source::SafeTensors { quantization, .. } => quantization.as_ref(),
+        }
+    }
+
+    /// As `--quantization` names it: `gguf`, what `quant_method` says, or `none`.
+    pub fn quantization_method(&self) -> &'static str {
+        match &self.source {
+            Source::Gguf(_) => "gguf",
+            Source::SafeTensors { quantization, .. } => {
+                quantization.as_ref().map_or("none", Quantization::method)
+            }
         }
     }
 
@@ -240,6 +260,15 @@ impl<B: AsRef<[u8]>> Checkpoint<B> {
     pub fn span(&self, span: Span) -> Option<&[u8]> {
         let file = self.maps().get(span.file)?.as_ref();
         file.get(span.offset..span.offset.checked_add(span.bytes)?)
+    }
+
+    /// What the rows of a matrix of E4M3 are scaled with, one number for each. None if the tensor is of another format.
+    ///
+    /// # Errors
+    /// A scale that is no finite number.
+    pub fn row_scales(&self, role: TensorRole) -> Result<Option<Vec<f32>>, CheckpointError> {
+        let scales = self.scales.get(&role);
+        scales.map(|scale| scale.read(self.maps())).transpose()
     }
 
     /// Every tensor, embeddings first, then in the order of [`TensorRole`].
@@ -304,7 +333,10 @@ impl Found {
                 found: self.shape,
             });
         }
-        let allowed = |format: TensorFormat| !role.is_vector() || format.is_dense();
+        let allowed = |format: TensorFormat| match format {
+            TensorFormat::F8_E4M3 => may_have_scales(role),
+            format => !role.is_vector() || format.is_dense(),
+        };
         match self.format {
             Ok(format) if allowed(format) => {
                 let Self {
@@ -364,6 +396,22 @@ impl<B: AsRef<[u8]>> Source<B> {
                 quantization: Some(Quantization::Int4(quantization)),
             } => int4::find(directory, &self.name(role), *quantization, shape),
             _ => Ok(None),
+        }
+    }
+
+    /// Where the scales of a matrix of E4M3 lie.
+    fn scale(&self, role: TensorRole, matrix: &TensorInfo) -> Result<ScaleInfo, CheckpointError> {
+        let name = self.name(role);
+        match self {
+            Self::SafeTensors {
+                directory,
+                quantization: Some(Quantization::Fp8),
+            } => ScaleInfo::find(directory, &name, matrix),
+            _ => Err(CheckpointError::Format {
+                tensor: name,
+                expected: "another format: config.json has no quantization_config of fp8".to_owned(),
+                found: matrix.format.to_string(),
+            }),
         }
     }
 

@@ -20,10 +20,12 @@ pub enum TensorFormat {
     /// Not of GGUF: 32 weights `d * (code - z)` of AWQ and GPTQ checkpoints, brought into rows of blocks when they are
     /// read. A block is an f16 `d`, an f16 `z`, which is an integer of 0 to 16, and 16 bytes of codes as in Q4_0.
     Int4,
+    /// Not of GGUF: 8-bit floats (OCP, E4M3), and one f32 scale for each row, which lies elsewhere.
+    F8_E4M3,
 }
 
 impl TensorFormat {
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::F32,
         Self::F16,
         Self::BF16,
@@ -36,12 +38,13 @@ impl TensorFormat {
         Self::Q5_K,
         Self::Q6_K,
         Self::Int4,
+        Self::F8_E4M3,
     ];
 
     /// Elements of one block: a row's length must be a multiple of it.
     pub const fn block_len(self) -> usize {
         match self {
-            Self::F32 | Self::F16 | Self::BF16 => 1,
+            Self::F32 | Self::F16 | Self::BF16 | Self::F8_E4M3 => 1,
             Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 | Self::Q8_0 | Self::Int4 => 32,
             Self::Q4_K | Self::Q5_K | Self::Q6_K => 256,
         }
@@ -52,6 +55,7 @@ impl TensorFormat {
         match self {
             Self::F32 => 4,
             Self::F16 | Self::BF16 => 2,
+            Self::F8_E4M3 => 1,
             Self::Q4_0 => 18,
             Self::Q4_1 | Self::Int4 => 20,
             Self::Q5_0 => 22,
@@ -63,7 +67,7 @@ impl TensorFormat {
         }
     }
 
-    /// GGUF's number for the format (`enum ggml_type`); of [`TensorFormat::Int4`] one that GGUF does not use.
+    /// GGUF's number for the format (`enum ggml_type`); of a format that is not of GGUF one that GGUF does not use.
     pub const fn gguf_type(self) -> u32 {
         match self {
             Self::F32 => 0,
@@ -78,6 +82,7 @@ impl TensorFormat {
             Self::Q6_K => 14,
             Self::BF16 => 30,
             Self::Int4 => INT4_TYPE,
+            Self::F8_E4M3 => E4M3_TYPE,
         }
     }
 
@@ -89,7 +94,7 @@ impl TensorFormat {
 
     /// Whether tensors of GGUF files may have it.
     pub const fn is_gguf(self) -> bool {
-        !matches!(self, Self::Int4)
+        !matches!(self, Self::Int4 | Self::F8_E4M3)
     }
 
     /// Whether elements are plain floats, readable one by one.
@@ -120,7 +125,7 @@ impl TensorFormat {
     }
 
     /// Bytes of a `[rows, cols]` matrix as the CUDA backend holds it: the file's blocks, or rows of bf16 padded to
-    /// [`BF16_ROW_ALIGN`] elements. None if `cols` cuts a block or the product overflows. The memory plan counts with
+    /// [`BF16_ROW_ALIGN`] elements; F8_E4M3 is counted as on a device that cannot multiply it. None if `cols` cuts a block or the product overflows. The memory plan counts with
     /// this function and the kernels allocate by it.
     pub const fn gpu_bytes(self, rows: usize, cols: usize) -> Option<usize> {
         if self.stays_quantized_on_gpus() {
@@ -137,13 +142,14 @@ impl TensorFormat {
 
     /// Bytes of a `[rows, cols]` matrix as the CPU backend holds it: the file's blocks regrouped into tiles of
     /// [`TILE_ROWS`] rows, with an odd number of 32-element blocks padded to an even one, and the sub-block scales of the
-    /// K formats unpacked to whole bytes. None if `cols` cuts a block or the product overflows. The memory plan counts
-    /// with this function and the kernels assert it.
+    /// K formats unpacked to whole bytes. F8_E4M3 becomes BF16 there, its scales multiplied in. None if `cols` cuts a
+    /// block or the product overflows. The memory plan counts with this function and the kernels assert it.
     pub const fn resident_bytes(self, rows: usize, cols: usize) -> Option<usize> {
         let block_bytes = match self {
             Self::Q4_K => 148,
             Self::Q5_K => 180,
             Self::Q6_K => 212,
+            Self::F8_E4M3 => Self::BF16.block_bytes(),
             _ => self.block_bytes(),
         };
         if !cols.is_multiple_of(self.block_len()) {
@@ -169,8 +175,9 @@ impl fmt::Display for TensorFormat {
     }
 }
 
-/// See [`TensorFormat::gguf_type`].
+/// The numbers of formats that are not of GGUF in `enum Format` of the CUDA sources.
 const INT4_TYPE: u32 = 256;
+const E4M3_TYPE: u32 = 257;
 
 /// Rows of bf16 matrices begin at multiples of so many elements on a GPU: 16 bytes, as cublasLt's fast kernels want it.
 pub const BF16_ROW_ALIGN: usize = 8;
@@ -184,6 +191,8 @@ pub enum KvDtype {
     F32,
     F16,
     BF16,
+    /// 8-bit floats of the OCP specification, with no infinity and no scale.
+    E4M3,
 }
 
 impl fmt::Display for KvDtype {
@@ -197,6 +206,7 @@ impl KvDtype {
         match self {
             Self::F32 => 4,
             Self::F16 | Self::BF16 => 2,
+            Self::E4M3 => 1,
         }
     }
 }

@@ -1,6 +1,8 @@
 //! How a Hugging Face checkpoint is quantized: `quantization_config` of its `config.json`. Which of its matrices are, its
 //! tensors say: a quantized one has a `qweight` and no `weight`.
 
+mod fp8;
+
 use crate::config::{ConfigError, Fields};
 
 /// What `quantization_config` says.
@@ -8,6 +10,9 @@ use crate::config::{ConfigError, Fields};
 pub enum Quantization {
     /// 4-bit integers in groups along the input features, 8 of them in an `I32`.
     Int4(Int4Quantization),
+    /// E4M3, with a scale for each matrix or each of its output features: a quantized matrix has a `weight` of that type
+    /// and a `weight_scale`.
+    Fp8,
 }
 
 /// AWQ (Lin et al., 2023) and GPTQ (Frantar et al., 2022), as AutoAWQ and GPTQModel store them.
@@ -55,7 +60,13 @@ impl Quantization {
         match method {
             "awq" => fields.awq().map(|int4| Some(Self::Int4(int4))),
             "gptq" => fields.gptq().map(|int4| Some(Self::Int4(int4))),
-            other => Err(fields.refused("quant_method", format!("{other:?}"), "supported: awq, gptq")),
+            "fp8" => fields.fp8().map(|()| Some(Self::Fp8)),
+            "compressed-tensors" => fields.compressed_tensors().map(|()| Some(Self::Fp8)),
+            other => Err(fields.refused(
+                "quant_method",
+                format!("{other:?}"),
+                "supported: awq, gptq, fp8, compressed-tensors",
+            )),
         }
     }
 
@@ -66,6 +77,7 @@ impl Quantization {
                 Int4Packing::Awq => "awq",
                 Int4Packing::Gptq { .. } => "gptq",
             },
+            Self::Fp8 => "fp8",
         }
     }
 }

@@ -73,6 +73,7 @@ impl StoredTensor {
             Dtype::F32 => Some(TensorFormat::F32),
             Dtype::F16 => Some(TensorFormat::F16),
             Dtype::BF16 => Some(TensorFormat::BF16),
+            Dtype::F8_E4M3 => Some(TensorFormat::F8_E4M3),
             _ => None,
         }
     }

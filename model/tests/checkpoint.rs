@@ -69,7 +69,12 @@ impl Directory {
     fn write_shard(&self, file: &str, wanted: impl Fn(&str) -> bool) -> Vec<String> {
         let (mut header, mut end, mut names) = (serde_json::Map::new(), 0, Vec::new());
         for (name, (shape, dtype)) in self.tensors.iter().filter(|(name, _)| wanted(name)) {
-            let width = if *dtype == "F64" { 8 } else { 2 };
+            let width = match *dtype {
+                "F64" => 8,
+                "F32" => 4,
+                "F8_E4M3" => 1,
+                _ => 2,
+            };
             let bytes = shape.iter().product::<usize>() * width;
             header.insert(
                 name.clone(),
@@ -400,4 +405,79 @@ fn safetensors_of_other_types_are_named() {
         message.starts_with(&format!("tensor `{name}` is F64; expected one of F32, F16, BF16")),
         "{message}"
     );
+}
+
+/// A checkpoint whose matrices of layers are E4M3, with these scales beside them.
+fn fp8_directory(scale: (Vec<usize>, &'static str)) -> Directory {
+    let mut directory = Directory::new();
+    let mut config: Value =
+        serde_json::from_slice(&fs::read(directory.path().join("config.json")).unwrap()).unwrap();
+    config["quantization_config"] = json!({"quant_method": "fp8", "activation_scheme": "dynamic"});
+    directory.write_json("config.json", &config);
+    let mut scales = Vec::new();
+    for (name, (shape, dtype)) in &mut directory.tensors {
+        if name.contains("_proj.weight") {
+            *dtype = "F8_E4M3";
+            let shape = scale
+                .0
+                .iter()
+                .map(|&rows| if rows == 0 { shape[0] } else { rows });
+            scales.push((format!("{name}_scale"), (shape.collect(), scale.1)));
+        }
+    }
+    directory.tensors.extend(scales);
+    directory
+}
+
+#[test]
+fn fp8_matrices_have_a_scale_for_each_row() {
+    let down = layer(1, LayerTensor::Down);
+    // Zero stands for the matrix's rows.
+    for shape in [vec![], vec![1], vec![0], vec![0, 1]] {
+        let directory = fp8_directory((shape.clone(), "BF16"));
+        directory.write_shard("model.safetensors", |_| true);
+        let checkpoint = directory.open().unwrap();
+        assert_eq!(checkpoint.tensor(down).unwrap().format, TensorFormat::F8_E4M3);
+        let scales = checkpoint.row_scales(down).unwrap().unwrap();
+        assert_eq!(scales.len(), checkpoint.tensor(down).unwrap().rows);
+        assert_eq!(
+            scales.iter().all(|&scale| scale == scales[0]),
+            !shape.contains(&0)
+        );
+        assert_eq!(checkpoint.row_scales(TensorRole::TokenEmbedding).unwrap(), None);
+        assert_eq!(checkpoint.row_split_blocks().down, 1);
+    }
+}
+
+#[test]
+fn scales_that_are_missing_or_odd_are_named() {
+    let refused = |directory: Directory| {
+        directory.write_shard("model.safetensors", |_| true);
+        directory.open().unwrap_err().to_string()
+    };
+    let name = "model.layers.1.mlp.down_proj.weight_scale";
+    let mut directory = fp8_directory((vec![], "F32"));
+    let scale = directory.tensors.remove(name).unwrap();
+    assert!(refused(directory).starts_with(&format!("tensor `{name}` is missing")));
+    let mut directory = fp8_directory((vec![], "F32"));
+    directory.tensors.remove(name);
+    directory.tensors.insert(format!("{name}_inv"), scale);
+    assert!(refused(directory).contains("scales of blocks, which are not supported"));
+    let mut directory = fp8_directory((vec![], "F32"));
+    directory.tensors.get_mut(name).unwrap().0 = vec![3, 2];
+    assert!(refused(directory).contains("has shape [3, 2], expected [64, 1]"));
+    let mut directory = fp8_directory((vec![], "F32"));
+    directory.tensors.get_mut(name).unwrap().1 = "F64";
+    assert!(refused(directory).contains("is F64; expected one of F32, BF16"));
+    // The embedding is a table, not a factor.
+    let mut directory = fp8_directory((vec![], "F32"));
+    directory.tensors.get_mut("model.embed_tokens.weight").unwrap().1 = "F8_E4M3";
+    assert!(refused(directory).contains("`model.embed_tokens.weight` is F8_E4M3; expected one of F32"));
+    // Without a word in config.json nobody knows what the codes are scaled with.
+    let directory = fp8_directory((vec![], "F32"));
+    let mut config: Value =
+        serde_json::from_slice(&fs::read(directory.path().join("config.json")).unwrap()).unwrap();
+    config.as_object_mut().unwrap().remove("quantization_config");
+    directory.write_json("config.json", &config);
+    assert!(refused(directory).contains("config.json has no quantization_config of fp8"));
 }

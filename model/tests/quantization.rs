@@ -84,3 +84,58 @@ fn what_is_not_supported_is_named() {
         "{text}"
     );
 }
+
+#[test]
+fn fp8_checkpoints_of_both_kinds_are_read() {
+    let fp8 = json!({"quant_method": "fp8", "activation_scheme": "static", "fmt": "e4m3", "ignored_layers": ["lm_head"]});
+    assert_eq!(read(&fp8), Ok(Some(Quantization::Fp8)));
+    let compressed = |weights: Value, format: &str| {
+        read(
+            &json!({"quant_method": "compressed-tensors", "format": format, "ignore": ["lm_head"],
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights,
+                "input_activations": {"num_bits": 8, "type": "float", "dynamic": true, "strategy": "token"}}}}),
+        )
+    };
+    for strategy in ["tensor", "channel"] {
+        let weights = json!({"num_bits": 8, "type": "float", "strategy": strategy, "symmetric": true});
+        assert_eq!(
+            compressed(weights, "float-quantized"),
+            Ok(Some(Quantization::Fp8))
+        );
+    }
+    let prefix = "quantization_config.";
+    for (found, error) in [
+        (
+            read(&json!({"quant_method": "fp8", "weight_block_size": [128, 128]})),
+            "weight_block_size is set: scales of blocks are not supported, only those of tensors and channels",
+        ),
+        (
+            read(&json!({"quant_method": "fp8", "fmt": "e5m2"})),
+            "fmt is \"e5m2\": supported: e4m3",
+        ),
+        (
+            compressed(
+                json!({"num_bits": 8, "type": "int", "strategy": "channel"}),
+                "float-quantized",
+            ),
+            "config_groups.*.weights.type is \"int\": supported: float",
+        ),
+        (
+            compressed(
+                json!({"num_bits": 8, "type": "float", "strategy": "block"}),
+                "float-quantized",
+            ),
+            "config_groups.*.weights.strategy is \"block\": supported: tensor, channel",
+        ),
+        (
+            compressed(json!({"num_bits": 8, "type": "float"}), "float-quantized"),
+            "config_groups.*.weights.strategy is missing",
+        ),
+        (
+            compressed(json!({}), "pack-quantized"),
+            "format is \"pack-quantized\": supported: float-quantized",
+        ),
+    ] {
+        assert_eq!(found.unwrap_err(), format!("{prefix}{error}"));
+    }
+}

@@ -176,13 +176,21 @@ struct Cut<'a> {
     bytes: u64,
 }
 
+/// What a cut holds.
+struct Data<'a> {
+    /// Rows, as far apart as they are in the file, or one after another.
+    bytes: Cow<'a, [u8]>,
+    /// Of its rows, in E4M3.
+    scales: Option<Vec<f32>>,
+}
+
 impl Cut<'_> {
     fn rows(&self) -> usize {
         self.slice.rows.len()
     }
 
     /// `data` is what [`Loader::data`] gives.
-    fn source<'a>(&self, data: &'a [u8]) -> Option<WeightSource<'a>> {
+    fn source<'a>(&self, data: &'a Data<'_>) -> Option<WeightSource<'a>> {
         let (format, cols) = (self.info.format, self.slice.cols.len());
         let stored_cols = match self.info.layout {
             TensorLayout::Rows => self.info.cols,
@@ -192,8 +200,9 @@ impl Cut<'_> {
             format,
             rows: self.rows(),
             cols,
-            data,
+            data: &data.bytes,
             row_stride: format.row_bytes(stored_cols)?,
+            row_scales: data.scales.as_deref(),
         })
     }
 }
@@ -360,11 +369,16 @@ impl<'a, B: Backend> Loader<'a, B> {
     }
 
     /// The cut's rows: in the file, or made of an AWQ or GPTQ matrix, one stack of matrices at a time.
-    fn data(&self, cut: &Cut<'_>, role: TensorRole) -> Result<Cow<'a, [u8]>> {
+    fn data(&self, cut: &Cut<'_>, role: TensorRole) -> Result<Data<'a>> {
         let outside = || cut_error(role, cut.info, &cut.slice);
         let bytes = |span: Span| self.checkpoint.span(span).ok_or_else(outside);
         let TensorLayout::Int4(tensors) = &cut.info.layout else {
-            return Ok(Cow::Borrowed(bytes(cut.spans[0])?));
+            let scales = self.checkpoint.row_scales(role)?;
+            let scales = scales.map(|scales| scales.get(cut.slice.rows.clone()).map(<[f32]>::to_vec));
+            return Ok(Data {
+                bytes: Cow::Borrowed(bytes(cut.spans[0])?),
+                scales: scales.map(|scales| scales.ok_or_else(outside)).transpose()?,
+            });
         };
         let source = Int4Source {
             quantization: tensors.quantization,
@@ -377,9 +391,10 @@ impl<'a, B: Backend> Loader<'a, B> {
         };
         let TensorSlice { rows, cols } = cut.slice.clone();
         let blocks = source.blocks(rows, cols);
-        Ok(Cow::Owned(
-            blocks.map_err(|source| LoadError::Int4 { role, source })?,
-        ))
+        Ok(Data {
+            bytes: Cow::Owned(blocks.map_err(|source| LoadError::Int4 { role, source })?),
+            scales: None,
+        })
     }
 
     fn vector(&mut self, values: &[f32]) -> Result<B::Vector> {
@@ -393,7 +408,7 @@ impl<'a, B: Backend> Loader<'a, B> {
         let mut values = vec![0.0; cut.rows()];
         match cut.info.format {
             format @ (TensorFormat::F32 | TensorFormat::F16 | TensorFormat::BF16) => {
-                let bytes = self.data(&cut, role)?;
+                let Data { bytes, .. } = self.data(&cut, role)?;
                 phalanx_kernels::cpu::quant::dequantize_row(format, &bytes, &mut values)?;
             }
             format => return Err(LoadError::VectorFormat { role, format }),

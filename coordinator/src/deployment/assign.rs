@@ -30,6 +30,7 @@ impl Deployment {
                 KvDtype::F32 => v1::KvDtype::F32.into(),
                 KvDtype::F16 => v1::KvDtype::F16.into(),
                 KvDtype::BF16 => v1::KvDtype::Bf16.into(),
+                KvDtype::E4M3 => v1::KvDtype::E4m3.into(),
             },
             threads: *threads as u32,
             step_timeout_ms: step_timeout.as_millis() as u64,

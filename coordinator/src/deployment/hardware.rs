@@ -9,9 +9,6 @@ use crate::config::DeviceChoice;
 /// a step's input, and what is left over in allocations. The CUDA context is there when a rank reports its free memory;
 /// NCCL's buffers come out of what `gpu_memory_utilization` leaves. An estimate, rounded up.
 const GPU_OVERHEAD_BYTES: u64 = 192 << 20;
-const BF16_BYTES: usize = 2;
-/// Rows begin at multiples of so many elements.
-const BF16_ROW_ALIGN: usize = 8;
 const F32_BYTES: usize = 4;
 
 /// The ranks' devices.
@@ -90,8 +87,8 @@ impl GpuMemory {
     }
 }
 
-/// Turns the bytes of CPU ranks into those of GPU ranks: weights are bf16 whatever their format in the file, and
-/// activations that CPU ranks share lie on every GPU, with as much again to pack them for a gather.
+/// Turns the bytes of CPU ranks into those of GPU ranks: weights are bf16 or stay quantized, and activations that
+/// CPU ranks share lie on every GPU, with as much again to pack them for a gather.
 pub(super) fn place_on_gpus(memory: &mut MemoryPlan, config: &ModelConfig, formats: &TensorFormats) {
     let shared = std::mem::take(&mut memory.arena);
     memory.segment -= shared;
@@ -99,11 +96,12 @@ pub(super) fn place_on_gpus(memory: &mut MemoryPlan, config: &ModelConfig, forma
     for (rank, bytes) in memory.ranks.iter_mut().enumerate() {
         let weight = |role: TensorRole| {
             let slice = shards.slice(config, rank, role)?;
-            formats.get(&role)?;
-            Some(match role.is_vector() {
-                true => slice.rows.len() * slice.cols.len() * F32_BYTES,
-                false => slice.rows.len() * slice.cols.len().next_multiple_of(BF16_ROW_ALIGN) * BF16_BYTES,
-            } as u64)
+            let (format, rows, cols) = (formats.get(&role)?, slice.rows.len(), slice.cols.len());
+            let bytes = match role.is_vector() {
+                true => rows * cols * F32_BYTES,
+                false => format.gpu_bytes(rows, cols)?,
+            };
+            Some(bytes as u64)
         };
         bytes.weights = config.roles().filter_map(weight).sum();
         bytes.workspace += 2 * shared;

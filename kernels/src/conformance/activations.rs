@@ -221,6 +221,7 @@ pub fn embedding<B: Backend>(make: &impl Fn(usize) -> B, _: &Tolerances) {
         cols: width,
         data: &bytes,
         row_stride: 4 * width,
+        row_scales: None,
     };
     let weight = backend.weight(&[source]).unwrap();
     let mut out = poisoned(&backend, tokens.len() + 1, width);

@@ -7,7 +7,7 @@ use phalanx_model::KvDtype;
 
 use super::random::Random;
 use super::{THREADS, Tolerances, assert_close, assert_same, filled, poisoned, written};
-use crate::{Backend, BatchInput, Columns, Heads, KvSpec};
+use crate::{Backend, BatchInput, Columns, E4m3, Heads, KvSpec};
 
 /// One layer's attention in a model, and the blocks of its cache.
 #[derive(Clone, Copy, Debug)]
@@ -52,11 +52,12 @@ impl Model {
             KvDtype::F32 => x.into(),
             KvDtype::F16 => f16::from_f32(x).into(),
             KvDtype::BF16 => bf16::from_f32(x).into(),
+            KvDtype::E4M3 => E4m3::from_f32(x).to_f32().into(),
         }
     }
 }
 
-const MODELS: [Model; 7] = [
+const MODELS: [Model; 9] = [
     Model {
         num_q: 9,
         num_kv: 3,
@@ -112,6 +113,22 @@ const MODELS: [Model; 7] = [
         window: None,
         block_size: 8,
         dtype: KvDtype::BF16,
+    },
+    Model {
+        num_q: 9,
+        num_kv: 3,
+        head_dim: 64,
+        window: None,
+        block_size: 16,
+        dtype: KvDtype::E4M3,
+    },
+    Model {
+        num_q: 6,
+        num_kv: 2,
+        head_dim: 100,
+        window: Some(70),
+        block_size: 24,
+        dtype: KvDtype::E4M3,
     },
 ];
 

@@ -12,33 +12,45 @@ struct Matrix {
     format: TensorFormat,
     cols: usize,
     bytes: Vec<u8>,
+    /// Of the rows, in formats that have them.
+    scales: Option<Vec<f32>>,
     values: Vec<f32>,
 }
 
 impl Matrix {
     fn new(random: &mut Random, format: TensorFormat, rows: usize, cols: usize) -> Self {
         let (mut bytes, mut values) = (Vec::new(), vec![0.0; rows * cols]);
-        for values in values.chunks_mut(cols) {
-            let row = quantize_row(format, &random.normals(cols)).unwrap();
-            dequantize_row(format, &row, values).unwrap();
-            bytes.extend(row);
+        // Far from 1, and of like size: the largest output is not one row's alone.
+        let scaled = format == TensorFormat::F8_E4M3;
+        let scales = scaled.then(|| (0..rows).map(|_| (random.normal() / 8.0).exp() / 4.0).collect());
+        for (row, values) in values.chunks_mut(cols).enumerate() {
+            let bytes_of_row = quantize_row(format, &random.normals(cols)).unwrap();
+            dequantize_row(format, &bytes_of_row, values).unwrap();
+            bytes.extend(bytes_of_row);
+            if let Some(scales) = &scales {
+                let scales: &Vec<f32> = scales;
+                values.iter_mut().for_each(|value| *value *= scales[row]);
+            }
         }
         Self {
             format,
             cols,
             bytes,
+            scales,
             values,
         }
     }
 
     fn source(&self, rows: std::ops::Range<usize>) -> WeightSource<'_> {
         let row_stride = self.format.row_bytes(self.cols).unwrap();
+        let row_scales = self.scales.as_ref().map(|scales| &scales[rows.clone()]);
         WeightSource {
             format: self.format,
             rows: rows.len(),
             cols: self.cols,
             data: &self.bytes[rows.start * row_stride..rows.end * row_stride],
             row_stride,
+            row_scales,
         }
     }
 }
@@ -81,10 +93,10 @@ pub fn linear<B: Backend>(make: &impl Fn(usize) -> B, tolerances: &Tolerances) {
             .chunks(cols)
             .flat_map(|x| outputs.iter().map(move |&(w, b)| dot(x, w) + f64::from(b)))
             .collect();
-        let tolerance = if format.is_dense() {
-            tolerances.linear_dense
-        } else {
-            tolerances.linear_quantized
+        let tolerance = match format {
+            TensorFormat::F8_E4M3 => tolerances.linear_fp8,
+            dense if dense.is_dense() => tolerances.linear_dense,
+            _ => tolerances.linear_quantized,
         };
         assert_close(&format!("linear {format:?}"), &got, &want, 49, tolerance);
     }

@@ -36,6 +36,8 @@ pub struct Tolerances {
     pub linear_dense: f64,
     /// Activations are rounded to 8 bits.
     pub linear_quantized: f64,
+    /// E4M3 weights: on CPUs they are rounded to bf16; GPUs that multiply E4M3 round the activations to it.
+    pub linear_fp8: f64,
     /// Of `sum(exp(x - max))`.
     pub statistics: f64,
 }
@@ -49,6 +51,7 @@ impl Tolerances {
         attention: 3e-6,
         linear_dense: 1e-5,
         linear_quantized: 2e-2,
+        linear_fp8: 4e-3,
         statistics: 2e-6,
     };
     /// For products of bf16, summed in f32.
@@ -59,6 +62,7 @@ impl Tolerances {
         attention: 2e-2,
         linear_dense: 2e-2,
         linear_quantized: 2e-2,
+        linear_fp8: 6e-2,
         statistics: 1e-5,
     };
 }

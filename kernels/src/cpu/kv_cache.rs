@@ -13,7 +13,7 @@ use super::buffer::CpuBuffer;
 use super::exec::{Exec, check};
 use super::memory::{Pages, Region};
 use super::simd::{LANES, Simd};
-use crate::{Heads, KernelError, KvSpec, Result};
+use crate::{E4m3, Heads, KernelError, KvSpec, Result};
 
 /// K and V of one layer.
 pub struct CpuKvCache {
@@ -27,7 +27,7 @@ pub struct CpuKvCache {
 /// Every bit pattern is a value, and the alignment is at most [`super::memory::ALIGN`].
 pub(crate) unsafe trait KvElement: Copy + Send + Sync {
     fn load<S: Simd>(simd: S, from: &[Self; LANES]) -> S::F32;
-    /// Rounds to nearest, ties to even. Slices of equal length.
+    /// Rounds to nearest, ties to even; E4M3 saturates. Slices of equal length.
     fn convert(from: &[f32], to: &mut [Self]);
     const ZERO: Self;
 }
@@ -66,6 +66,20 @@ unsafe impl KvElement for bf16 {
         to.convert_from_f32_slice(from);
     }
     const ZERO: bf16 = bf16::ZERO;
+}
+
+// SAFETY: a transparent u8.
+unsafe impl KvElement for E4m3 {
+    #[inline(always)]
+    fn load<S: Simd>(simd: S, from: &[E4m3; LANES]) -> S::F32 {
+        simd.load_e4m3(from)
+    }
+    fn convert(from: &[f32], to: &mut [E4m3]) {
+        for (to, &value) in to.iter_mut().zip(from) {
+            *to = E4m3::from_f32(value);
+        }
+    }
+    const ZERO: E4m3 = E4m3::ZERO;
 }
 
 /// Where a cache's elements are.
@@ -230,6 +244,7 @@ pub(crate) fn reshape_and_cache(
         KvDtype::F32 => store.run::<f32>(exec, memory),
         KvDtype::F16 => store.run::<f16>(exec, memory),
         KvDtype::BF16 => store.run::<bf16>(exec, memory),
+        KvDtype::E4M3 => store.run::<E4m3>(exec, memory),
     }
     Ok(())
 }

@@ -82,7 +82,7 @@ impl PackedWeight {
                 .checked_add(source.rows)
                 .ok_or_else(|| shape("pack", "the rows of all parts overflow".to_owned()))?;
             packed.parts.push(Part {
-                format: source.format,
+                format: pack::resident_format(source.format),
                 rows: source.rows,
                 panels,
             });
@@ -228,6 +228,7 @@ fn packed_bytes(source: &WeightSource<'_>, cols: usize) -> Result<usize> {
             format!("parts of {cols} and of {} columns", source.cols),
         ));
     }
+    source.check_scales("pack")?;
     let row_bytes = format.row_bytes(cols).ok_or_else(|| {
         shape(
             "pack",

@@ -7,6 +7,8 @@
 
 use half::{bf16, f16};
 
+use crate::E4m3;
+
 /// Lanes of a vector.
 pub(crate) const LANES: usize = 8;
 
@@ -27,6 +29,7 @@ pub(crate) trait Simd: Copy {
     fn load(self, from: &[f32; LANES]) -> Self::F32;
     fn load_f16(self, from: &[f16; LANES]) -> Self::F32;
     fn load_bf16(self, from: &[bf16; LANES]) -> Self::F32;
+    fn load_e4m3(self, from: &[E4m3; LANES]) -> Self::F32;
     fn store(self, to: &mut [f32; LANES], x: Self::F32);
 
     fn add(self, a: Self::F32, b: Self::F32) -> Self::F32;
@@ -145,6 +148,10 @@ impl Simd for Portable {
         map(|i| from[i].to_f32())
     }
     #[inline(always)]
+    fn load_e4m3(self, from: &[E4m3; LANES]) -> Self::F32 {
+        map(|i| from[i].to_f32())
+    }
+    #[inline(always)]
     fn store(self, to: &mut [f32; LANES], x: Self::F32) {
         *to = x;
     }
@@ -202,7 +209,7 @@ mod avx2 {
 
     use half::{bf16, f16};
 
-    use super::{Kernel, LANES, Simd};
+    use super::{E4m3, Kernel, LANES, Simd};
 
     /// Proof of AVX2, FMA and F16C.
     #[derive(Clone, Copy, Debug)]
@@ -241,6 +248,20 @@ mod avx2 {
             unsafe {
                 let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.as_ptr().cast()));
                 _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
+            }
+        }
+        /// Exponent and mantissa in an f16's places are too small by 2⁸, the difference of the biases.
+        #[inline(always)]
+        fn load_e4m3(self, from: &[E4m3; LANES]) -> __m256 {
+            // SAFETY: `self` exists, so the machine has AVX2 and F16C; 8 bytes are readable, at any alignment.
+            unsafe {
+                let codes = _mm_cvtepu8_epi16(_mm_loadl_epi64(from.as_ptr().cast()));
+                let magnitudes = _mm_and_si128(codes, _mm_set1_epi16(0x7f));
+                let signs = _mm_slli_epi16::<8>(_mm_sub_epi16(codes, magnitudes));
+                // All ones are a NaN of f16.
+                let nan = _mm_cmpeq_epi16(magnitudes, _mm_set1_epi16(0x7f));
+                let halves = _mm_or_si128(_mm_slli_epi16::<7>(magnitudes), _mm_or_si128(signs, nan));
+                _mm256_mul_ps(_mm256_cvtph_ps(halves), _mm256_set1_ps(256.0))
             }
         }
         #[inline(always)]

@@ -147,6 +147,7 @@ impl CudaBackend {
             KvDtype::F32 => "f32",
             KvDtype::F16 => "f16",
             KvDtype::BF16 => "bf16",
+            KvDtype::E4M3 => "e4m3",
         };
         let key = (spec.head_dim, dtype);
         if let Some(kernels) = self.kv_kernels.borrow().get(&key) {

@@ -1,4 +1,4 @@
-//! Matrix products by cublasLt: bf16 times bf16, summed and written in f32.
+//! Matrix products by cublasLt: bf16 times bf16 or E4M3 times E4M3, summed and written in f32.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -19,13 +19,21 @@ const HOPPER: i32 = 9;
 /// Products of fewer rows are done as products of so many.
 const MIN_ROWS: usize = 16;
 
+/// What is multiplied. E4M3 needs `m`, `n`, `k` and the leading dimensions in multiples of 16, and has no bias.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Operands {
+    Bf16,
+    E4m3,
+}
+
 /// `out[m, n] = x[m, k] · weightᵀ + bias`, all row-major in device memory. Leading dimensions are in elements.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Product {
+    pub(crate) operands: Operands,
     pub(crate) m: usize,
     pub(crate) n: usize,
     pub(crate) k: usize,
-    /// bf16; rows of `x` and of `weight` are `ld` elements apart.
+    /// Rows of `x` and of `weight` are `ld` elements apart.
     pub(crate) x: u64,
     pub(crate) weight: u64,
     pub(crate) ld: usize,
@@ -40,6 +48,7 @@ pub(crate) struct Product {
 /// same order whatever else is in the batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Shape {
+    operands: Operands,
     m: usize,
     n: usize,
     k: usize,
@@ -54,6 +63,7 @@ impl Product {
     fn shape(&self, m: usize) -> Shape {
         let places = self.out | (self.out_ld * size_of::<f32>()) as u64 | 16;
         Shape {
+            operands: self.operands,
             m,
             n: self.n,
             k: self.k,
@@ -65,10 +75,15 @@ impl Product {
     }
 
     fn error(&self, error: CublasError) -> KernelError {
-        let Self { m, n, k, .. } = self;
+        let Self {
+            operands, m, n, k, ..
+        } = self;
         device_error(
             OP,
-            format!("cublasLtMatmul of [{m}, {k}] and [{n}, {k}]: {:?}", error.0),
+            format!(
+                "cublasLtMatmul of {operands:?} [{m}, {k}] and [{n}, {k}]: {:?}",
+                error.0
+            ),
         )
     }
 }
@@ -182,14 +197,18 @@ struct Call {
 
 impl Call {
     fn new(shape: &Shape, bias: Option<u64>) -> Result<Self, CublasError> {
-        use sys::cudaDataType::{CUDA_R_16BF, CUDA_R_32F};
+        use sys::cudaDataType::{CUDA_R_8F_E4M3, CUDA_R_16BF, CUDA_R_32F};
         let Shape {
             m, n, k, ld, out_ld, ..
         } = *shape;
+        let operand = match shape.operands {
+            Operands::Bf16 => CUDA_R_16BF,
+            Operands::E4m3 => CUDA_R_8F_E4M3,
+        };
         Ok(Self {
             operation: Operation::new(bias)?,
-            weight: Layout::new(CUDA_R_16BF, [k, n], ld)?,
-            x: Layout::new(CUDA_R_16BF, [k, m], ld)?,
+            weight: Layout::new(operand, [k, n], ld)?,
+            x: Layout::new(operand, [k, m], ld)?,
             out: Layout::new(CUDA_R_32F, [n, m], out_ld)?,
         })
     }

@@ -61,9 +61,10 @@ impl Variant {
     /// The units that are specialized for a KV cache.
     pub(crate) fn of_kv(head_dim: usize, dtype: KvDtype) -> Vec<Self> {
         let format = match dtype {
-            KvDtype::F32 => TensorFormat::F32,
-            KvDtype::F16 => TensorFormat::F16,
-            KvDtype::BF16 => TensorFormat::BF16,
+            KvDtype::F32 => TensorFormat::F32.gguf_type(),
+            KvDtype::F16 => TensorFormat::F16.gguf_type(),
+            KvDtype::BF16 => TensorFormat::BF16.gguf_type(),
+            KvDtype::E4M3 => TensorFormat::F8_E4M3.gguf_type(),
         };
         let head_dim = u32::try_from(head_dim).unwrap_or(u32::MAX);
         UNITS
@@ -71,7 +72,7 @@ impl Variant {
             .filter(|unit| unit.parameters == ["HEAD_DIM", "KV_FORMAT"])
             .map(|unit| Self {
                 unit,
-                values: vec![head_dim, format.gguf_type()],
+                values: vec![head_dim, format],
             })
             .collect()
     }

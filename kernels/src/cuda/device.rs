@@ -91,6 +91,8 @@ pub(crate) struct Device {
     pub(crate) arch: String,
     /// Major number of the compute capability.
     pub(crate) generation: i32,
+    /// Major and minor number.
+    pub(crate) capability: (i32, i32),
 }
 
 impl Device {
@@ -108,6 +110,7 @@ impl Device {
                 stream: context.new_stream()?,
                 arch: arch(capability),
                 generation: capability.0,
+                capability,
                 context,
             })
         };

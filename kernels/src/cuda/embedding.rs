@@ -37,7 +37,10 @@ pub(crate) fn embedding(
         });
     };
     let (format, stride) = match segment.storage() {
-        Storage::Bf16 => (TensorFormat::BF16, padded(table.cols())),
+        Storage::Fp8(_) => {
+            return check(OP, false, || "a table of E4M3".to_owned());
+        }
+        Storage::Bf16(_) => (TensorFormat::BF16, padded(table.cols())),
         Storage::Packed { format, .. } => (*format, table.cols()),
     };
     let args = [

@@ -4,8 +4,10 @@
 //! Which of its two kernels runs makes no difference to the bits, and both sum a row the same whatever other rows there
 //! are. From [`UNPACK_FROM`] rows on, quantized weights are decoded to bf16 first and multiplied by cublasLt.
 
+use phalanx_model::TensorFormat;
+
 use super::backend::CudaBackend;
-use super::blas::Product;
+use super::blas::{Operands, Product};
 use super::buffer::CudaBuffer;
 use super::launch::{
     Arg::{self, Pointer, U32},
@@ -73,6 +75,9 @@ pub(crate) fn linear(
     if weight.rows() == 0 {
         return Ok(());
     }
+    if let Some(weight) = weight.fp8() {
+        return weight.product(backend, out, (x, rows), bias);
+    }
     let per_part = rows_per_part(backend, weight)?;
     for start in (0..rows).step_by(per_part) {
         let count = per_part.min(rows - start);
@@ -129,6 +134,7 @@ impl Rows {
     /// With `n` outputs of bf16 `weight`.
     fn product(&self, x: u64, weight: u64, n: usize) -> Product {
         Product {
+            operands: Operands::Bf16,
             m: self.count,
             n,
             k: self.cols,
@@ -146,7 +152,7 @@ impl Rows {
 /// The addresses in `rows` are of as many columns and values as the segment has outputs.
 unsafe fn multiply(backend: &CudaBackend, segment: &Segment, rows: &Rows) -> Result<()> {
     match segment.storage() {
-        Storage::Bf16 => {
+        Storage::Bf16(_) => {
             let product = rows.product(backend.scratch.ptr(), segment.row(0), segment.rows());
             // SAFETY: both operands are as large as `product` says; the rest is the caller's promise.
             unsafe { backend.blas.product(&backend.device, &product) }
@@ -156,7 +162,8 @@ unsafe fn multiply(backend: &CudaBackend, segment: &Segment, rows: &Rows) -> Res
             multiply_packed(backend, (segment, kernels), rows)
         },
         // SAFETY: the caller's promise.
-        Storage::Packed { .. } => unsafe { multiply_unpacked(backend, segment, rows) },
+        Storage::Packed { format, .. } => unsafe { multiply_unpacked(backend, (segment, *format), rows) },
+        Storage::Fp8(_) => check(OP, false, || "E4M3 beside other formats".to_owned()),
     }
 }
 
@@ -200,10 +207,11 @@ unsafe fn multiply_packed(
 ///
 /// # Safety
 /// As [`multiply`].
-unsafe fn multiply_unpacked(backend: &CudaBackend, segment: &Segment, rows: &Rows) -> Result<()> {
-    let Storage::Packed { format, .. } = segment.storage() else {
-        return Ok(());
-    };
+unsafe fn multiply_unpacked(
+    backend: &CudaBackend,
+    (segment, format): (&Segment, TensorFormat),
+    rows: &Rows,
+) -> Result<()> {
     let half = backend.scratch.bytes() / 2;
     let weights = backend.scratch.ptr() + half.next_multiple_of(256) as u64;
     let most = (backend.scratch.bytes() - half.next_multiple_of(256)) / (rows.cols * BF16_BYTES);

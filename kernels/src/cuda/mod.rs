@@ -18,6 +18,7 @@ mod compile;
 mod device;
 mod embedding;
 mod error;
+mod fp8;
 mod kv_cache;
 mod launch;
 mod library;

@@ -27,6 +27,12 @@ pub(crate) const UNITS: &[Unit] = &[
         parameters: &[],
     },
     Unit {
+        name: "fp8",
+        source: include_str!("../../cuda/fp8.cu"),
+        kernels: &["quantize_rows_e4m3", "scale_product", "dequantize_rows_e4m3"],
+        parameters: &[],
+    },
+    Unit {
         name: "quantization",
         source: include_str!("../../cuda/quantization.cu"),
         kernels: &[

@@ -1,4 +1,4 @@
-//! Weight matrices in device memory: quantized as in the file where the kernels can multiply with it, else bf16.
+//! Weight matrices in device memory: quantized as in the file where the kernels or cublasLt multiply with it, else bf16.
 
 use std::sync::Arc;
 
@@ -7,6 +7,7 @@ use phalanx_model::format::BF16_ROW_ALIGN;
 
 use super::backend::CudaBackend;
 use super::compile::Variant;
+use super::fp8::{self, Fp8Weight};
 use super::launch::{
     Arg::{Pointer, U32, U64},
     Grid, Kernels,
@@ -32,7 +33,6 @@ pub struct CudaWeight {
 /// Outputs that follow each other and are stored alike.
 pub(crate) struct Segment {
     storage: Storage,
-    region: Region,
     rows: usize,
     cols: usize,
 }
@@ -40,9 +40,12 @@ pub(crate) struct Segment {
 /// How a segment lies in its memory.
 pub(crate) enum Storage {
     /// Rows of bf16, [`padded`].
-    Bf16,
+    Bf16(Region),
+    /// E4M3, on devices that multiply it.
+    Fp8(Fp8Weight),
     /// The packed layout of `kernels/cuda/quant.cuh`: all codes, then all scales.
     Packed {
+        region: Region,
         format: TensorFormat,
         /// Specialized for the format.
         kernels: Arc<Kernels>,
@@ -65,6 +68,16 @@ impl CudaWeight {
         let cols = parts.first().map_or(0, |part| part.cols);
         for part in parts {
             check_source(part, cols)?;
+        }
+        if is_fp8(parts) && fp8::is_native(&backend.device) {
+            let weight = Fp8Weight::load(backend, parts)?;
+            let rows = parts.iter().map(|part| part.rows).sum();
+            let storage = Storage::Fp8(weight);
+            return Ok(Self {
+                segments: vec![Segment { storage, rows, cols }],
+                rows,
+                cols,
+            });
         }
         let filled: Vec<WeightSource<'_>> = parts.iter().filter(|part| part.rows > 0).copied().collect();
         let alike = filled.chunk_by(|a, b| stored_as(a.format) == stored_as(b.format));
@@ -92,10 +105,32 @@ impl CudaWeight {
         &self.segments
     }
 
-    /// Bytes of its memory: the sum of [`TensorFormat::gpu_bytes`] over the parts.
-    pub(crate) fn bytes(&self) -> usize {
-        self.segments.iter().map(|segment| segment.region.bytes()).sum()
+    /// The whole of it, if it is of E4M3.
+    pub(crate) fn fp8(&self) -> Option<&Fp8Weight> {
+        match &self.segments[..] {
+            [
+                Segment {
+                    storage: Storage::Fp8(weight),
+                    ..
+                },
+            ] => Some(weight),
+            _ => None,
+        }
     }
+
+    /// Bytes of its memory: the sum of [`TensorFormat::gpu_bytes`] over the parts, or what E4M3 takes.
+    pub(crate) fn bytes(&self) -> usize {
+        let bytes = |segment: &Segment| match &segment.storage {
+            Storage::Bf16(region) | Storage::Packed { region, .. } => region.bytes(),
+            Storage::Fp8(weight) => weight.bytes(),
+        };
+        self.segments.iter().map(bytes).sum()
+    }
+}
+
+/// Parts of E4M3 beside others become bf16.
+fn is_fp8(parts: &[WeightSource<'_>]) -> bool {
+    !parts.is_empty() && parts.iter().all(|part| part.format == TensorFormat::F8_E4M3)
 }
 
 /// What a format of a file becomes.
@@ -122,19 +157,16 @@ impl Segment {
                 free: 0,
             });
         };
+        let region = backend.weights.alloc(&backend.device, bytes)?;
         let storage = match format {
-            TensorFormat::BF16 => Storage::Bf16,
+            TensorFormat::BF16 => Storage::Bf16(region),
             format => Storage::Packed {
+                region,
                 format,
                 kernels: backend.linear_kernels(format)?,
             },
         };
-        let segment = Self {
-            storage,
-            region: backend.weights.alloc(&backend.device, bytes)?,
-            rows,
-            cols,
-        };
+        let segment = Self { storage, rows, cols };
         let mut first = 0;
         for part in parts {
             segment.upload(backend, part, first)?;
@@ -152,19 +184,20 @@ impl Segment {
         self.rows
     }
 
-    /// The address of row `row` of bf16, or of its codes.
+    /// The address of row `row` of bf16, or of its codes; 0 for E4M3, which is read as a whole.
     pub(crate) fn row(&self, row: usize) -> u64 {
-        let bytes = match &self.storage {
-            Storage::Bf16 => padded(self.cols) * BF16_BYTES,
-            Storage::Packed { format, .. } => self.blocks() * code_bytes(*format),
+        let (region, row_bytes) = match &self.storage {
+            Storage::Bf16(region) => (region, padded(self.cols) * BF16_BYTES),
+            Storage::Packed { region, format, .. } => (region, self.blocks() * code_bytes(*format)),
+            Storage::Fp8(_) => return 0,
         };
-        self.region.ptr() + (row * bytes) as u64
+        region.ptr() + (row * row_bytes) as u64
     }
 
-    /// The address of the scales of row `row`; 0 for bf16, which has none.
+    /// The address of the scales of row `row` of the packed layout; 0 for others.
     pub(crate) fn scales(&self, row: usize) -> u64 {
         match &self.storage {
-            Storage::Bf16 => 0,
+            Storage::Bf16(_) | Storage::Fp8(_) => 0,
             Storage::Packed { format, .. } => {
                 let scale_bytes = format.block_bytes() - code_bytes(*format);
                 self.row(self.rows) + (row * self.blocks() * scale_bytes) as u64
@@ -179,6 +212,9 @@ impl Segment {
 
     /// Writes the rows of `part` from row `first` on.
     fn upload(&self, backend: &CudaBackend, part: &WeightSource<'_>, first: usize) -> Result<()> {
+        if part.format == TensorFormat::F8_E4M3 {
+            return fp8::dequantize(backend, part, self.row(first), padded(self.cols));
+        }
         let row_bytes = row_bytes(part)?;
         let most = backend.staging.slot_bytes().min(backend.scratch.bytes());
         let per_chunk = most / row_bytes.max(1);
@@ -216,8 +252,8 @@ impl Segment {
             U32(u32_of(OP, self.cols)?),
         ];
         let (name, target) = match &self.storage {
-            Storage::Bf16 => ("dequantize_rows", U32(u32_of(OP, padded(self.cols))?)),
             Storage::Packed { .. } => ("pack_rows", Pointer(self.scales(rows.start))),
+            _ => ("dequantize_rows", U32(u32_of(OP, padded(self.cols))?)),
         };
         let args = [&[Pointer(self.row(rows.start)), target], &source[..]].concat();
         // SAFETY: the parameters of either kernel; the scratch memory holds these rows of the file, and the segment has
@@ -258,6 +294,7 @@ fn check_source(part: &WeightSource<'_>, cols: usize) -> Result<()> {
     check(OP, part.cols == cols, || {
         format!("{} columns beside {cols}", part.cols)
     })?;
+    part.check_scales(OP)?;
     let row_bytes = row_bytes(part)?;
     let end = match part.rows {
         0 => Some(0),

@@ -69,7 +69,11 @@ fn rows(from: [usize; 2]) -> Vec<f32> {
 #[test]
 #[ignore = "needs a device"]
 fn a_split_row_has_the_bits_of_a_whole_one() {
-    for (dtype, sliding_window) in [(KvDtype::BF16, None), (KvDtype::F16, Some(700))] {
+    for (dtype, sliding_window) in [
+        (KvDtype::BF16, None),
+        (KvDtype::F16, Some(700)),
+        (KvDtype::E4M3, None),
+    ] {
         let backend = open();
         let heads = Heads {
             sliding_window,

@@ -4,6 +4,7 @@
 mod attention;
 mod conformance;
 mod features;
+mod fp8;
 mod kernel_cache;
 mod libraries;
 mod memory;

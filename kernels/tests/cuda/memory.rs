@@ -100,6 +100,7 @@ fn what_is_larger_than_a_buffer_is_done_in_parts() {
             cols,
             data: &bytes,
             row_stride: 4 * cols,
+            row_scales: None,
         }])
         .unwrap();
     assert_eq!(backend.weight_bytes(&weight), 2 * outputs * cols);

@@ -7,12 +7,14 @@ use std::process::Command;
 
 use softgpu::LibraryDir;
 
-/// The tests whose names contain `filter`, ignored ones too, in a process that loads its libraries from `path`.
-fn run(filter: &str, path: OsString) {
+/// The tests whose names contain `filter`, ignored ones too, in a process that loads its libraries from `path` and sees
+/// devices of a compute capability, major and minor digit.
+fn run_on(capability: &str, filter: &str, path: OsString) {
     let output = Command::new(env::current_exe().unwrap())
         .args(["--include-ignored", "--skip", "soft_gpu", filter])
         .env("LD_LIBRARY_PATH", path)
         .env("SOFTGPU_DEVICES", "2")
+        .env("SOFTGPU_CC", capability)
         .env("SOFTGPU_MEM_MIB", "512")
         // Built with what is tested, and removed with it.
         .env(
@@ -26,9 +28,21 @@ fn run(filter: &str, path: OsString) {
     assert!(!text[0].contains("running 0 tests"), "{filter} names no test");
 }
 
+fn run(filter: &str, path: OsString) {
+    run_on("80", filter, path);
+}
+
 #[test]
 fn everything_holds_on_the_soft_gpu() {
     run("", LibraryDir::new().unwrap().library_path());
+}
+
+/// Devices that multiply E4M3.
+#[test]
+fn linear_layers_hold_on_ada() {
+    for filter in ["conformance::cuda::linear", "fp8::"] {
+        run_on("89", filter, LibraryDir::new().unwrap().library_path());
+    }
 }
 
 /// Each library in turn is the only one that is not there.

@@ -48,9 +48,12 @@ pub(crate) fn scale_offsets(format: TensorFormat) -> &'static [usize] {
         TensorFormat::Q4_0 | TensorFormat::Q5_0 | TensorFormat::Q8_0 | TensorFormat::Int4 => &[0],
         TensorFormat::Q4_1 | TensorFormat::Q5_1 | TensorFormat::Q4_K | TensorFormat::Q5_K => &[0, 2],
         TensorFormat::Q6_K => &[208],
-        TensorFormat::F32 | TensorFormat::F16 | TensorFormat::BF16 => &[],
+        TensorFormat::F32 | TensorFormat::F16 | TensorFormat::BF16 | TensorFormat::F8_E4M3 => &[],
     }
 }
+
+/// Scales of rows.
+static ONES: [f32; 1024] = [1.0; 1024];
 
 /// Rows in a file's layout.
 pub(crate) struct Matrix {
@@ -105,6 +108,7 @@ impl Matrix {
             cols: self.cols,
             data: &self.data[range.start * stride..range.end * stride],
             row_stride: stride,
+            row_scales: (self.format == TensorFormat::F8_E4M3).then(|| &ONES[range]),
         }
     }
 
@@ -126,8 +130,11 @@ impl Matrix {
 
     /// By candle, or by the definition where candle lacks the format.
     pub(crate) fn dequantized_by_others(&self) -> Vec<f32> {
-        if self.format == TensorFormat::Int4 {
-            return self.data.chunks_exact(20).flat_map(int4_weights).collect();
+        match self.format {
+            TensorFormat::Int4 => return self.data.chunks_exact(20).flat_map(int4_weights).collect(),
+            // `tests/e4m3.rs` compares it with its definition.
+            TensorFormat::F8_E4M3 => return self.dequantized(),
+            _ => {}
         }
         let dtype = match self.format {
             TensorFormat::F32 => GgmlDType::F32,
@@ -141,7 +148,7 @@ impl Matrix {
             TensorFormat::Q4_K => GgmlDType::Q4K,
             TensorFormat::Q5_K => GgmlDType::Q5K,
             TensorFormat::Q6_K => GgmlDType::Q6K,
-            TensorFormat::Int4 => unreachable!("decoded above"),
+            TensorFormat::Int4 | TensorFormat::F8_E4M3 => unreachable!("decoded above"),
         };
         let storage = QStorage::from_data((&self.data[..]).into(), &Device::Cpu, dtype).unwrap();
         let tensor = QTensor::new(storage, (self.rows, self.cols)).unwrap();

@@ -92,6 +92,16 @@ impl<'a> Fields<'a> {
         self.object.is_empty()
     }
 
+    /// Whether there is such a key.
+    pub(crate) fn has(&self, key: &str) -> bool {
+        self.object.get(key).is_some_and(|value| !value.is_null())
+    }
+
+    /// The values of all keys.
+    pub(crate) fn values(&self) -> impl Iterator<Item = &'a Value> {
+        self.object.values()
+    }
+
     pub(crate) fn name(&self, key: &str) -> String {
         format!("{}{key}", self.prefix)
     }

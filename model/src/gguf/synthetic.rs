@@ -149,7 +149,11 @@ impl SplitMix64 {
             TensorFormat::Q4_K => (0, step(16.0) / 31.5, Some(7.5 * step(16.0) / 31.5)),
             TensorFormat::Q5_K => (0, step(32.0) / 31.5, Some(15.5 * step(32.0) / 31.5)),
             TensorFormat::Q6_K => (208, step(64.0) / 64.0, None),
-            TensorFormat::F32 | TensorFormat::F16 | TensorFormat::BF16 | TensorFormat::Int4 => return,
+            TensorFormat::F32
+            | TensorFormat::F16
+            | TensorFormat::BF16
+            | TensorFormat::Int4
+            | TensorFormat::F8_E4M3 => return,
         };
         block[scale_at..scale_at + 2].copy_from_slice(&f16::from_f32(scale).to_le_bytes());
         if let Some(minimum) = minimum {

@@ -275,6 +275,7 @@ pub(crate) fn logits_buffer(backend: &CpuBackend, rows: &[Vec<f32>]) -> <CpuBack
         cols: width,
         data: &data,
         row_stride: 4 * width,
+        row_scales: None,
     };
     let table = backend.weight(&[table]).unwrap();
     let ids: Vec<u32> = (0..rows.len() as u32).collect();

@@ -18,7 +18,7 @@ use super::batch::CpuBatch;
 use super::buffer::{CpuBuffer, RowWriter};
 use super::exec::{Exec, check};
 use super::kv_cache::{CpuKvCache, KvElement};
-use crate::{Heads, Result};
+use crate::{E4m3, Heads, Result};
 
 /// Query vectors (rows times the heads that share a KV head) of one task: they share the loads of K and V.
 const VECTORS_PER_TASK: usize = 48;
@@ -72,6 +72,7 @@ pub(crate) fn paged_attention(
         KvDtype::F32 => run::<f32>(exec, out, attention, &tasks),
         KvDtype::F16 => run::<f16>(exec, out, attention, &tasks),
         KvDtype::BF16 => run::<bf16>(exec, out, attention, &tasks),
+        KvDtype::E4M3 => run::<E4m3>(exec, out, attention, &tasks),
     }
     Ok(())
 }

@@ -15,6 +15,7 @@
 //! | Q4_K, Q5_K       | 1 super-block of 256         | 8 f16 d, 8 f16 -dmin, 8 x (8 u8 scales, 8 u8 mins), blocks  |
 //! | Q6_K             | 1 super-block of 256         | 8 f16 d, 8 x 8 pairs of i8 scales, 16 unused, 8 x (128 nibbles, 64 of bit pairs) |
 //! | F32, F16, BF16   | one K                        | 8 numbers                                                   |
+//! | F8_E4M3          | one K                        | 8 bf16, each the code times the scale of its row            |
 //!
 //! Byte `step * 32 + lane * 4 + i` of a block's nibbles holds K `4 * step + i` of row `lane` in its low and K
 //! `16 + 4 * step + i` in its high half: the halves of a block stay as in GGUF.
@@ -53,7 +54,7 @@ impl Layout {
                 block_bytes: 0,
                 bytes: 4 * GROUP,
             },
-            TensorFormat::F16 | TensorFormat::BF16 => Self {
+            TensorFormat::F16 | TensorFormat::BF16 | TensorFormat::F8_E4M3 => Self {
                 blocks: 0,
                 header: 0,
                 block_bytes: 0,
@@ -82,6 +83,14 @@ impl Layout {
     /// K of a chunk.
     pub(crate) const fn chunk_cols(&self) -> usize {
         if self.blocks == 0 { 1 } else { self.blocks * BLOCK }
+    }
+}
+
+/// What weights of a format are once they are packed.
+pub(crate) const fn resident_format(format: TensorFormat) -> TensorFormat {
+    match format {
+        TensorFormat::F8_E4M3 => TensorFormat::BF16,
+        format => format,
     }
 }
 
@@ -124,7 +133,7 @@ pub(crate) const fn bits(format: TensorFormat) -> usize {
         TensorFormat::Q5_0 | TensorFormat::Q5_1 | TensorFormat::Q5_K => 5,
         TensorFormat::Q6_K => 6,
         TensorFormat::Q8_0 => 8,
-        TensorFormat::F16 | TensorFormat::BF16 => 16,
+        TensorFormat::F16 | TensorFormat::BF16 | TensorFormat::F8_E4M3 => 16,
         TensorFormat::F32 => 32,
     }
 }
@@ -145,7 +154,12 @@ pub(crate) fn pack_group(source: &WeightSource<'_>, group: usize, out: &mut [u8]
     let layout = Layout::of(source.format);
     let row_bytes = source.cols / source.format.block_len() * source.format.block_bytes();
     for (lane, row) in (group * GROUP..source.rows.min((group + 1) * GROUP)).enumerate() {
+        let scale = source.row_scales.and_then(|scales| scales.get(row));
         let row = &source.data[row * source.row_stride..][..row_bytes];
+        if let Some(scale) = scale {
+            dense::pack_scaled_row(row, *scale, lane, out);
+            continue;
+        }
         if is_dense(source.format) {
             dense::pack_row(source.format, row, lane, out);
             continue;

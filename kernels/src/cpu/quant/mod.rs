@@ -52,7 +52,7 @@ impl Block {
             TensorFormat::Q4_K => k_quants::q4_k(bytes, index % per),
             TensorFormat::Q5_K => k_quants::q5_k(bytes, index % per),
             TensorFormat::Q6_K => k_quants::q6_k(bytes, index % per),
-            TensorFormat::F32 | TensorFormat::F16 | TensorFormat::BF16 => {
+            TensorFormat::F32 | TensorFormat::F16 | TensorFormat::BF16 | TensorFormat::F8_E4M3 => {
                 unreachable!("dense formats have no blocks")
             }
         }
@@ -68,10 +68,11 @@ impl Block {
 
 /// Whether the format stores one number per weight.
 pub(crate) const fn is_dense(format: TensorFormat) -> bool {
-    matches!(format, TensorFormat::F32 | TensorFormat::F16 | TensorFormat::BF16)
+    format.is_dense()
 }
 
-/// Decodes one row. `bytes` is the row as it lies in a model file, `out` its `cols` weights.
+/// Decodes one row. `bytes` is the row as it lies in a model file, `out` its `cols` weights; of F8_E4M3 the codes, for
+/// the row's scale lies elsewhere.
 ///
 /// # Errors
 /// [`KernelError::Shape`] if `out` is not a whole number of blocks or `bytes` is not exactly as long as such a row.

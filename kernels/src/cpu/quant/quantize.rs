@@ -4,7 +4,7 @@ use half::{bf16, f16};
 use phalanx_model::TensorFormat;
 
 use super::BLOCK;
-use crate::{KernelError, Result};
+use crate::{E4m3, KernelError, Result};
 
 /// Encodes a row of finite weights in `format`.
 ///
@@ -24,6 +24,7 @@ pub fn quantize_row(format: TensorFormat, weights: &[f32]) -> Result<Vec<u8>> {
             TensorFormat::F32 => out.extend_from_slice(&block[0].to_le_bytes()),
             TensorFormat::F16 => out.extend_from_slice(&f16::from_f32(block[0]).to_le_bytes()),
             TensorFormat::BF16 => out.extend_from_slice(&bf16::from_f32(block[0]).to_le_bytes()),
+            TensorFormat::F8_E4M3 => out.push(E4m3::from_f32(block[0]).to_bits()),
             TensorFormat::Q4_0 => symmetric(block, 8, &mut out),
             TensorFormat::Q5_0 => symmetric(block, 16, &mut out),
             TensorFormat::Q4_1 => with_min(block, 15, &mut out),

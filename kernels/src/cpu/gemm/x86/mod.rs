@@ -63,7 +63,7 @@ pub(super) unsafe fn run(isa: Isa, job: &Job<'_>, groups: Range<usize>) {
         match (job.format, isa.has_vnni()) {
             (F32, _) => run_format::<dense::F32>(job, groups),
             (F16, _) => run_format::<dense::F16>(job, groups),
-            (BF16, _) => run_format::<dense::Bf16>(job, groups),
+            (BF16 | F8_E4M3, _) => run_format::<dense::Bf16>(job, groups),
             (Q4_0, false) => run_format::<codes::Q4_0>(job, groups),
             (Q4_1, false) => run_format::<codes::Q4_1>(job, groups),
             (Int4, false) => run_format::<codes::Int4>(job, groups),
