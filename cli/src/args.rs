@@ -36,6 +36,8 @@ pub(crate) enum Command {
     Gateway(GatewayArgs),
     /// Print who would hold what and the bytes, without loading anything.
     Plan(Box<PlanArgs>),
+    /// Measure a server.
+    Bench(crate::bench::BenchArgs),
     /// Compile the CUDA kernels ahead of time, e.g. into a container image; needs NVRTC and no GPU.
     WarmKernels(WarmKernelsArgs),
 }

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod bench;
 mod config_file;
 mod gateway;
 mod limits;
@@ -58,6 +59,7 @@ fn run(arguments: Vec<OsString>) -> anyhow::Result<()> {
         Command::Worker(args) => worker::run(args),
         Command::Gateway(args) => gateway::run(args),
         Command::Plan(args) => plan::run(&args),
+        Command::Bench(args) => bench::run(args),
         Command::WarmKernels(args) => warm_kernels::run(args),
     }
 }
