@@ -8,7 +8,7 @@ use phalanx_coordinator::{
     config::{DeviceChoice, KvCacheSize, ModelOptions},
     deployment::{Deployment, DeploymentError, Hardware, Proposal},
 };
-use phalanx_model::{GpuMemory, KvDtype, TensorParallelStyle};
+use phalanx_model::{GpuMemory, KvDtype, QuantizationMethod, TensorParallelStyle};
 use phalanx_proto::v1::DeviceKind;
 use support::demo_path;
 
@@ -78,9 +78,9 @@ fn gpus_reduce_and_cpus_gather_unless_told_otherwise() {
 fn the_kv_cache_gets_what_a_gpu_has_left() {
     let deployment = resolve(options(2), &gpus(&[GIB, 2 * GIB])).unwrap();
     let ranks = &deployment.plan.memory.ranks;
-    // 135 million parameters in two bytes, two thirds of the heads and half of the rest on the first rank.
+    // The file's 94 MiB stay as they are; two thirds of the heads and half of the rest on the first rank.
     assert!(
-        (120 << 20..190 << 20).contains(&ranks[0].weights),
+        (44 << 20..60 << 20).contains(&ranks[0].weights),
         "{}",
         ranks[0].weights
     );
@@ -113,8 +113,11 @@ fn the_segment_has_the_bytes_that_were_planned() {
 #[test]
 fn what_the_ranks_measured_decides_the_kv_cache() {
     let planned = resolve(options(2), &gpus(&[GIB, GIB])).unwrap();
-    let fixed =
-        |rank: usize| planned.plan.memory.ranks[rank].fixed() - planned.plan.memory.ranks[rank].communicator;
+    // NCCL's buffers and graphs come after the cache.
+    let fixed = |rank: usize| {
+        let bytes = &planned.plan.memory.ranks[rank];
+        bytes.fixed() - bytes.communicator - bytes.graphs
+    };
     let as_planned = planned.settle(&[Some(fixed(0)), Some(fixed(1))]).unwrap();
     assert_eq!(as_planned.plan.num_blocks, planned.plan.num_blocks);
     let more = planned
@@ -160,4 +163,17 @@ fn bytes_of_a_kv_cache_take_the_place_of_a_share() {
             ..
         })
     ));
+}
+
+#[test]
+fn another_quantization_than_the_files_is_refused() {
+    let asked = |method| ModelOptions {
+        quantization: Some(method),
+        ..options(1)
+    };
+    assert!(Proposal::open(asked(QuantizationMethod::Gguf)).is_ok());
+    for method in [QuantizationMethod::Awq, QuantizationMethod::Fp8] {
+        let error = Proposal::open(asked(method)).err().expect("refused").to_string();
+        assert!(error.contains(method.name()), "{error}");
+    }
 }
