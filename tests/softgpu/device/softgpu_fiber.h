@@ -6,11 +6,16 @@
 namespace softgpu {
 enum { MAX_THREADS = 1024, STACK = 64 * 1024, MAX_PAYLOAD = 64, MAX_MASKS = 8, SMEM_BYTES = 256 * 1024 };
 
+// What the lanes of a warp have posted, and what the last of them has made of it for all.
+struct Table {
+  alignas(32) unsigned char posted[32][MAX_PAYLOAD];
+  alignas(32) float product[16][8];
+};
 // One meeting place per warp and participation mask. Two tables: a lane may post for the next meeting while a slower
 // one still reads this one's.
 struct WarpSync {
   uint32_t mask, arrived, generation;
-  alignas(16) unsigned char table[2][32][MAX_PAYLOAD];
+  Table table[2];
 };
 struct Warp {
   int count;

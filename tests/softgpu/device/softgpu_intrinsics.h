@@ -8,27 +8,27 @@ inline int __syncthreads_and(int p) { return softgpu::bar(p == 0, "__syncthreads
 inline void __syncwarp(unsigned mask = 0xffffffffu) { softgpu::exchange(mask, 0, "__syncwarp"); }
 
 template <class T> inline T __shfl_sync(unsigned mask, T v, int from, int width = 32) {
-  auto table = softgpu::exchange(mask, v, "__shfl_sync");
+  const auto& table = softgpu::exchange(mask, v, "__shfl_sync");
   const int lane = softgpu::self()->lane;
   return softgpu::peek<T>(table, (lane & ~(width - 1)) | (from & (width - 1)));
 }
 template <class T> inline T __shfl_xor_sync(unsigned mask, T v, int lanes, int width = 32) {
-  auto table = softgpu::exchange(mask, v, "__shfl_xor_sync");
+  const auto& table = softgpu::exchange(mask, v, "__shfl_xor_sync");
   const int lane = softgpu::self()->lane, from = lane ^ lanes;
   return softgpu::peek<T>(table, (from & ~(width - 1)) > (lane & ~(width - 1)) ? lane : from);
 }
 template <class T> inline T __shfl_down_sync(unsigned mask, T v, unsigned delta, int width = 32) {
-  auto table = softgpu::exchange(mask, v, "__shfl_down_sync");
+  const auto& table = softgpu::exchange(mask, v, "__shfl_down_sync");
   const int lane = softgpu::self()->lane;
   return softgpu::peek<T>(table, (lane & (width - 1)) + (int)delta < width ? lane + (int)delta : lane);
 }
 template <class T> inline T __shfl_up_sync(unsigned mask, T v, unsigned delta, int width = 32) {
-  auto table = softgpu::exchange(mask, v, "__shfl_up_sync");
+  const auto& table = softgpu::exchange(mask, v, "__shfl_up_sync");
   const int lane = softgpu::self()->lane;
   return softgpu::peek<T>(table, (lane & (width - 1)) - (int)delta >= 0 ? lane - (int)delta : lane);
 }
 inline unsigned __ballot_sync(unsigned mask, int p) {
-  auto table = softgpu::exchange(mask, p, "__ballot_sync");
+  const auto& table = softgpu::exchange(mask, p, "__ballot_sync");
   const softgpu::Fiber* me = softgpu::self();
   mask &= softgpu::lanes_of(me->blk, me->warp);
   unsigned votes = 0;

@@ -54,24 +54,43 @@ inline float e4m3_to_f(uint8_t b) {
 }
 
 struct Fragments { uint32_t a[4], b[2]; };
+typedef float Float8 __attribute__((vector_size(32)));
+// The product of the fragments that all lanes have posted. Once for the warp and not by each lane for itself: forward
+// passes spend most of their time here.
+template <class Widen> inline void multiply(Table& table, Widen widen) {
+  float a[16][16];
+  alignas(32) float b[16][8];
+  for (int lane = 0; lane < 32; lane++) {
+    const Fragments f = peek<Fragments>(table, lane);
+    const int g = lane >> 2, t = lane & 3;
+    for (int i = 0; i < 4; i++) {
+      float* pair = &a[g + 8 * (i & 1)][2 * t + 8 * (i >> 1)];
+      pair[0] = widen((uint16_t)f.a[i]), pair[1] = widen((uint16_t)(f.a[i] >> 16));
+    }
+    for (int i = 0; i < 2; i++) {
+      const int k = 2 * t + 8 * i;
+      b[k][g] = widen((uint16_t)f.b[i]), b[k + 1][g] = widen((uint16_t)(f.b[i] >> 16));
+    }
+  }
+  Float8 rows[16];
+  memcpy(rows, b, sizeof(rows));
+  for (int m = 0; m < 16; m++) {
+    Float8 sum{};
+    for (int k = 0; k < 16; k++) sum += a[m][k] * rows[k];
+    memcpy(table.product[m], &sum, sizeof(sum));
+  }
+}
 // D(16x8) += A(16x16, row) B(16x8, column). Lane 4g+t holds of A the rows g, g+8 and of B the column g, each at the k
 // columns 2t, 2t+1, 2t+8, 2t+9; of D the rows g, g+8 at the columns 2t, 2t+1.
 template <class Widen>
 inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Widen widen) {
   const Fragments mine{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
-  const unsigned char* table = exchange(0xffffffffu, mine, "mma.sync");
+  const Table& table = exchange(0xffffffffu, mine, "mma.sync", [&](Table& all) { multiply(all, widen); });
   const int lane = self()->lane, g = lane >> 2, t = lane & 3;
-  auto dot2 = [&](uint32_t x, uint32_t y) {
-    return widen((uint16_t)x) * widen((uint16_t)y) + widen((uint16_t)(x >> 16)) * widen((uint16_t)(y >> 16));
-  };
-  for (int q = 0; q < 4; q++) {
-    const Fragments fa = peek<Fragments>(table, g * 4 + q);
-    const Fragments b0 = peek<Fragments>(table, t * 8 + q), b1 = peek<Fragments>(table, t * 8 + 4 + q);
-    d[0] += dot2(fa.a[0], b0.b[0]) + dot2(fa.a[2], b0.b[1]);
-    d[1] += dot2(fa.a[0], b1.b[0]) + dot2(fa.a[2], b1.b[1]);
-    d[2] += dot2(fa.a[1], b0.b[0]) + dot2(fa.a[3], b0.b[1]);
-    d[3] += dot2(fa.a[1], b1.b[0]) + dot2(fa.a[3], b1.b[1]);
-  }
+  d[0] += table.product[g][2 * t];
+  d[1] += table.product[g][2 * t + 1];
+  d[2] += table.product[g + 8][2 * t];
+  d[3] += table.product[g + 8][2 * t + 1];
 }
 __attribute__((noinline)) inline void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4],
                                                         const uint32_t (&b)[2]) {
@@ -90,7 +109,7 @@ template <int N> inline void ldmatrix(uint32_t (&r)[N], const void* row, bool tr
     if ((uintptr_t)row & 15) fail("ldmatrix: row address not 16-byte aligned");
     memcpy(&mine, row, 16);
   }
-  const unsigned char* table = exchange(0xffffffffu, mine, "ldmatrix");
+  const Table& table = exchange(0xffffffffu, mine, "ldmatrix");
   const int lane = self()->lane, major = lane >> 2, minor = (lane & 3) * 2;
   for (int j = 0; j < N; j++) {
     const int lo_row = j * 8 + (transposed ? minor : major), hi_row = transposed ? lo_row + 1 : lo_row;

@@ -19,27 +19,33 @@ inline WarpSync& meeting(uint32_t mask) {
   s.arrived = s.generation = 0;
   return s;
 }
-// Posts `value`, waits until every lane of the mask has posted, and returns the table of values (read it with peek,
-// before the next exchange).
-template <class T> inline const unsigned char* exchange(uint32_t mask, const T& value, const char* why) {
+// Posts `value`, waits until every lane of the mask has posted, and returns the table (read it with peek, before the next
+// exchange). The last lane calls `complete(table)` before the others go on.
+template <class T, class Complete>
+inline const Table& exchange(uint32_t mask, const T& value, const char* why, Complete complete) {
   static_assert(sizeof(T) <= MAX_PAYLOAD, "payload of a warp exchange");
   Fiber* me = self();
   mask &= lanes_of(me->blk, me->warp);
   WarpSync& s = meeting(mask);
   const uint32_t generation = s.generation;
-  memcpy(s.table[generation & 1][me->lane], &value, sizeof(T));
+  Table& table = s.table[generation & 1];
+  memcpy(table.posted[me->lane], &value, sizeof(T));
   s.arrived |= 1u << me->lane;
   if (s.arrived == mask) {
+    complete(table);
     s.arrived = 0;
     s.generation++;
   } else {
     block_on(&s.generation, generation, why);
   }
-  return &s.table[generation & 1][0][0];
+  return table;
 }
-template <class T> inline T peek(const unsigned char* table, int lane) {
+template <class T> inline const Table& exchange(uint32_t mask, const T& value, const char* why) {
+  return exchange(mask, value, why, [](Table&) {});
+}
+template <class T> inline T peek(const Table& table, int lane) {
   T value;
-  memcpy(&value, table + lane * MAX_PAYLOAD, sizeof(T));
+  memcpy(&value, table.posted[lane], sizeof(T));
   return value;
 }
 // Waits for every living thread of the block; returns the sum of `add` over them.

@@ -44,7 +44,8 @@ impl Machine {
 fn assert_serves(files: &[&str]) {
     let libraries = LibraryDir::new().expect("the soft GPU");
     let machine = Machine::new(&libraries, files);
-    let server = launch(&machine.library_path(), "0,1", &["--device", "cuda", "-tp", "2"]);
+    let arguments = ["--device", "cuda", "-tp", "2", "--enforce-eager"];
+    let server = launch(&machine.library_path(), "0,1", &arguments);
     server.wait_ready();
     for worker in server.part("worker") {
         let loaded = loaded_from(worker, machine.root.path());

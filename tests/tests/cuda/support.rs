@@ -11,14 +11,17 @@ use phalanx_tests::{
 };
 use softgpu::LibraryDir;
 
-/// A short context: few blocks, small workspaces.
-pub(crate) const SMALL: [&str; 6] = [
+/// A short context: few blocks, small workspaces. One graph, which decode steps of up to as many rows are padded to: every
+/// forward pass of a soft GPU takes seconds.
+pub(crate) const SMALL: [&str; 8] = [
     "--max-model-len",
     "256",
     "--max-num-batched-tokens",
-    "64",
+    "32",
     "--max-num-seqs",
     "8",
+    "--cudagraph-capture-sizes",
+    "4",
 ];
 
 pub(crate) fn alone() -> MutexGuard<'static, ()> {
