@@ -48,6 +48,13 @@ LOADS = (
     Load("C=64, 128 in, 64 out", 64, 128, 64, 128, (OUTPUT, TTFT)),
     Load(f"C=16, 128 in, 128 out, {LONG_PROMPT}-token prompts arriving", 16, 128, 128, 32, (ITL_P99,), 0.25),
 )
+# Of models beyond so many bytes, less is asked.
+LARGE = 300 << 20
+LARGE_LOADS = (
+    Load("C=1, 128 in, 64 out", 1, 128, 64, 2, (DECODE,)),
+    Load("C=1, 512 in, 2 out", 1, 512, 2, 2, (PREFILL,)),
+    Load("C=16, 128 in, 64 out", 16, 128, 64, 16, (OUTPUT, TTFT)),
+)
 
 
 @dataclass
@@ -224,7 +231,7 @@ def main():
         head = ["", f"### {name}", "", "| | unit | Phalanx | llama.cpp | ratio |", "| --- | --- | ---: | ---: | ---: |"]
         print("\n".join(head), flush=True)
         text += head
-        for load in LOADS:
+        for load in LARGE_LOADS if os.path.getsize(model) > LARGE else LOADS:
             if arguments.loads in load.name:
                 for row in compare(arguments, model, load):
                     text.append(line(*row))

@@ -385,7 +385,8 @@ paged_attention_chunk(float* out, u32 out_stride, Attention a, const ChunkTask* 
   }
 }
 
-PHX_KERNEL __launch_bounds__(32)
+// Shared memory lets few more than 8 blocks be resident. Not told so, ptxas keeps registers for more and spills (sm_100).
+PHX_KERNEL __launch_bounds__(32, 8)
 paged_attention_split(float* __restrict__ partial_sums, float* __restrict__ partial_weights, Attention a,
                       const SplitTask* __restrict__ tasks, const u32* __restrict__ num_tasks) {
   for (u32 index = blockIdx.x; index < *num_tasks; index += gridDim.x) {
