@@ -71,7 +71,7 @@ fn a_smaller_gpu_gets_fewer_blocks_and_one_too_small_is_refused_with_the_bytes()
     };
     let (large, small) = (blocks("1024"), blocks("800"));
     assert!(small < large && small > 0, "{small} of {large}");
-    let mut refused = launch(&libraries, "500", &["-tp", "2"]);
+    let mut refused = launch(&libraries, "620", &["-tp", "2"]);
     assert!(!refused.wait(Duration::from_secs(60)).success());
     let log = refused.log_text();
     let last = log.lines().last().unwrap_or_default();
