@@ -14,7 +14,9 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+from load import family, free_port
 
 READY_LIMIT_S = 120
 LONG_PROMPT = 2048
@@ -66,17 +68,10 @@ class Server:
     process: subprocess.Popen = None
     ready_s: float = 0.0
     rss_mib: float = 0.0
-    results: dict = field(default_factory=dict)
 
     @property
     def base_url(self):
         return f"http://127.0.0.1:{self.port}"
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def phalanx(binary, model, load):
@@ -120,16 +115,6 @@ def running(server):
         finally:
             server.process.terminate()
             server.process.wait()
-
-
-def family(pid):
-    """The process and its descendants."""
-    found = [pid]
-    for parent in found:
-        for task in os.listdir(f"/proc/{parent}/task"):
-            with open(f"/proc/{parent}/task/{task}/children") as children:
-                found += [int(child) for child in children.read().split()]
-    return found
 
 
 def resident_mib(pid):

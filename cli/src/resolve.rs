@@ -111,7 +111,7 @@ pub(crate) fn local_workers(program: PathBuf, arguments: Vec<String>, scratch: P
         program,
         arguments,
         gpus: GpuEnvironment {
-            library_path: std::env::var_os("LD_LIBRARY_PATH"),
+            search_path: std::env::var_os("LD_LIBRARY_PATH"),
             visible_devices: std::env::var("CUDA_VISIBLE_DEVICES").ok(),
             scratch,
         },

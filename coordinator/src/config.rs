@@ -131,7 +131,7 @@ pub enum WorkerSource {
 #[derive(Clone, Debug, Default)]
 pub struct GpuEnvironment {
     /// `LD_LIBRARY_PATH`.
-    pub library_path: Option<OsString>,
+    pub search_path: Option<OsString>,
     /// `CUDA_VISIBLE_DEVICES`: rank `n` gets the `n`-th entry. None: all devices, by number.
     pub visible_devices: Option<String>,
     /// A directory of this process alone, for links to libraries under the names the workers look for.

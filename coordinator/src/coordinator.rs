@@ -402,9 +402,9 @@ impl WorkerPlan {
             cpus: self.cpus.clone(),
             device,
             visible_devices: visible_devices(gpus.visible_devices.as_deref(), self.cpus.len()),
-            library_path: match device {
+            search_path: match device {
                 DeviceChoice::Cpu => None,
-                DeviceChoice::Auto | DeviceChoice::Cuda => libraries.library_path(gpus)?,
+                DeviceChoice::Auto | DeviceChoice::Cuda => libraries.search_path(gpus)?,
             },
         };
         Launcher::start(&spec, cluster).map(Some)

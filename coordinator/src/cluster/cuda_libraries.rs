@@ -53,7 +53,7 @@ impl CudaLibraries {
     /// `cached` are the files that the dynamic linker knows by itself.
     fn find(gpus: &GpuEnvironment, cached: &[PathBuf]) -> Self {
         let mut own: Vec<PathBuf> = Vec::new();
-        for directory in std::env::split_paths(gpus.library_path.as_deref().unwrap_or_default()) {
+        for directory in std::env::split_paths(gpus.search_path.as_deref().unwrap_or_default()) {
             own.extend(files_in(&directory));
         }
         own.extend(cached.iter().cloned());
@@ -80,7 +80,7 @@ impl CudaLibraries {
     ///
     /// # Errors
     /// The directory cannot be made.
-    pub fn library_path(&self, gpus: &GpuEnvironment) -> io::Result<Option<OsString>> {
+    pub fn search_path(&self, gpus: &GpuEnvironment) -> io::Result<Option<OsString>> {
         let found = self.found.iter().flatten();
         let hidden: Vec<_> = found.filter(|(_, found)| !found.as_is).collect();
         if hidden.is_empty() {
@@ -90,7 +90,7 @@ impl CudaLibraries {
         fs::DirBuilder::new().recursive(true).mode(0o700).create(&links)?;
         let mut path = vec![links.clone()];
         path.extend(std::env::split_paths(
-            gpus.library_path.as_deref().unwrap_or_default(),
+            gpus.search_path.as_deref().unwrap_or_default(),
         ));
         for (name, library) in hidden {
             symlink(&library.file, links.join(format!("lib{name}.so")))?;
@@ -190,7 +190,7 @@ mod tests {
                 fs::write(root.path().join(file), file).expect("a file");
             }
             let gpus = GpuEnvironment {
-                library_path: Some(
+                search_path: Some(
                     std::env::join_paths(["a", "b"].map(|dir| root.path().join(dir))).expect("no colon"),
                 ),
                 visible_devices: None,
@@ -207,7 +207,7 @@ mod tests {
         fn path(&self) -> Vec<String> {
             let path = self
                 .find()
-                .library_path(&self.gpus)
+                .search_path(&self.gpus)
                 .expect("made")
                 .expect("changed");
             let relative = |path: PathBuf| {
@@ -234,7 +234,7 @@ mod tests {
             "system/libnccl.so",
         ]);
         assert_eq!(
-            scene.find().library_path(&scene.gpus).expect("nothing to make"),
+            scene.find().search_path(&scene.gpus).expect("nothing to make"),
             None
         );
         assert!(!scene.gpus.scratch.exists());

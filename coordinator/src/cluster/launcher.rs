@@ -33,7 +33,7 @@ pub struct LaunchSpec {
     /// `CUDA_VISIBLE_DEVICES` of each rank: one device, or none.
     pub visible_devices: Vec<String>,
     /// `LD_LIBRARY_PATH` of the workers, where it is not this process's.
-    pub library_path: Option<OsString>,
+    pub search_path: Option<OsString>,
 }
 
 /// Local workers that run. Dropping it kills whatever is left.
@@ -142,7 +142,7 @@ fn worker_command(spec: &LaunchSpec, rank: u32) -> Command {
     }
     command.args(["--device", spec.device.name()]);
     command.env("CUDA_VISIBLE_DEVICES", &spec.visible_devices[rank as usize]);
-    if let Some(path) = &spec.library_path {
+    if let Some(path) = &spec.search_path {
         command.env("LD_LIBRARY_PATH", path);
     }
     // In a process group of its own: Ctrl-C at a terminal is for the coordinator, which then stops its workers.
