@@ -24,7 +24,7 @@ use crate::{
     },
     config::{ApiOptions, CoordinatorConfig, DeviceChoice, WorkerOptions, WorkerSource},
     deployment::{Deployment, DeploymentError, Hardware, NoGpu, Proposal},
-    engine::{EngineConfig, SamplingParams, StopRules},
+    engine::{Constraint, EngineConfig, SamplingParams, StopRules},
     engine_thread::{EngineHandle, EngineThreadConfig, NewSequence, StartError, StreamEvent, spawn_engine},
     executor::ShmExecutor,
     metrics::Metrics,
@@ -462,6 +462,7 @@ async fn warm_up(engine: &EngineHandle) -> Result<(), RpcError> {
             min_tokens: 0,
             stop_token_ids: Vec::new(),
         },
+        constraint: Constraint::default(),
         priority: 0,
         cache_salt: Some("warm-up".into()),
     };

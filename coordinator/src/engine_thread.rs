@@ -31,8 +31,8 @@ use tokio::sync::{mpsc, watch};
 use self::{admission::AdmissionQueue, lifecycle::Lifecycle, stream::Stream};
 use crate::{
     engine::{
-        ConfigError, EngineConfig, EngineFailure, EngineRequest, Executor, ExecutorError, FinishReason,
-        RequestError, SamplingParams, SchedulingPolicy, Snapshot, StopRules,
+        ConfigError, Constraint, EngineConfig, EngineFailure, EngineRequest, Executor, ExecutorError,
+        FinishReason, RequestError, SamplingParams, SchedulingPolicy, Snapshot, StopRules,
     },
     metrics::Metrics,
 };
@@ -43,6 +43,7 @@ pub struct NewSequence {
     pub prompt: Vec<u32>,
     pub sampling: SamplingParams,
     pub stop: StopRules,
+    pub constraint: Constraint,
     pub priority: i32,
     pub cache_salt: Option<String>,
 }
@@ -227,6 +228,7 @@ impl EngineHandle {
             prompt: request.prompt,
             sampling: request.sampling,
             stop: request.stop,
+            constraint: request.constraint,
             priority: request.priority,
             cache_salt: request.cache_salt,
         };

@@ -95,6 +95,7 @@ fn candidates(c: &mut Criterion) {
         row: 0,
         vocab: 0..vocab,
         edits: &[],
+        allowed: None,
         inverse_temperature: 1.0,
         noise: None,
         top: 1,

@@ -10,7 +10,7 @@ use std::{
 };
 
 use phalanx_proto::{
-    step::{StepLimits, StepPlan, decode_plan, encode_output},
+    step::{StepLimits, StepPlan, decode_masks, decode_plan, encode_output},
     v1::{self, worker_event::Event},
 };
 use phalanx_shm::{AbortReason, Party, RankPort, Segment, Wait};
@@ -318,7 +318,14 @@ impl<P: Platform> StepLoop<'_, P> {
         let (plan, arrived) = self.port.borrow_mut().next_plan(read)?;
         let plan = plan.map_err(RunError::DecodePlan)?;
         self.check(&plan)?;
-        let mut output = self.runner.execute(&plan)?;
+        let masks = || {
+            let masks = self
+                .port
+                .borrow_mut()
+                .next_plan(|bytes| decode_masks(bytes, &limits))?;
+            masks.map_err(RunError::DecodeMasks)
+        };
+        let mut output = self.runner.execute(&plan, masks)?;
         let mut port = self.port.borrow_mut();
         if port.rank() == 0 {
             output.forward_us = u32::try_from(arrived.elapsed().as_micros()).unwrap_or(u32::MAX);

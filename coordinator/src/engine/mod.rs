@@ -7,6 +7,7 @@
 mod block_hash;
 mod block_pool;
 mod config;
+mod constraint;
 mod core;
 mod kv_cache_manager;
 mod request;
@@ -18,6 +19,7 @@ mod types;
 
 pub use self::core::{EngineCore, EngineFailure, Progress, StepStats};
 pub use config::{ConfigError, EngineConfig, SchedulingPolicy};
+pub use constraint::{Constraint, ConstraintError, Grammar, GrammarStatus};
 pub use request::RequestError;
 pub use scheduler::Snapshot;
 pub use types::{

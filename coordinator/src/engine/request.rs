@@ -57,6 +57,8 @@ impl EngineRequest {
         check_tokens("prompt", self.prompt.iter().copied(), config)?;
         check_tokens("stop_token_ids", self.stop.stop_token_ids.iter().copied(), config)?;
         check_sampling(&self.sampling, config)?;
+        let bad_words = self.constraint.bad_words.iter().flatten();
+        check_tokens("bad_words", bad_words.copied(), config)?;
         // Both end up in the same list of a row when min_tokens bans the stop tokens.
         check_count(
             "logit_bias and stop_token_ids together",
@@ -165,6 +167,7 @@ mod tests {
     use phalanx_proto::step::SequenceId;
 
     use super::*;
+    use crate::engine::Constraint;
 
     fn request() -> EngineRequest {
         EngineRequest {
@@ -176,6 +179,7 @@ mod tests {
                 min_tokens: 0,
                 stop_token_ids: vec![],
             },
+            constraint: Constraint::default(),
             priority: 0,
             cache_salt: None,
         }
@@ -215,6 +219,10 @@ mod tests {
         assert_eq!(refused(&|r| r.prompt[1] = 100), "prompt");
         assert_eq!(refused(&|r| r.stop.max_tokens = 0), "max_tokens");
         assert_eq!(refused(&|r| r.stop.stop_token_ids = vec![100]), "stop_token_ids");
+        assert_eq!(
+            refused(&|r| r.constraint.bad_words = vec![vec![1, 100]]),
+            "bad_words"
+        );
         assert_eq!(refused(&|r| r.sampling.temperature = -1.0), "temperature");
         assert_eq!(refused(&|r| r.sampling.temperature = f32::NAN), "temperature");
         assert_eq!(refused(&|r| r.sampling.top_p = 0.0), "top_p");

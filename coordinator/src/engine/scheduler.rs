@@ -6,10 +6,10 @@
 
 use std::collections::BTreeMap;
 
-use phalanx_proto::step::{SampledToken, SequenceId, StepOutput, StepPlan};
+use phalanx_proto::step::{SampledToken, SequenceId, StepMasks, StepOutput, StepPlan};
 
 use super::{
-    Command, EngineConfig, EngineRequest, Event, FinishReason, SchedulingPolicy,
+    Command, ConstraintError, EngineConfig, EngineRequest, Event, FinishReason, SchedulingPolicy,
     kv_cache_manager::KvCacheManager,
     sequence::{Sequence, Urgency},
 };
@@ -161,16 +161,35 @@ impl Scheduler {
             return None;
         }
         self.step += 1;
+        let mut masks_follow = false;
         let rows = chosen.iter().map(|(urgency, &num_tokens)| {
             let sequence = &self.sequences[&self.running[urgency]];
-            sequence.row(num_tokens, self.config.max_edits_per_row)
+            let row = sequence.row(num_tokens, self.config.max_edits_per_row);
+            masks_follow |= row.sampling.is_some() && sequence.is_masked();
+            row
         });
         Some(StepPlan {
             epoch: self.epoch,
             step: self.step,
             rows: rows.collect(),
-            masks_follow: false,
+            masks_follow,
         })
+    }
+
+    /// What the plan's sampled rows may draw, where that is not everything. Takes its time; the ranks run meanwhile.
+    pub(super) fn masks(&mut self, plan: &StepPlan) -> StepMasks {
+        let mut masks = Vec::new();
+        for row in plan.rows.iter().filter(|row| row.sampling.is_some()) {
+            let sequence = self.sequences.get_mut(&row.sequence);
+            if let Some(sequence) = sequence.filter(|sequence| sequence.is_masked()) {
+                masks.push(sequence.mask(self.config.vocab_size));
+            }
+        }
+        StepMasks {
+            epoch: plan.epoch,
+            step: plan.step,
+            masks,
+        }
     }
 
     /// Gives tokens to the running sequences whose number of remaining tokens passes `turn`.
@@ -259,7 +278,13 @@ impl Scheduler {
     pub(super) fn update(&mut self, plan: &StepPlan, output: StepOutput, events: &mut Vec<Event>) {
         // First, because nobody may find the blocks of a sequence whose logits are no numbers.
         for sampled in output.sampled.iter().filter(|sampled| !sampled.finite) {
-            if let Some(sequence) = self.sequences.get_mut(&sampled.sequence) {
+            let Some(sequence) = self.sequences.get_mut(&sampled.sequence) else {
+                continue;
+            };
+            // Of a mask that allows nothing the logits are innocent.
+            if let Some(cause) = sequence.take_masked_out() {
+                self.fail(sampled.sequence, cause, events);
+            } else {
                 self.kv.discard(&mut sequence.kv);
                 self.finish(sampled.sequence, FinishReason::NotFinite, events);
             }
@@ -282,11 +307,18 @@ impl Scheduler {
         let Some(sequence) = self.sequences.get_mut(&id) else {
             return;
         };
-        let finished = sequence.push(sampled.token);
+        let pushed = sequence.push(sampled.token);
         events.push(Event::Token(sampled));
-        if let Some(reason) = finished {
-            self.finish(id, reason, events);
+        match pushed {
+            Ok(None) => {}
+            Ok(Some(reason)) => self.finish(id, reason, events),
+            Err(cause) => self.fail(id, cause, events),
         }
+    }
+
+    fn fail(&mut self, id: SequenceId, cause: ConstraintError, events: &mut Vec<Event>) {
+        self.remove(id);
+        events.push(Event::Failed { sequence: id, cause });
     }
 
     fn finish(&mut self, id: SequenceId, reason: FinishReason, events: &mut Vec<Event>) {

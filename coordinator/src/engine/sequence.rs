@@ -2,9 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use phalanx_proto::step::{RowSampling, SequenceId, StepRow};
+use phalanx_proto::step::{RowSampling, SequenceId, StepRow, TokenMask, TokenSet};
 
-use super::{EngineRequest, FinishReason, SamplingParams, StopRules, kv_cache_manager::SequenceKv};
+use super::{
+    Constraint, ConstraintError, EngineRequest, FinishReason, GrammarStatus, SamplingParams, StopRules,
+    kv_cache_manager::SequenceKv,
+};
 
 /// Order of service: the smallest runs first and gives way last. No two sequences are equal.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -28,6 +31,9 @@ pub(super) struct Sequence {
     pub(super) kv: SequenceKv,
     sampling: SamplingParams,
     stop: StopRules,
+    constraint: Constraint,
+    /// Why the last mask allows nothing.
+    masked_out: Option<ConstraintError>,
     /// Kept only for sequences with penalties.
     history: Option<TokenHistory>,
     /// Has been part of a plan, so its owner knows.
@@ -49,6 +55,8 @@ impl Sequence {
             tokens: request.prompt,
             sampling: request.sampling,
             stop: request.stop,
+            constraint: request.constraint,
+            masked_out: None,
             started: false,
             failed_steps: 0,
         }
@@ -93,9 +101,43 @@ impl Sequence {
         }
     }
 
-    /// The caller's bias; until `min_tokens` are there, stop tokens are banned, whatever the caller's bias for them.
+    /// Whether what it may draw is said by a mask.
+    pub(super) fn is_masked(&self) -> bool {
+        self.constraint.is_active()
+    }
+
+    /// What the next token may be. Allows nothing if the constraint fails; [`Self::take_masked_out`] then says why.
+    pub(super) fn mask(&mut self, vocab_size: u32) -> TokenMask {
+        let held_back = if self.is_kept_from_stopping() {
+            &self.stop.stop_token_ids[..]
+        } else {
+            &[]
+        };
+        let output = &self.tokens[self.num_prompt_tokens..];
+        let allowed = self.constraint.mask(output, held_back, vocab_size);
+        let allowed = allowed.unwrap_or_else(|error| {
+            self.masked_out = Some(error);
+            TokenSet::empty(vocab_size)
+        });
+        TokenMask {
+            sequence: self.id,
+            allowed,
+        }
+    }
+
+    /// Why nothing could be drawn, if that is the constraint's fault.
+    pub(super) fn take_masked_out(&mut self) -> Option<ConstraintError> {
+        self.masked_out.take()
+    }
+
+    fn is_kept_from_stopping(&self) -> bool {
+        self.num_output_tokens() < self.stop.min_tokens as usize
+    }
+
+    /// The caller's bias; until `min_tokens` are there, stop tokens are banned, whatever the caller's bias for them. Where
+    /// there is a mask, that is its business: it knows whether anything else is left.
     fn bias(&self) -> Vec<(u32, f32)> {
-        if self.num_output_tokens() >= self.stop.min_tokens as usize {
+        if !self.is_kept_from_stopping() || self.is_masked() {
             return self.sampling.logit_bias.clone();
         }
         let banned = &self.stop.stop_token_ids;
@@ -110,19 +152,23 @@ impl Sequence {
     }
 
     /// Appends a sampled token; the reason if it is the last.
-    pub(super) fn push(&mut self, token: u32) -> Option<FinishReason> {
+    ///
+    /// # Errors
+    /// The grammar cannot go on.
+    pub(super) fn push(&mut self, token: u32) -> Result<Option<FinishReason>, ConstraintError> {
         if let Some(history) = &mut self.history {
             history.push_output(token, self.tokens.len());
         }
         self.tokens.push(token);
-        let num_output = self.num_output_tokens();
-        if num_output >= self.stop.min_tokens as usize && self.stop.stop_token_ids.contains(&token) {
-            Some(FinishReason::Stop)
-        } else if num_output >= self.stop.max_tokens as usize {
-            Some(FinishReason::Length)
-        } else {
-            None
+        if !self.is_kept_from_stopping() && self.stop.stop_token_ids.contains(&token) {
+            return Ok(Some(FinishReason::Stop));
         }
+        // The end of a grammar is an end, whatever else was asked for: no token can follow.
+        if self.constraint.accept(token)? == GrammarStatus::Complete {
+            return Ok(Some(FinishReason::Stop));
+        }
+        let full = self.num_output_tokens() >= self.stop.max_tokens as usize;
+        Ok(full.then_some(FinishReason::Length))
     }
 }
 

@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use phalanx_proto::step::{Penalties, SampledToken, SequenceId, StepOutput, StepPlan};
+use phalanx_proto::step::{Penalties, SampledToken, SequenceId, StepMasks, StepOutput, StepPlan};
 
-use super::request::RequestError;
+use super::{Constraint, ConstraintError, request::RequestError};
 
 /// Time since the engine's start.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
@@ -17,6 +17,8 @@ pub trait Clock {
 /// The rank group seen as one device.
 pub trait Executor {
     fn submit(&mut self, plan: &StepPlan) -> Result<(), ExecutorError>;
+    /// The masks of the plan that was submitted last, which has said that they follow.
+    fn post_masks(&mut self, masks: &StepMasks) -> Result<(), ExecutorError>;
     /// The output of `step`, or an error once `limit` has passed since the call.
     fn wait(&mut self, step: u64, limit: Duration) -> Result<StepOutput, ExecutorError>;
     /// Replaces lost ranks and forms a new group, whose epoch is returned. All KV is gone.
@@ -37,13 +39,14 @@ pub enum ExecutorError {
 }
 
 /// One sequence to be completed. Text has become tokens, names have become ids, defaults have been filled in.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug)]
 pub struct EngineRequest {
     pub id: SequenceId,
     /// Never empty.
     pub prompt: Vec<u32>,
     pub sampling: SamplingParams,
     pub stop: StopRules,
+    pub constraint: Constraint,
     /// Smaller is more urgent; only the priority policy looks at it.
     pub priority: i32,
     /// Separates prefix-cache entries of callers who must not see each other's timing.
@@ -102,7 +105,7 @@ pub struct StopRules {
     pub stop_token_ids: Vec<u32>,
 }
 
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug)]
 pub enum Command {
     Submit(EngineRequest),
     /// Ends a sequence wherever it is: `Stop` at a stop string, `Abort` for whoever went away. Unknown or finished ids
@@ -112,7 +115,7 @@ pub enum Command {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum FinishReason {
-    /// A stop token, which is the last token of the sequence, or a stop string.
+    /// A stop token, which is the last token of the sequence, a stop string, or the end of a grammar.
     Stop,
     Length,
     Abort,
@@ -128,7 +131,7 @@ pub enum Event {
         cached_tokens: u32,
     },
     Token(SampledToken),
-    /// Exactly one of `Finished`, `Rejected` and `Lost` is every submitted sequence's last event.
+    /// Exactly one of `Finished`, `Failed`, `Rejected` and `Lost` is every submitted sequence's last event.
     Finished {
         sequence: SequenceId,
         reason: FinishReason,
@@ -141,6 +144,11 @@ pub enum Event {
     Rejected {
         sequence: SequenceId,
         cause: RequestError,
+    },
+    /// It cannot go on under its constraint.
+    Failed {
+        sequence: SequenceId,
+        cause: ConstraintError,
     },
     /// So many steps in a row that ran it lost the group: it may be what kills the ranks, so it is not tried again.
     Lost {

@@ -1,12 +1,14 @@
 //! Text to tokens and back: tokenizer, chat template, detokenizer, stop strings, and the checks of a request.
 
 mod chat;
+mod constraint;
 mod detokenizer;
 mod error;
 mod pool;
 mod processor;
 mod sampling;
 mod stop;
+mod structured;
 mod tokenizer;
 
 pub use chat::{ChatTemplate, Conversation, MAX_KWARGS_BYTES};

@@ -1,16 +1,17 @@
 //! A request's way from text to sequences.
 
-use std::{path::Path, sync::Arc, thread};
+use std::{iter, mem, path::Path, sync::Arc, thread};
 
 use phalanx_model::gguf::Gguf;
 use phalanx_proto::{ErrorKind, RpcError, limits::MAX_CACHE_SALT_BYTES, v1};
 
 use super::{
     ChatTemplate, Conversation, GenerationDefaults, GgufVocab, HfFiles, ModelLimits, StopMatcher, TextError,
-    TextPool, Tokenizer,
+    TextPool, Tokenizer, constraint,
     sampling::{self, CheckedParams, Rules},
+    structured::GrammarCompiler,
 };
-use crate::engine_thread::NewSequence;
+use crate::{engine::Constraint, engine_thread::NewSequence};
 
 /// Prompts that may wait for a thread to tokenize them.
 const MAX_WAITING_PROMPTS: usize = 1024;
@@ -65,6 +66,7 @@ pub struct TextProcessor {
     defaults: GenerationDefaults,
     limits: ModelLimits,
     seed: Option<u64>,
+    grammars: GrammarCompiler,
     pool: TextPool,
 }
 
@@ -103,7 +105,9 @@ impl TextProcessor {
         let threads = options
             .threads
             .unwrap_or_else(|| thread::available_parallelism().map_or(1, |cores| cores.get() / 2));
+        let (table, special) = (model.tokenizer.table().clone(), special.clone());
         Ok(Self {
+            grammars: GrammarCompiler::new(table, special, options.limits.vocab_size, threads),
             template: template.map(Arc::new),
             tokenizer: Arc::new(model.tokenizer),
             defaults: model.defaults,
@@ -125,7 +129,9 @@ impl TextProcessor {
     pub async fn prepare(&self, mut request: v1::GenerateRequest) -> Result<PreparedRequest, RpcError> {
         let output = request.output.take().unwrap_or_default();
         let place = Place::checked(request.priority, request.cache_salt.take())?;
-        let params = self.check(&request.sampling.take().unwrap_or_default(), &output)?;
+        let params = self
+            .checked(request.sampling.take().unwrap_or_default(), &output)
+            .await?;
         let add_special_tokens = request.add_special_tokens.unwrap_or(true);
         let (prompt, echo) = match request.prompt {
             None => {
@@ -154,7 +160,9 @@ impl TextProcessor {
     pub async fn prepare_chat(&self, mut request: v1::ChatRequest) -> Result<PreparedRequest, RpcError> {
         let output = request.output.take().unwrap_or_default();
         let place = Place::checked(request.priority, request.cache_salt.take())?;
-        let params = self.check(&request.sampling.take().unwrap_or_default(), &output)?;
+        let params = self
+            .checked(request.sampling.take().unwrap_or_default(), &output)
+            .await?;
         let Some(template) = self.template.clone() else {
             let message = "the model has no chat template, and there is no default one; start the server with \
                            --chat-template, or use completions";
@@ -180,6 +188,43 @@ impl TextProcessor {
             })
             .await?;
         self.assemble(params, prompt, place, (echo, output))
+    }
+
+    /// Errors name the field to blame; `QueueFull` when too much text waits to be worked on.
+    async fn checked(
+        &self,
+        params: v1::SamplingParams,
+        output: &v1::OutputOptions,
+    ) -> Result<CheckedParams, RpcError> {
+        let mut checked = self.check(&params, output)?;
+        checked.constraint = self.constraint(params).await?;
+        Ok(checked)
+    }
+
+    /// What beside its parameters restricts the tokens of a request.
+    async fn constraint(&self, params: v1::SamplingParams) -> Result<Constraint, RpcError> {
+        let (vocab_size, ignore_eos) = (self.limits.vocab_size, params.ignore_eos);
+        let allowed_token_ids = constraint::allowed_token_ids(&params.allowed_token_ids, vocab_size)?;
+        constraint::check_bad_words(&params.bad_words)?;
+        let (mut grammar, mut bad_words) = (None, Vec::new());
+        if params.structured_outputs.is_some() || !params.bad_words.is_empty() {
+            let (grammars, tokenizer) = (self.grammars.clone(), self.tokenizer.clone());
+            let work = move || {
+                let spec = params.structured_outputs.as_ref();
+                let grammar = spec.map(|spec| grammars.compile(spec)).transpose()?;
+                let bad_words = constraint::tokenize_bad_words(&params.bad_words, &tokenizer)?;
+                Ok((grammar, bad_words))
+            };
+            (grammar, bad_words) = self.pool.run(work).await?;
+        }
+        let ends = &self.tokenizer.special_tokens().end_of_generation;
+        let postponed = grammar.is_some() && ignore_eos;
+        Ok(Constraint {
+            postponed: if postponed { ends.clone() } else { Vec::new() },
+            grammar,
+            allowed_token_ids,
+            bad_words,
+        })
     }
 
     fn check(
@@ -244,7 +289,7 @@ impl TextProcessor {
 
     fn assemble(
         &self,
-        params: CheckedParams,
+        mut params: CheckedParams,
         prompt: Vec<u32>,
         place: Place,
         (echo, output): (Option<String>, v1::OutputOptions),
@@ -256,10 +301,13 @@ impl TextProcessor {
         self.check_ids(&prompt)?;
         let stop = params.stop_rules(prompt.len(), &self.limits)?;
         let prompt_tokens = prompt.len() as u32;
-        let sequences = (0..params.n).map(|index| NewSequence {
+        // The last one is moved: copies of grammars are not small.
+        let constraints = iter::repeat_n(mem::take(&mut params.constraint), params.n as usize);
+        let sequences = (0..params.n).zip(constraints).map(|(index, constraint)| NewSequence {
             prompt: prompt.clone(),
             sampling: params.sampling_of(index),
             stop: stop.clone(),
+            constraint,
             priority: place.priority,
             cache_salt: place.cache_salt.clone(),
         });

@@ -12,7 +12,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::{StopMatcher, TextError, tokenizer::SpecialTokens};
-use crate::engine::{SamplingParams, StopRules};
+use crate::engine::{Constraint, SamplingParams, StopRules};
 
 /// Most alternatives reported per token, unless the server is told otherwise.
 pub const DEFAULT_MAX_LOGPROBS: u32 = 20;
@@ -79,6 +79,8 @@ pub(crate) struct CheckedParams {
     pub(crate) sampling: SamplingParams,
     pub(crate) stop_strings: StopMatcher,
     pub(crate) skip_special_tokens: bool,
+    /// None until it has been compiled, which takes its time.
+    pub(crate) constraint: Constraint,
     /// What the request asked for.
     max_tokens: Option<u32>,
     /// The model's default cap.
@@ -136,6 +138,7 @@ pub(crate) fn check(
         },
         stop_strings: StopMatcher::new(&params.stop, params.include_stop_str_in_output)?,
         skip_special_tokens: params.skip_special_tokens.unwrap_or(true),
+        constraint: Constraint::default(),
         max_tokens: params.max_tokens,
         default_max_tokens: rules.defaults.max_new_tokens,
         min_tokens,

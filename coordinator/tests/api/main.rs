@@ -4,5 +4,6 @@ mod operations;
 mod ranks;
 mod requests;
 mod server;
+mod structured;
 #[path = "../support/mod.rs"]
 mod support;

@@ -20,7 +20,7 @@ use super::{
     params::Params,
     reply::{Head, Reply, Stop, Whole, finish_reason, stop_reason},
     sse::{self, Events, Streaming},
-    unoffered,
+    structured, unoffered,
     usage::Usage,
 };
 use crate::{lifecycle::Ticket, observe::RequestId, routes::Service};
@@ -75,7 +75,8 @@ fn prepare(body: &[u8], id: &str, prompt_tokens_details: bool) -> Result<Call, R
     let fields: ChatFields = parse(body)?;
     unoffered::refuse_for_chat(body)?;
     let logprobs = fields.alternatives()?;
-    let sampling = params.sampling(fields.max_completion_tokens.or(fields.max_tokens))?;
+    let mut sampling = params.sampling(fields.max_completion_tokens.or(fields.max_tokens))?;
+    structured::restrict(body, &mut sampling)?;
     let output = params.output(logprobs, false)?;
     let style = Style {
         logprobs: logprobs.is_some(),

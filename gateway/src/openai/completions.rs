@@ -20,7 +20,7 @@ use super::{
     prompt::Prompts,
     reply::{Head, Reply, Stop, Whole, finish_reason, stop_reason},
     sse::{self, Events, Streaming},
-    unoffered,
+    structured, unoffered,
     usage::Usage,
 };
 use crate::{lifecycle::Ticket, limits::MAX_CHOICES, observe::RequestId, routes::Service};
@@ -65,7 +65,8 @@ fn prepare(body: &[u8], id: &str, prompt_tokens_details: bool) -> Result<Call, R
     let mut params: Params = parse(body)?;
     let fields: CompletionFields = parse(body)?;
     unoffered::refuse_for_completions(body)?;
-    let sampling = params.sampling(fields.max_tokens)?;
+    let mut sampling = params.sampling(fields.max_tokens)?;
+    structured::restrict(body, &mut sampling)?;
     let output = params.output(fields.logprobs, fields.echo.unwrap_or(false))?;
     let prompts = fields.prompt.map(|prompts| prompts.0).unwrap_or_default();
     if prompts.is_empty() {

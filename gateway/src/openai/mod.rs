@@ -12,5 +12,6 @@ mod params;
 mod prompt;
 mod reply;
 mod sse;
+mod structured;
 mod unoffered;
 mod usage;

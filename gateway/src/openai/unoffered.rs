@@ -20,20 +20,12 @@ type Field = (&'static str, &'static [&'static str]);
 const MAX_NO_OP: usize = 64;
 
 const BOTH: &[Field] = &[
-    ("allowed_token_ids", &[]),
-    ("bad_words", &["[]"]),
     ("best_of", &["1"]),
-    ("guided_choice", &[]),
-    ("guided_grammar", &[]),
-    ("guided_json", &[]),
-    ("guided_regex", &[]),
     ("kv_transfer_params", &[]),
     ("logits_processors", &["[]"]),
     ("prompt_logprobs", &[]),
-    ("response_format", &[r#"{"type":"text"}"#]),
     ("return_token_ids", &["false"]),
     ("return_tokens_as_token_ids", &["false"]),
-    ("structured_outputs", &[]),
     ("truncate_prompt_tokens", &[]),
     ("use_beam_search", &["false"]),
 ];
@@ -131,9 +123,8 @@ mod tests {
 
     #[test]
     fn no_ops_pass_and_the_rest_is_named() {
-        let no_ops =
-            br#"{"tools": [], "tool_choice": "auto", "response_format": {"type": "text"}, "bad_words": [],
-            "best_of": 1, "guided_json": null, "somebody_elses": 3}"#;
+        let no_ops = br#"{"tools": [], "tool_choice": "auto", "logits_processors": [],
+            "best_of": 1, "suffix": null, "somebody_elses": 3}"#;
         refuse_for_chat(no_ops).expect("asks for nothing");
         let refused = |body: &str| {
             refuse_for_chat(body.as_bytes())
@@ -142,10 +133,7 @@ mod tests {
                 .expect("named")
         };
         assert_eq!(refused(r#"{"tools": [{}]}"#), "tools");
-        assert_eq!(
-            refused(r#"{"response_format": {"type": "json_object"}}"#),
-            "response_format"
-        );
+        assert_eq!(refused(r#"{"prompt_logprobs": 1}"#), "prompt_logprobs");
         assert_eq!(refused(r#"{"best_of": 2, "tools": [1]}"#), "best_of");
         assert_eq!(refused(r#"{"\u0074ools": [1]}"#), "tools");
     }

@@ -65,8 +65,8 @@ async fn bad_bodies_are_refused_with_the_field_named() {
         (CHAT, chat(r#""tools": [{"type": "function"}]"#), Some("tools")),
         (
             CHAT,
-            chat(r#""response_format": {"type": "json_object"}"#),
-            Some("response_format"),
+            chat(r#""response_format": {"type": "yaml"}"#),
+            Some("response_format.type"),
         ),
         (
             CHAT,

@@ -4,7 +4,7 @@ use std::{cell::Cell, collections::BTreeMap, time::Duration};
 
 use phalanx_proto::step::SequenceId;
 
-use super::{Faults, Prng, SimExecutor, VOCAB_SIZE, mix, oracle, salt};
+use super::{End, Faults, Prng, SimExecutor, VOCAB_SIZE, grammar, mix, oracle, salt};
 use crate::engine::{
     Clock, Command, EngineConfig, EngineCore, EngineRequest, Event, FinishReason, Instant, Progress,
     SamplingParams, SchedulingPolicy, Snapshot, StopRules,
@@ -141,13 +141,19 @@ impl Scenario {
                     assert!(request.check(&self.config).is_err() && heard.tokens.is_empty());
                     "rejected"
                 }
+                Event::Failed { .. } => {
+                    let (tokens, expected) = oracle(request, self.config.max_edits_per_row as usize);
+                    assert_eq!((&heard.tokens, End::Failed), (&tokens, expected), "{id:?}");
+                    "failed"
+                }
                 Event::Finished { reason, .. } => {
                     let (tokens, expected) = oracle(request, self.config.max_edits_per_row as usize);
                     if *reason == FinishReason::Abort {
                         assert!(tokens.starts_with(&heard.tokens), "{id:?} before its abort");
                         "abort"
                     } else {
-                        assert_eq!((&heard.tokens, *reason), (&tokens, expected), "{id:?}");
+                        let end = End::Finished(*reason);
+                        assert_eq!((&heard.tokens, end), (&tokens, expected), "{id:?}");
                         match reason {
                             FinishReason::Stop => "stop",
                             FinishReason::Length => "length",
@@ -177,6 +183,7 @@ fn hear(all: &mut BTreeMap<SequenceId, Heard>, event: Event) {
         Event::Started { sequence, .. }
         | Event::Preempted { sequence }
         | Event::Finished { sequence, .. }
+        | Event::Failed { sequence, .. }
         | Event::Rejected { sequence, .. }
         | Event::Lost { sequence, .. } => *sequence,
     };
@@ -244,6 +251,7 @@ fn request(id: SequenceId, shared: &[u32], config: &EngineConfig, prng: &mut Prn
             min_tokens: prng.range(0, max_tokens),
             stop_token_ids,
         },
+        constraint: grammar::constraint(prng),
         priority: prng.range(0, 3) as i32,
         cache_salt: salt(id).map(str::to_owned),
     }

@@ -3,12 +3,12 @@ use std::{collections::BTreeMap, time::Duration};
 use phalanx_proto::step::SequenceId;
 
 use super::{
-    Faults, SimExecutor, VOCAB_SIZE, oracle,
+    End, Faults, SimExecutor, VOCAB_SIZE, oracle,
     scenario::{Scenario, SimClock},
 };
 use crate::engine::{
-    Command, EngineConfig, EngineCore, EngineFailure, EngineRequest, Event, ExecutorError, FinishReason,
-    Progress, SamplingParams, StopRules,
+    Command, Constraint, EngineConfig, EngineCore, EngineFailure, EngineRequest, Event, ExecutorError,
+    FinishReason, Progress, SamplingParams, StopRules,
 };
 
 /// Plays many seeds and makes sure that the stories held what they are meant to test.
@@ -25,7 +25,7 @@ fn play_seeds(first: u64, count: u64, with_faults: bool) {
             .into_iter()
             .for_each(|(end, n)| *ends.entry(end).or_default() += n);
     }
-    for end in ["stop", "length", "abort", "not finite", "rejected"] {
+    for end in ["stop", "length", "abort", "not finite", "rejected", "failed"] {
         assert!(ends[end] > count / 20, "{end} is not covered: {ends:?}");
     }
     assert!(
@@ -63,6 +63,7 @@ fn request(id: u64, prompt: Vec<u32>, max_tokens: u32) -> EngineRequest {
             min_tokens: 0,
             stop_token_ids: vec![],
         },
+        constraint: Constraint::default(),
         priority: 0,
         cache_salt: super::salt(SequenceId(id)).map(str::to_owned),
     }
@@ -167,7 +168,7 @@ fn kv_behind_logits_that_are_no_numbers_is_not_shared() {
     };
     let broken = (0..VOCAB_SIZE)
         .map(with_first_token)
-        .find(|request| oracle(request, 64) == (vec![], FinishReason::NotFinite))
+        .find(|request| oracle(request, 64) == (vec![], End::Finished(FinishReason::NotFinite)))
         .expect("one prompt in sixteen");
     let mut again = request(3, broken.prompt.clone(), 4);
     again.sampling.seed = 1;
