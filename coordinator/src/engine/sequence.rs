@@ -108,6 +108,7 @@ impl Sequence {
 
     /// What the next token may be. Allows nothing if the constraint fails; [`Self::take_masked_out`] then says why.
     pub(super) fn mask(&mut self, vocab_size: u32) -> TokenMask {
+        self.masked_out = None;
         let held_back = if self.is_kept_from_stopping() {
             &self.stop.stop_token_ids[..]
         } else {
@@ -115,10 +116,13 @@ impl Sequence {
         };
         let output = &self.tokens[self.num_prompt_tokens..];
         let allowed = self.constraint.mask(output, held_back, vocab_size);
-        let allowed = allowed.unwrap_or_else(|error| {
-            self.masked_out = Some(error);
-            TokenSet::empty(vocab_size)
-        });
+        let allowed = match allowed {
+            Ok(allowed) => allowed,
+            Err(error) => {
+                self.masked_out = Some(error);
+                TokenSet::empty(vocab_size)
+            }
+        };
         TokenMask {
             sequence: self.id,
             allowed,

@@ -249,7 +249,7 @@ mod tests {
         for (grammar, part) in [
             ("a ::= \"x\"", "no rule root"),
             ("root ::= x", "x is not defined"),
-            ("root ::= \"x\nroot ::= \"", "does not end"),
+            ("root ::= \"x", "does not end"),
             ("root ::= \"x\" root ::= \"y\"", "defined twice"),
             ("root ::= *", "repeats nothing"),
             ("root ::= \"\\q\"", "unknown escape"),

@@ -65,12 +65,15 @@ fn guidance(options: JsonOptions<'_>) -> Map<String, Value> {
 }
 
 fn depth(value: &Value) -> usize {
-    let deepest = |values: &mut dyn Iterator<Item = &Value>| 1 + values.map(depth).max().unwrap_or(0);
     match value {
-        Value::Array(items) => deepest(&mut items.iter()),
-        Value::Object(fields) => deepest(&mut fields.values()),
+        Value::Array(items) => 1 + deepest(items.iter()),
+        Value::Object(fields) => 1 + deepest(fields.values()),
         _ => 0,
     }
+}
+
+fn deepest<'a>(values: impl Iterator<Item = &'a Value>) -> usize {
+    values.map(depth).max().unwrap_or(0)
 }
 
 /// As vLLM does: what lists properties and is silent about others has no others.

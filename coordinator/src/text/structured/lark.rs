@@ -78,7 +78,9 @@ pub(super) fn depth(grammar: &str) -> usize {
             '"' | '/' => {
                 while let Some(inner) = chars.next() {
                     match inner {
-                        '\\' => drop(chars.next()),
+                        '\\' => {
+                            chars.next();
+                        }
                         '\n' => break,
                         _ if inner == char => break,
                         _ => {}

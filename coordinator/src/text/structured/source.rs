@@ -45,7 +45,7 @@ pub(super) fn grammar(spec: &v1::StructuredOutputs, table: &TokenTable) -> Resul
         whitespace_pattern: spec.whitespace_pattern.as_deref(),
     };
     let pattern = options.whitespace_pattern.unwrap_or_default();
-    within("whitespace_pattern, which", pattern.len(), MAX_REGEX_BYTES)?;
+    within("whitespace_pattern ", pattern.len(), MAX_REGEX_BYTES)?;
     match &spec.constraint {
         None => Err("one of json, json_object, regex, choice, grammar and structural_tag is needed".into()),
         Some(Constraint::JsonSchema(schema)) => {
@@ -73,8 +73,7 @@ fn within(what: &str, bytes: usize, limit: usize) -> Result<()> {
     if bytes <= limit {
         return Ok(());
     }
-    let space = if what.is_empty() { "" } else { " " };
-    Err(format!("{what}{space}has {bytes} bytes, the limit is {limit}"))
+    Err(format!("{what}has {bytes} bytes, the limit is {limit}"))
 }
 
 fn of_regex(regex: &str) -> Result<TopLevelGrammar> {

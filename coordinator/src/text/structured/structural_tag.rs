@@ -127,6 +127,8 @@ impl Rules<'_> {
     fn rule(&mut self, attributes: &str, body: &str) -> String {
         let name = format!("r{}", self.count);
         self.count += 1;
+        let nothing = lark::quoted("");
+        let body = if body.trim().is_empty() { &nothing } else { body };
         // Writing to a string cannot fail.
         let _ = writeln!(self.text, "{name}{attributes}: {body}");
         name
@@ -135,6 +137,7 @@ impl Rules<'_> {
     /// An expression for `format`. `last`: nothing follows, so the text may be free to the end.
     fn expression(&mut self, format: &Format, last: bool) -> Result<String> {
         match format {
+            Format::ConstString { value } if value.is_empty() => Ok(lark::quoted("")),
             Format::ConstString { value } => Ok(self.literals(value)),
             Format::JsonSchema { json_schema } => {
                 let schema = json_schema::prepare(json_schema.clone(), self.options)?;
@@ -193,10 +196,7 @@ impl Rules<'_> {
     }
 
     fn literals(&self, text: &str) -> String {
-        match lark::literals(text, self.table) {
-            empty if empty.is_empty() => lark::quoted(""),
-            literals => literals,
-        }
+        lark::literals(text, self.table)
     }
 
     /// Any one of the tags.

@@ -4,10 +4,13 @@ use std::time::Instant;
 
 use phalanx_proto::v1::structured_outputs::{Choices, Constraint};
 
-use super::{super::tokenizer::TokenEncoding, *};
+use super::*;
 use crate::{
     engine::GrammarStatus,
-    text::tokenizer::{EntryKind, TokenEntry},
+    text::{
+        TokenEncoding,
+        tokenizer::{EntryKind, TokenEntry},
+    },
 };
 
 const EOS: u32 = 256;
@@ -263,8 +266,9 @@ fn forks_go_their_own_ways() {
 #[test]
 fn bad_grammars_are_refused_in_time() {
     let compiler = compiler();
-    let nested =
-        |open: &str, close: &str, count: usize| format!("{}{}", open.repeat(count), close.repeat(count));
+    let nested = |open: &str, inner: &str, close: &str, count: usize| {
+        format!("{}{inner}{}", open.repeat(count), close.repeat(count))
+    };
     let cases: Vec<(Constraint, &str, &str)> = vec![
         (json("{\"type\":"), "json", "JSON"),
         (json("[]"), "json", "schema"),
@@ -277,8 +281,8 @@ fn bad_grammars_are_refused_in_time() {
         (json(r##"{"$ref": "#/nowhere"}"##), "json", ""),
         (json(r#"{"$ref": "http://example.com/schema"}"#), "json", ""),
         (json(r#"{"type": "string", "pattern": "("}"#), "json", ""),
-        (json(&nested("{\"not\":", "}", 100)), "json", "64"),
-        (json(&nested("[", "]", 100_000)), "json", ""),
+        (json(&nested("{\"not\":", "{}", "}", 100)), "json", "64"),
+        (json(&nested("[", "", "]", 100_000)), "json", ""),
         (json(&format!("\"{}\"", "x".repeat(300_000))), "json", "262144"),
         (
             json(r#"{"type": "object", "x-guidance": {"nope": 1}}"#),
@@ -291,7 +295,7 @@ fn bad_grammars_are_refused_in_time() {
         (regex("(?=a)b"), "regex", ""),
         (regex(r"(a)\1"), "regex", ""),
         (regex(&"a".repeat(20_000)), "regex", "16384"),
-        (regex(&nested("(", ")", 3000)), "regex", ""),
+        (regex(&nested("(", "a", ")", 3000)), "regex", ""),
         (choice(&[]), "choice", "0 entries"),
         (choice(&["a", ""]), "choice", "[1]"),
         (choice(&vec!["x"; 5000]), "choice", "4096"),
@@ -299,7 +303,7 @@ fn bad_grammars_are_refused_in_time() {
         (lark("nonsense"), "grammar", ""),
         (lark("start: other"), "grammar", ""),
         (
-            lark(&format!("start: {}", nested("(", ")", 5000))),
+            lark(&format!("start: {}", nested("(", "\"a\"", ")", 5000))),
             "grammar",
             "64",
         ),
