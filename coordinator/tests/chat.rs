@@ -13,7 +13,7 @@ const TEMPLATE: &str = "{%- if tools %}{% for tool in tools %}T:{{ tool | tojson
     {%- if m.reasoning_content %}({{ m.reasoning }}){% endif %}\
     {%- for call in m.tool_calls or [] %}[{{ call.function.name }}{% for key, value in call.function.arguments | items %} \
     {{ key }}={{ value }}{% endfor %}]{% endfor %}\
-    {%- if m.tool_call_id %}<{{ m.tool_call_id }}>{% endif %}\n{% endfor %}\
+    {%- if m.tool_call_id %}<{{ m.tool_call_id }}>{% endif %}{{ '\n' }}{% endfor %}\
     {%- if enable_thinking is defined %}think={{ enable_thinking }} {{ reasoning_effort }}\n{% endif %}\
     {%- if add_generation_prompt %}>{% endif %}";
 const TOOLS: &str = r#"[{"type": "function", "function": {"name": "f", "description": "x<y",

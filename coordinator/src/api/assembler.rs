@@ -54,7 +54,7 @@ impl ChoiceAssembler {
             parser: (!request.plan.is_plain()).then(|| request.plan.parser()),
             rules,
             eos: tokenizer.special_tokens().eos,
-            logprobs: request.output.logprobs.is_some(),
+            logprobs: request.output.logprobs.is_some() && !request.plan.hides_tokens(),
             undecided: None,
             tokens: 0,
             chars: echo.chars().count() as u32,
@@ -121,9 +121,7 @@ impl ChoiceAssembler {
         let mut rest = String::new();
         self.detokenizer.finish(&mut rest);
         if !self.show(&rest) {
-            let mut held = String::new();
-            self.stop_strings.finish(&mut held);
-            self.put(&held);
+            self.put(|stop_strings, out| stop_strings.finish(out));
             self.end(match reason {
                 FinishReason::Stop => v1::FinishReason::Stop,
                 FinishReason::Length => v1::FinishReason::Length,
@@ -162,21 +160,22 @@ impl ChoiceAssembler {
     fn show(&mut self, text: &str) -> bool {
         self.chars = self.chars.saturating_add(text.chars().count() as u32);
         let armed = self.tokens > self.rules.min_tokens;
-        let mut shown = String::new();
-        let found = self.stop_strings.push(text, armed, &mut shown);
-        self.put(&shown);
+        let found = self.put(|stop_strings, out| stop_strings.push(text, armed, out));
         let Some(found) = found else { return false };
         self.piece.stop_reason = Some(StopReason::StopString(found));
         self.end(v1::FinishReason::Stop);
         true
     }
 
-    /// Text that no stop string has a part in.
-    fn put(&mut self, text: &str) {
-        match &mut self.parser {
-            None => self.piece.text.push_str(text),
-            Some(parser) => parser.push(text, &mut self.parsed),
-        }
+    /// Puts out the text that `take` gets past the stop strings.
+    fn put<T>(&mut self, take: impl FnOnce(&mut StopMatcher, &mut String) -> T) -> T {
+        let Some(parser) = &mut self.parser else {
+            return take(&mut self.stop_strings, &mut self.piece.text);
+        };
+        let mut text = String::new();
+        let taken = take(&mut self.stop_strings, &mut text);
+        parser.push(&text, &mut self.parsed);
+        taken
     }
 
     fn end(&mut self, reason: v1::FinishReason) {

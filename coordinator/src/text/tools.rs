@@ -10,7 +10,7 @@ use phalanx_proto::{
 use super::json::{Json, object};
 
 /// Most bytes of `tools`.
-pub const MAX_TOOLS_BYTES: usize = 1 << 20;
+const MAX_TOOLS_BYTES: usize = 1 << 20;
 
 /// Checked tools, in OpenAI's shape.
 #[derive(Debug)]

@@ -6,7 +6,7 @@ use phalanx_coordinator::text::{ChatOptions, ModelLimits, TextOptions, TextProce
 use phalanx_proto::v1::{self, FinishReason};
 
 use crate::{
-    ranks::PROMPT,
+    ranks::{PROMPT, Permit},
     server::{MAX_MODEL_LEN, Server, Setup, next, tokens},
     support::demo_model,
 };
@@ -36,14 +36,14 @@ fn text() -> Arc<TextProcessor> {
     Arc::new(TextProcessor::new(demo_model(), options).expect("loads"))
 }
 
-fn server(says: &str) -> Server {
-    let mut script = tokens(says);
+fn says(text_said: &str) -> Setup {
+    let mut script = tokens(text_said);
     script.push(EOS);
-    Server::free(Setup {
+    Setup {
         scripts: vec![(1, script)],
         text: text(),
         ..Setup::default()
-    })
+    }
 }
 
 fn ask(tools: &str) -> v1::ChatRequest {
@@ -64,7 +64,7 @@ fn ask(tools: &str) -> v1::ChatRequest {
 
 #[tokio::test]
 async fn a_whole_reply_tells_reasoning_content_and_calls_apart() {
-    let server = server(SAYS);
+    let server = Server::free(says(SAYS));
     let mut client = server.inference().await;
     let reply = client.chat(ask(TOOLS)).await.expect("a reply").into_inner();
     let choice = &reply.choices[0];
@@ -83,7 +83,7 @@ async fn a_whole_reply_tells_reasoning_content_and_calls_apart() {
 
 #[tokio::test]
 async fn without_tools_a_call_is_text() {
-    let server = server(SAYS);
+    let server = Server::free(says(SAYS));
     let mut client = server.inference().await;
     for request in [
         ask(""),
@@ -104,7 +104,7 @@ async fn without_tools_a_call_is_text() {
 
 #[tokio::test]
 async fn a_stream_tells_arguments_as_they_come_and_never_half_a_tag() {
-    let server = server(SAYS);
+    let server = Server::start(says(SAYS));
     let mut client = server.inference().await;
     let mut stream = client
         .chat_stream(ask(TOOLS))
@@ -113,7 +113,11 @@ async fn a_stream_tells_arguments_as_they_come_and_never_half_a_tag() {
         .into_inner();
     let (mut reasoning, mut text, mut arguments) = (String::new(), String::new(), Vec::new());
     let mut last = FinishReason::Unspecified;
-    while let Some(chunk) = next(&mut stream).await.expect("no error") {
+    loop {
+        server.permit(Permit::Step);
+        let Some(chunk) = next(&mut stream).await.expect("no error") else {
+            break;
+        };
         let choice = chunk.choice.expect("a choice");
         last = choice.finish_reason();
         reasoning.push_str(choice.reasoning.as_deref().unwrap_or_default());
@@ -138,7 +142,7 @@ async fn a_stream_tells_arguments_as_they_come_and_never_half_a_tag() {
 #[tokio::test]
 async fn a_call_that_was_cut_short_ends_for_its_length() {
     let cut = &SAYS[..SAYS.len() - 20];
-    let server = server(cut);
+    let server = Server::free(says(cut));
     let mut client = server.inference().await;
     let mut request = ask(TOOLS);
     let sampling = request.sampling.as_mut().expect("set");

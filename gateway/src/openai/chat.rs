@@ -259,6 +259,10 @@ impl Events for ChatEvents {
         if !std::mem::replace(&mut self.opened, true) {
             self.open(out, head);
         }
+        // A token in the middle of a tag, or of a character.
+        if says_nothing(choice) && usage.is_none() {
+            return Ok(());
+        }
         let delta = DeltaChoice {
             index: choice.index,
             delta: Delta::of(choice),
@@ -274,4 +278,11 @@ impl Events for ChatEvents {
     fn usage(&mut self, out: &mut Vec<u8>, head: &Head, usage: v1::Usage) {
         self.write(out, head, &[], Some(usage));
     }
+}
+
+/// Whether a piece of a choice has neither text nor an end.
+fn says_nothing(piece: &Choice) -> bool {
+    let has_reasoning = piece.reasoning.as_ref().is_some_and(|text| !text.is_empty());
+    let has_text = has_reasoning || !piece.text.is_empty() || !piece.tool_calls.is_empty();
+    !has_text && piece.logprobs.is_empty() && piece.finish_reason() == v1::FinishReason::Unspecified
 }

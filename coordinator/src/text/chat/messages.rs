@@ -1,6 +1,6 @@
 //! Messages as templates see them.
 
-use minijinja::{Value, context};
+use minijinja::Value;
 use phalanx_proto::{
     RpcError,
     limits::{MAX_MESSAGES, MAX_TOOL_CALLS},
@@ -74,45 +74,47 @@ fn message_value(message: &ChatMessage, at: usize, shape: Shape) -> Result<Value
         let param = format!("messages[{at}].role");
         return Err(RpcError::invalid(param, "a message's role cannot be empty."));
     }
-    let (role, content) = (&message.role, content(message, shape));
-    let mut value = context! { role, content };
+    let mut fields = vec![
+        ("role", message.role.as_str().into()),
+        ("content", content(message, shape)),
+    ];
     // A template tells an absent field from an empty one.
-    if let Some(name) = &message.name {
-        value = context! { name, ..value };
-    }
-    if let Some(tool_call_id) = &message.tool_call_id {
-        value = context! { tool_call_id, ..value };
-    }
-    if let Some(reasoning) = &message.reasoning {
-        value = context! { reasoning, reasoning_content => reasoning, ..value };
-    }
+    let given = [
+        ("name", &message.name),
+        ("tool_call_id", &message.tool_call_id),
+        ("reasoning", &message.reasoning),
+        ("reasoning_content", &message.reasoning),
+    ];
+    let given = given
+        .into_iter()
+        .filter_map(|(name, text)| Some((name, text.as_deref()?.into())));
+    fields.extend(given);
     if !message.tool_calls.is_empty() {
-        let tool_calls = tool_calls(&message.tool_calls, at)?;
-        value = context! { tool_calls, ..value };
+        fields.push(("tool_calls", tool_calls(&message.tool_calls, at)?));
     }
-    Ok(value)
+    let fields = fields.into_iter().map(|(name, value)| (name.to_owned(), value));
+    Ok(Json::Object(fields.collect()).to_value())
 }
 
-fn content(message: &ChatMessage, shape: Shape) -> Value {
+fn content(message: &ChatMessage, shape: Shape) -> Json {
     let cut = if shape.cut { CUT } else { "" };
     if !shape.parts {
-        return Value::from(text(message) + cut);
+        return Json::String(text(message) + cut);
     }
-    let whole = [message.content.as_str()];
     let mut texts: Vec<&str> = message.text_parts.iter().map(String::as_str).collect();
     if texts.is_empty() && (!message.content.is_empty() || shape.cut) {
-        texts.extend(whole);
+        texts.push(&message.content);
     }
     let last = texts.len().saturating_sub(1);
     let parts = texts.iter().enumerate().map(|(at, text)| {
         let text = format!("{text}{}", if at == last { cut } else { "" });
-        context! { r#type => "text", text }
+        object([("type", "text".into()), ("text", Json::String(text))])
     });
-    parts.collect()
+    Json::Array(parts.collect())
 }
 
 /// In OpenAI's shape, but with the arguments as an object: templates look into them, as with vLLM.
-fn tool_calls(calls: &[ToolCall], at: usize) -> Result<Value, RpcError> {
+fn tool_calls(calls: &[ToolCall], at: usize) -> Result<Json, RpcError> {
     if calls.len() > MAX_TOOL_CALLS {
         let param = format!("messages[{at}].tool_calls");
         let message = format!(
@@ -131,14 +133,13 @@ fn tool_calls(calls: &[ToolCall], at: usize) -> Result<Value, RpcError> {
             })?,
         };
         let function = object([("name", call.name.as_str().into()), ("arguments", arguments)]);
-        let call = object([
+        Ok(object([
             ("id", call.id.as_str().into()),
             ("type", "function".into()),
             ("function", function),
-        ]);
-        Ok(call.to_value())
+        ]))
     });
-    calls.collect::<Result<Vec<_>, RpcError>>().map(Value::from_iter)
+    calls.collect::<Result<Vec<_>, RpcError>>().map(Json::Array)
 }
 
 /// Cuts a rendered prompt where its last message's content ends. Errors: the template does not show that message.

@@ -228,6 +228,14 @@ mod tests {
     }
 
     #[test]
+    fn constants_are_pythons() {
+        assert_eq!(
+            render_with("{{ true }} {{ false }} {{ none }} {{ missing }}{{ 1.0 }}").expect("renders"),
+            "True False None 1.0"
+        );
+    }
+
+    #[test]
     fn generation_tags_render_their_body() {
         let source = "{%- generation -%} a {%- endgeneration %}{% if true %}b{% endif %}{% set generation = 'c' %}{{ generation }}";
         assert_eq!(render_with(source).expect("renders"), "abc");

@@ -186,6 +186,7 @@ impl ChatSide {
     ) -> OutputPlan {
         let is_forced = matches!(choice, ToolChoice::Required | ToolChoice::Named(_));
         let reasoning = self.options.reasoning_parser.map(|parser| ReasoningPlan {
+            parser,
             // A model that must call does not think aloud: its text is JSON from the first character.
             begins: !is_forced && parser.begins_with_reasoning(prompt, thinks),
             include: request.include_reasoning.unwrap_or(true),

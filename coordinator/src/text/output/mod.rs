@@ -32,6 +32,7 @@ pub struct OutputPlan {
 
 #[derive(Clone, Copy, Debug)]
 pub(super) struct ReasoningPlan {
+    pub(super) parser: ReasoningParser,
     /// The text begins with it.
     pub(super) begins: bool,
     /// It is told; else it is left out.
@@ -68,6 +69,11 @@ impl OutputPlan {
         self.reasoning.is_some_and(|plan| plan.include)
     }
 
+    /// The reasoning is left out, and so is what would give it away: log-probabilities name their tokens.
+    pub(crate) fn hides_tokens(&self) -> bool {
+        self.reasoning.is_some_and(|plan| !plan.include)
+    }
+
     pub(crate) fn markers(&self) -> &Arc<[u32]> {
         &self.markers
     }
@@ -77,7 +83,7 @@ impl OutputPlan {
         let reasoning = self.reasoning.filter(|plan| plan.begins);
         let tools = self.tools.as_ref();
         OutputParser {
-            splitter: reasoning.map(|_| ReasoningSplitter::new()),
+            splitter: reasoning.map(|plan| ReasoningSplitter::new(plan.parser)),
             tells_reasoning: self.tells_reasoning(),
             tools: tools.and_then(ToolText::new),
             log: CallLog::new(tools),

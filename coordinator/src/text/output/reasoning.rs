@@ -6,13 +6,17 @@ use super::tag::{Piece, TagScanner};
 
 const OPEN: &str = "<think>";
 const CLOSE: &str = "</think>";
+const CALL: &str = "<tool_call>";
+const FUNCTION: &str = "<function=";
+const TAGS: &[&str] = &[OPEN, CLOSE, CALL, FUNCTION];
 
 /// How a model marks its reasoning; the names are vLLM's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReasoningParser {
     /// Always thinks first.
     DeepSeekR1,
-    /// Thinks first unless the request's `enable_thinking` is false.
+    /// Thinks first unless the request's `enable_thinking` is false, and may call a function without an end of its
+    /// reasoning.
     Qwen3,
 }
 
@@ -20,10 +24,10 @@ impl ReasoningParser {
     pub const NAMES: [&str; 2] = ["deepseek_r1", "qwen3"];
 
     /// Tokens that must reach the parser even if special tokens are not shown.
-    pub(super) const MARKERS: &[&str] = &[OPEN, CLOSE];
+    pub(crate) const MARKERS: &[&str] = &[OPEN, CLOSE];
 
     /// Whether a completion of `prompt` begins with reasoning. Templates that switch thinking off write an empty thought.
-    pub(super) fn begins_with_reasoning(self, prompt: &str, enable_thinking: bool) -> bool {
+    pub(crate) fn begins_with_reasoning(self, prompt: &str, enable_thinking: bool) -> bool {
         let switched_off = self == Self::Qwen3 && !enable_thinking;
         !switched_off && !prompt.trim_end().ends_with(CLOSE)
     }
@@ -53,18 +57,23 @@ impl fmt::Display for ReasoningParser {
 /// Splits a text that begins with reasoning. A text without an end of reasoning is all reasoning: it was cut short.
 #[derive(Debug)]
 pub(super) struct ReasoningSplitter {
+    parser: ReasoningParser,
     scanner: TagScanner,
     /// Nothing but white space came so far, so an opening tag only says what is known.
     is_blank: bool,
     ended: bool,
+    /// The tag of a call, and the white space after it: reasoning about calls, unless a function follows.
+    call: String,
 }
 
 impl ReasoningSplitter {
-    pub(super) fn new() -> Self {
+    pub(super) fn new(parser: ReasoningParser) -> Self {
         Self {
-            scanner: TagScanner::new(ReasoningParser::MARKERS),
+            parser,
+            scanner: TagScanner::new(TAGS),
             is_blank: true,
             ended: false,
+            call: String::new(),
         }
     }
 
@@ -73,22 +82,44 @@ impl ReasoningSplitter {
         if self.ended {
             return content.push_str(text);
         }
-        let (is_blank, ended) = (&mut self.is_blank, &mut self.ended);
-        self.scanner.push(text, |piece| match piece {
-            Piece::Tag(CLOSE) if !*ended => *ended = true,
-            Piece::Tag(OPEN) if *is_blank => *is_blank = false,
-            Piece::Tag(text) | Piece::Text(text) => {
-                *is_blank &= text.trim().is_empty();
-                if *ended { &mut *content } else { &mut *reasoning }.push_str(text);
-            }
-        });
+        let mut scanner = std::mem::replace(&mut self.scanner, TagScanner::new(TAGS));
+        scanner.push(text, |piece| self.take(piece, reasoning, content));
         if self.ended {
-            content.push_str(&self.scanner.finish());
+            content.push_str(&scanner.finish());
         }
+        self.scanner = scanner;
     }
 
     pub(super) fn finish(&mut self, reasoning: &mut String) {
+        reasoning.push_str(&self.call);
         reasoning.push_str(&self.scanner.finish());
+    }
+
+    fn take(&mut self, piece: Piece<'_>, reasoning: &mut String, content: &mut String) {
+        if let (true, Piece::Text(text) | Piece::Tag(text)) = (self.ended, piece) {
+            return content.push_str(text);
+        }
+        match piece {
+            Piece::Tag(FUNCTION) if !self.call.is_empty() => {
+                self.ended = true;
+                content.push_str(&std::mem::take(&mut self.call));
+                return content.push_str(FUNCTION);
+            }
+            Piece::Text(text) if !self.call.is_empty() && text.trim().is_empty() => {
+                return self.call.push_str(text);
+            }
+            _ => {}
+        }
+        reasoning.push_str(&std::mem::take(&mut self.call));
+        match piece {
+            Piece::Tag(CLOSE) => self.ended = true,
+            Piece::Tag(OPEN) if self.is_blank => self.is_blank = false,
+            Piece::Tag(CALL) if self.parser == ReasoningParser::Qwen3 => self.call.push_str(CALL),
+            Piece::Tag(text) | Piece::Text(text) => {
+                self.is_blank &= text.trim().is_empty();
+                reasoning.push_str(text);
+            }
+        }
     }
 }
 
@@ -96,8 +127,8 @@ impl ReasoningSplitter {
 mod tests {
     use super::*;
 
-    fn split(text: &str) -> (String, String) {
-        let mut splitter = ReasoningSplitter::new();
+    fn split(parser: ReasoningParser, text: &str) -> (String, String) {
+        let mut splitter = ReasoningSplitter::new(parser);
         let (mut reasoning, mut content) = (String::new(), String::new());
         for char in text.chars() {
             splitter.push(char.encode_utf8(&mut [0; 4]), &mut reasoning, &mut content);
@@ -115,8 +146,27 @@ mod tests {
             ("<think></think>1 </think> 2 <think>", "", "1 </think> 2 <think>"),
             ("a <think> b</thin", "a <think> b</thin", ""),
         ] {
-            assert_eq!(split(text), (reasoning.to_owned(), content.to_owned()), "{text}");
+            let expected = (reasoning.to_owned(), content.to_owned());
+            assert_eq!(split(ReasoningParser::DeepSeekR1, text), expected, "{text}");
         }
+    }
+
+    #[test]
+    fn a_function_ends_qwens_reasoning_and_talk_of_calls_does_not() {
+        for (text, reasoning, content) in [
+            ("Hm.<tool_call>\n<function=f>", "Hm.", "<tool_call>\n<function=f>"),
+            (
+                "A <tool_call> is <function=f></think>!",
+                "A <tool_call> is <function=f>",
+                "!",
+            ),
+            ("Hm.<tool_call>\n", "Hm.<tool_call>\n", ""),
+        ] {
+            let expected = (reasoning.to_owned(), content.to_owned());
+            assert_eq!(split(ReasoningParser::Qwen3, text), expected, "{text}");
+        }
+        let (reasoning, _) = split(ReasoningParser::DeepSeekR1, "<tool_call><function=f>");
+        assert_eq!(reasoning, "<tool_call><function=f>");
     }
 
     #[test]

@@ -394,6 +394,7 @@ fn ids_are_as_long_as_the_templates_want() {
 fn reasoning_comes_before_content_and_calls() {
     let mut plan = auto(ToolParser::Hermes);
     plan.reasoning = Some(ReasoningPlan {
+        parser: ReasoningParser::Qwen3,
         begins: true,
         include: true,
     });
@@ -402,6 +403,7 @@ fn reasoning_comes_before_content_and_calls() {
     expected.reasoning = "\nA <tool_call>?\n".into();
     assert_eq!(parse(&plan, [text.as_str()]), expected);
     plan.reasoning = Some(ReasoningPlan {
+        parser: ReasoningParser::Qwen3,
         begins: true,
         include: false,
     });
@@ -474,6 +476,7 @@ fn plans() -> Vec<OutputPlan> {
     plans.push(plan(None, ToolChoice::Required));
     let mut thinking = auto(ToolParser::Qwen3);
     thinking.reasoning = Some(ReasoningPlan {
+        parser: ReasoningParser::Qwen3,
         begins: true,
         include: true,
     });

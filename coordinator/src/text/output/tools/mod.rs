@@ -42,7 +42,7 @@ impl ToolParser {
     ];
 
     /// Tokens that must reach the parser even if special tokens are not shown.
-    pub(super) fn markers(self) -> &'static [&'static str] {
+    pub(crate) fn markers(self) -> &'static [&'static str] {
         match self {
             Self::Hermes => hermes::TAGS,
             Self::Llama3Json => llama::TAGS,
@@ -80,7 +80,10 @@ impl fmt::Display for ToolParser {
 
 /// The text of a completion that may hold calls.
 #[derive(Debug)]
-pub(super) enum ToolText {
+pub(super) struct ToolText(Format);
+
+#[derive(Debug)]
+enum Format {
     Forced(forced::Forced),
     Hermes(hermes::Hermes),
     Llama(llama::Llama),
@@ -93,37 +96,37 @@ impl ToolText {
     /// None where calls are not looked for.
     pub(super) fn new(plan: &ToolPlan) -> Option<Self> {
         if let Some(forced) = forced::Forced::new(&plan.choice) {
-            return Some(Self::Forced(forced));
+            return Some(Self(Format::Forced(forced)));
         }
-        Some(match plan.parser? {
-            ToolParser::Hermes => Self::Hermes(hermes::Hermes::new()),
-            ToolParser::Llama3Json => Self::Llama(llama::Llama::new()),
-            ToolParser::Mistral => Self::Mistral(mistral::Mistral::new()),
-            ToolParser::Pythonic => Self::Pythonic(pythonic::Pythonic::new()),
-            ToolParser::Qwen3 => Self::Qwen(qwen::Qwen::new(plan.tools.clone())),
-        })
+        Some(Self(match plan.parser? {
+            ToolParser::Hermes => Format::Hermes(hermes::Hermes::new()),
+            ToolParser::Llama3Json => Format::Llama(llama::Llama::new()),
+            ToolParser::Mistral => Format::Mistral(mistral::Mistral::new()),
+            ToolParser::Pythonic => Format::Pythonic(pythonic::Pythonic::new()),
+            ToolParser::Qwen3 => Format::Qwen(qwen::Qwen::new(plan.tools.clone())),
+        }))
     }
 
     pub(super) fn push(&mut self, text: &str, sink: &mut Sink<'_>) {
-        match self {
-            Self::Forced(parser) => parser.push(text, sink),
-            Self::Hermes(parser) => parser.push(text, sink),
-            Self::Llama(parser) => parser.push(text, sink),
-            Self::Mistral(parser) => parser.push(text, sink),
-            Self::Pythonic(parser) => parser.push(text, sink),
-            Self::Qwen(parser) => parser.push(text, sink),
+        match &mut self.0 {
+            Format::Forced(parser) => parser.push(text, sink),
+            Format::Hermes(parser) => parser.push(text, sink),
+            Format::Llama(parser) => parser.push(text, sink),
+            Format::Mistral(parser) => parser.push(text, sink),
+            Format::Pythonic(parser) => parser.push(text, sink),
+            Format::Qwen(parser) => parser.push(text, sink),
         }
     }
 
     /// The text ends here.
     pub(super) fn finish(&mut self, sink: &mut Sink<'_>) {
-        match self {
-            Self::Forced(parser) => parser.finish(sink),
-            Self::Hermes(parser) => parser.finish(sink),
-            Self::Llama(parser) => parser.finish(sink),
-            Self::Mistral(parser) => parser.finish(sink),
-            Self::Pythonic(parser) => parser.finish(sink),
-            Self::Qwen(parser) => parser.finish(sink),
+        match &mut self.0 {
+            Format::Forced(parser) => parser.finish(sink),
+            Format::Hermes(parser) => parser.finish(sink),
+            Format::Llama(parser) => parser.finish(sink),
+            Format::Mistral(parser) => parser.finish(sink),
+            Format::Pythonic(parser) => parser.finish(sink),
+            Format::Qwen(parser) => parser.finish(sink),
         }
     }
 }
