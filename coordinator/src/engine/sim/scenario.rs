@@ -238,6 +238,7 @@ fn request(id: SequenceId, shared: &[u32], config: &EngineConfig, prng: &mut Prn
     EngineRequest {
         id,
         prompt,
+        output: vec![],
         sampling,
         stop: StopRules {
             max_tokens: max_tokens + oversized,
