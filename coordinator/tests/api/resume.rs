@@ -95,10 +95,8 @@ async fn text_goes_on_inside_a_character() {
 
 #[tokio::test]
 async fn a_stop_string_is_found_across_the_seam() {
-    let whole = assert_seamless(&tokens("Hello world, and so on"), |sampling| {
-        sampling.stop = vec!["o wor".into(), "never".into()];
-    });
-    let whole = whole.await;
+    let stop = |sampling: &mut SamplingParams| sampling.stop = vec!["o wor".into(), "never".into()];
+    let whole = assert_seamless(&tokens("Hello world, and so on"), stop).await;
     assert_eq!(whole.text, "Hell");
     assert_eq!(whole.stop_reason, Some(StopReason::StopString("o wor".into())));
 }
@@ -107,11 +105,11 @@ async fn a_stop_string_is_found_across_the_seam() {
 async fn limits_count_from_the_first_token() {
     let newline = tokens("\n")[0];
     let lines = tokens("a b\nc d\ne f\n");
-    let whole = assert_seamless(&lines, |sampling| {
+    let stop = |sampling: &mut SamplingParams| {
         sampling.stop_token_ids = vec![newline];
         sampling.min_tokens = Some(4);
-    });
-    let whole = whole.await;
+    };
+    let whole = assert_seamless(&lines, stop).await;
     assert_eq!(whole.stop_reason, Some(StopReason::StopTokenId(newline)));
     let whole = assert_seamless(&lines, |sampling| sampling.max_tokens = Some(5)).await;
     assert_eq!(

@@ -185,8 +185,9 @@ impl Scripted {
                 let lost = RpcError::new(ErrorKind::WorkerLost, "rank 1 is gone");
                 match (resume, willing) {
                     ([], _) => {
-                        let begin = count(&vec![ResumedChoice::default(); sampling.n.unwrap_or(1) as usize]);
-                        let begin = begin.into_iter().take(5).map(Ok);
+                        let n = sampling.n.unwrap_or(1) as usize;
+                        let begin = count(&vec![ResumedChoice::default(); n]).into_iter();
+                        let begin = begin.take(2 * n + 1).map(Ok);
                         Ok(stream::iter(begin.chain([Err(lost.into())])).boxed())
                     }
                     (resume, true) => Ok(stream::iter(count(resume).into_iter().map(Ok)).boxed()),
