@@ -7,6 +7,7 @@ mod json;
 mod output;
 mod pool;
 mod processor;
+mod resume;
 mod sampling;
 mod stop;
 mod tokenizer;
