@@ -45,7 +45,7 @@ pub(super) struct Sequence {
 impl Sequence {
     pub(super) fn new(request: EngineRequest, urgency: Urgency, kv: SequenceKv) -> Self {
         let penalized = request.sampling.penalties(Vec::new).is_some();
-        Self {
+        let mut sequence = Self {
             id: request.id,
             urgency,
             num_prompt_tokens: request.prompt.len(),
@@ -59,7 +59,17 @@ impl Sequence {
             masked_out: None,
             started: false,
             failed_steps: 0,
+        };
+        // Wherever it was made, output is output: to the limits, the penalties and the position of each draw.
+        for token in request.output {
+            // A grammar that this breaks says so again when it is asked what may follow.
+            let _ = sequence.push(token);
         }
+        sequence
+    }
+
+    pub(super) fn num_prompt_tokens(&self) -> usize {
+        self.num_prompt_tokens
     }
 
     pub(super) fn num_remaining_tokens(&self) -> usize {
@@ -164,15 +174,14 @@ impl Sequence {
             history.push_output(token, self.tokens.len());
         }
         self.tokens.push(token);
-        if !self.is_kept_from_stopping() && self.stop.stop_token_ids.contains(&token) {
-            return Ok(Some(FinishReason::Stop));
+        match self.stop.end_after(self.num_output_tokens(), token) {
+            Some(FinishReason::Stop) => Ok(Some(FinishReason::Stop)),
+            // The end of a grammar is an end, whatever else was asked for: no token can follow.
+            end => Ok(match self.constraint.accept(token)? {
+                GrammarStatus::Complete => Some(FinishReason::Stop),
+                GrammarStatus::Open => end,
+            }),
         }
-        // The end of a grammar is an end, whatever else was asked for: no token can follow.
-        if self.constraint.accept(token)? == GrammarStatus::Complete {
-            return Ok(Some(FinishReason::Stop));
-        }
-        let full = self.num_output_tokens() >= self.stop.max_tokens as usize;
-        Ok(full.then_some(FinishReason::Length))
     }
 }
 

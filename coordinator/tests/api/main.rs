@@ -3,7 +3,9 @@
 mod operations;
 mod ranks;
 mod requests;
+mod resume;
 mod server;
 mod structured;
 #[path = "../support/mod.rs"]
 mod support;
+mod tools;

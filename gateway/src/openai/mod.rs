@@ -1,5 +1,6 @@
 //! OpenAI's HTTP API in vLLM's dialect, over the coordinator's gRPC.
 
+mod answer;
 mod bias;
 mod body;
 pub(crate) mod chat;
@@ -13,5 +14,6 @@ mod prompt;
 mod reply;
 mod sse;
 mod structured;
+mod tools;
 mod unoffered;
 mod usage;

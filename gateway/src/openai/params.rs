@@ -42,6 +42,8 @@ pub(super) struct Params {
     logit_bias: Option<LogitBias>,
     priority: Option<i32>,
     pub(super) cache_salt: Option<String>,
+    /// Names the session of a request that does not name one itself.
+    pub(super) user: Option<String>,
 }
 
 #[derive(Clone, Copy, Debug, Default, Deserialize)]

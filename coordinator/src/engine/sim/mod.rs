@@ -92,11 +92,19 @@ pub(crate) enum End {
     Failed,
 }
 
-/// Tokens and end of a request that has the machine to itself, computed without blocks, chunks or batches.
+/// Tokens and end of a request that has the machine to itself, computed without blocks, chunks or batches: those that
+/// follow the output it brings.
 pub(crate) fn oracle(request: &EngineRequest, max_edits: usize) -> (Vec<u32>, End) {
-    let mut tokens = request.prompt.clone();
-    let num_prompt = tokens.len();
+    let num_prompt = request.prompt.len();
+    let mut tokens = [request.prompt.as_slice(), &request.output].concat();
+    let num_known = tokens.len();
     let mut constraint = request.constraint.clone();
+    for &token in &request.output {
+        if let Some(grammar) = &mut constraint.grammar {
+            // As with the engine, a failure is one when it is asked.
+            let _ = grammar.accept(token);
+        }
+    }
     loop {
         let num_output = tokens.len() - num_prompt;
         let s = &request.sampling;
@@ -117,8 +125,8 @@ pub(crate) fn oracle(request: &EngineRequest, max_edits: usize) -> (Vec<u32>, En
             bias,
             ..RowSampling::GREEDY
         };
-        let output = |tokens: &[u32]| tokens[num_prompt..].to_vec();
-        let Some(allowed) = naive_mask(&mut constraint, &output(&tokens), banned) else {
+        let output = |tokens: &[u32]| tokens[num_known..].to_vec();
+        let Some(allowed) = naive_mask(&mut constraint, &tokens[num_prompt..], banned) else {
             return (output(&tokens), End::Failed);
         };
         let context = tokens.iter().map(|&token| kv_entry(token, request.id));
