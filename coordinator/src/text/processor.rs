@@ -299,15 +299,17 @@ impl TextProcessor {
         let prompt_tokens = prompt.len() as u32;
         // The last one is moved: copies of grammars are not small.
         let constraints = iter::repeat_n(mem::take(&mut params.constraint), params.n as usize);
-        let sequences = (0..params.n).zip(constraints).map(|(index, constraint)| NewSequence {
-            prompt: prompt.clone(),
-            output: Vec::new(),
-            sampling: params.sampling_of(index),
-            stop: stop.clone(),
-            constraint,
-            priority: place.priority,
-            cache_salt: place.cache_salt.clone(),
-        });
+        let sequences = (0..params.n)
+            .zip(constraints)
+            .map(|(index, constraint)| NewSequence {
+                prompt: prompt.clone(),
+                output: Vec::new(),
+                sampling: params.sampling_of(index),
+                stop: stop.clone(),
+                constraint,
+                priority: place.priority,
+                cache_salt: place.cache_salt.clone(),
+            });
         Ok(PreparedRequest {
             sequences: sequences.collect(),
             ended_after: vec![None; params.n as usize],
