@@ -6,6 +6,7 @@
 //! neither on the rows beside it, nor on how the prompt was cut, nor on the block size, nor on the rank's other heads.
 
 mod kernel;
+mod tile;
 
 use std::cmp::Reverse;
 use std::ops::Range;
