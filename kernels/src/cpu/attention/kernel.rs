@@ -5,35 +5,34 @@ use std::ops::Range;
 
 use super::super::kv_cache::{Elements, KvElement, KvGroup};
 use super::super::simd::{Kernel, LANES, Simd};
-use super::tile::{TILE, TILE_GROUPS, Tile};
-use super::{Attention, Output, Task};
+use super::state::State;
+use super::tile::{Queries, TILE, TILE_GROUPS, Tile};
+use super::{Attention, Output, Parts, SEGMENT, Task};
 
 thread_local! {
     /// Memory of the last task, for the next one.
     static SCRATCH: Cell<Scratch> = const { Cell::new(Scratch::new()) };
 }
 
-/// State of a task's query vectors. They are numbered row by row, and head by head within a row.
-pub(super) struct Scratch {
+/// Query vectors of a task, and what was found out of them. They are numbered row by row, and head by head within a row.
+struct Scratch {
     /// By blocks of [`block_of`] vectors: `[head_dim][vectors of the block]`, scaled.
-    pub(super) queries: Vec<f32>,
-    /// Weighted sums of V so far: `[vector][v_vectors]`.
-    pub(super) sums: Vec<[f32; LANES]>,
-    /// Largest score so far, and the sum of weights relative to it.
-    pub(super) max: Vec<f32>,
-    pub(super) weight: Vec<f32>,
+    queries: Vec<f32>,
     /// Positions that a vector sees.
-    pub(super) visible: Vec<Range<usize>>,
+    visible: Vec<Range<usize>>,
+    /// Of the segment.
+    state: State,
+    /// Of the segments before it.
+    total: State,
 }
 
 impl Scratch {
     const fn new() -> Self {
         Self {
             queries: Vec::new(),
-            sums: Vec::new(),
-            max: Vec::new(),
-            weight: Vec::new(),
             visible: Vec::new(),
+            state: State::new(),
+            total: State::new(),
         }
     }
 }
@@ -50,6 +49,7 @@ pub(super) struct TileRows<'a, E> {
     pub(super) attention: Attention<'a>,
     pub(super) elements: Elements<'a, E>,
     pub(super) out: Output<'a>,
+    pub(super) parts: Parts<'a>,
 }
 
 /// How many of `left` query vectors are multiplied at once: 12, 6 or fewer.
@@ -70,39 +70,88 @@ impl<E: KvElement> Kernel for TileRows<'_, E> {
         // Taken out and put back, not borrowed by a closure, whose code would not be compiled for the instruction set.
         let mut scratch = SCRATCH.take();
         self.start::<S>(&mut scratch);
-        let first = scratch.visible[0].start / TILE * TILE;
-        let end = scratch.visible[scratch.visible.len() - 1].end;
-        let mut next = Some(self.tile(first, end));
+        let vectors = scratch.visible.len();
+        let (first, end) = (scratch.visible[0].start, scratch.visible[vectors - 1].end);
+        let segments = first / SEGMENT..end.div_ceil(SEGMENT);
+        for segment in self.task.segment.map_or(segments.clone(), |one| one..one + 1) {
+            scratch.state.reset(vectors, self.elements.layout.v_vectors());
+            let start = first.max(segment * SEGMENT) / TILE * TILE;
+            self.attend(simd, &mut scratch, start..end.min((segment + 1) * SEGMENT));
+            if segments.len() > 1 && self.task.segment.is_none() {
+                if segment == segments.start {
+                    std::mem::swap(&mut scratch.total, &mut scratch.state);
+                } else {
+                    scratch.total.merge(simd, &scratch.state);
+                }
+            }
+        }
+        match self.task.part {
+            Some(part) => self.parts.put(part, &mut scratch.state),
+            None if segments.len() > 1 => self.finish(&scratch.total),
+            None => self.finish(&scratch.state),
+        }
+        SCRATCH.set(scratch);
+    }
+}
+
+/// Puts the segments of a task together that were attended to one by one.
+pub(super) struct Join<'a, E>(pub(super) TileRows<'a, E>, pub(super) Range<usize>);
+
+impl<E: KvElement> Kernel for Join<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let Self(rows, parts) = self;
+        let mut total = State::new();
+        for part in parts.clone() {
+            let mut state = rows.parts.get(part);
+            if part == parts.start {
+                std::mem::swap(&mut total, &mut state);
+            } else {
+                total.merge(simd, &state);
+            }
+        }
+        rows.finish(&total);
+    }
+}
+
+impl<'a, E: KvElement> TileRows<'a, E> {
+    /// Adds the tiles of `positions`, which begin where a tile does, to the state.
+    #[inline(always)]
+    fn attend<S: Simd>(&self, simd: S, scratch: &mut Scratch, positions: Range<usize>) {
+        let Range { start, end } = positions;
+        let mut next = Some(self.tile(start, end));
         next.iter().for_each(|tile| tile.prefetch_keys(simd));
-        for tile_start in (first..end).step_by(TILE) {
+        for tile_start in (start..end).step_by(TILE) {
             let Some(tile) = next else { break };
             next = (tile_start + TILE < end).then(|| self.tile(tile_start + TILE, end));
             // Blocks lie anywhere: without these, every one begins with a wait for memory. V is used after the first
             // block of vectors has its scores, the next tile after all of this.
             tile.prefetch_values(simd);
             next.iter().for_each(|tile| tile.prefetch_keys(simd));
-            let mut vector = 0;
-            while vector < scratch.visible.len() {
-                let block = block_of::<S>(scratch.visible.len() - vector);
+            let queries = Queries {
+                packed: &scratch.queries,
+                visible: &scratch.visible,
+            };
+            let (state, mut vector) = (&mut scratch.state, 0);
+            while vector < queries.visible.len() {
+                let block = block_of::<S>(queries.visible.len() - vector);
                 match block {
-                    1 => tile.attend::<S, 1>(simd, &mut scratch, vector),
-                    2 => tile.attend::<S, 2>(simd, &mut scratch, vector),
-                    3 => tile.attend::<S, 3>(simd, &mut scratch, vector),
-                    4 => tile.attend::<S, 4>(simd, &mut scratch, vector),
-                    5 => tile.attend::<S, 5>(simd, &mut scratch, vector),
-                    6 => tile.attend::<S, 6>(simd, &mut scratch, vector),
-                    _ => tile.attend::<S, 12>(simd, &mut scratch, vector),
+                    1 => tile.attend::<S, 1>(simd, queries, state, vector),
+                    2 => tile.attend::<S, 2>(simd, queries, state, vector),
+                    3 => tile.attend::<S, 3>(simd, queries, state, vector),
+                    4 => tile.attend::<S, 4>(simd, queries, state, vector),
+                    5 => tile.attend::<S, 5>(simd, queries, state, vector),
+                    6 => tile.attend::<S, 6>(simd, queries, state, vector),
+                    _ => tile.attend::<S, 12>(simd, queries, state, vector),
                 }
                 vector += block;
             }
         }
-        self.finish(&scratch);
-        SCRATCH.set(scratch);
     }
-}
 
-impl<'a, E: KvElement> TileRows<'a, E> {
-    /// Loads the queries and resets the state.
+    /// Loads the queries.
     fn start<S: Simd>(&self, scratch: &mut Scratch) {
         let Attention {
             qkv, heads, batch, ..
@@ -130,15 +179,6 @@ impl<'a, E: KvElement> TileRows<'a, E> {
                 }
             }
         }
-        scratch.sums.clear();
-        scratch
-            .sums
-            .resize(vectors * self.elements.layout.v_vectors(), [0.0; LANES]);
-        scratch.max.clear();
-        // Finite, so that a tile of which a vector sees nothing changes nothing: exp(max - max) is 1.
-        scratch.max.resize(vectors, f32::MIN);
-        scratch.weight.clear();
-        scratch.weight.resize(vectors, 0.0);
     }
 
     /// K and V of the positions from `start`, up to `end` or the end of the tile.
@@ -162,12 +202,12 @@ impl<'a, E: KvElement> TileRows<'a, E> {
     }
 
     /// Divides by the sums of weights and writes the rows.
-    fn finish(&self, scratch: &Scratch) {
+    fn finish(&self, state: &State) {
         let head_dim = self.attention.heads.head_dim;
         let first = self.out.start + self.task.q_heads.start * head_dim;
         let width = self.task.q_heads.len() * head_dim;
-        let sums = scratch.sums.chunks_exact(self.elements.layout.v_vectors());
-        let mut heads = sums.zip(&scratch.weight);
+        let sums = state.sums.chunks_exact(self.elements.layout.v_vectors());
+        let mut heads = sums.zip(&state.weight);
         for row in self.task.rows.clone() {
             // SAFETY: no other task has these rows and heads.
             let out = unsafe { self.out.rows.part(row, first..first + width) };

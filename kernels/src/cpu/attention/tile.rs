@@ -8,11 +8,20 @@ use std::ops::Range;
 use super::super::kv_cache::{KvElement, KvGroup};
 use super::super::math::exp;
 use super::super::simd::{LANES, Simd};
-use super::kernel::Scratch;
+use super::state::State;
 
 /// Positions of a tile.
 pub(super) const TILE: usize = 64;
 pub(super) const TILE_GROUPS: usize = TILE / LANES;
+
+/// A task's query vectors.
+#[derive(Clone, Copy)]
+pub(super) struct Queries<'a> {
+    /// By blocks of vectors: `[head_dim][vectors of the block]`, scaled.
+    pub(super) packed: &'a [f32],
+    /// Positions that a vector sees.
+    pub(super) visible: &'a [Range<usize>],
+}
 
 /// K and V of up to 64 positions.
 pub(super) struct Tile<'a, E> {
@@ -42,10 +51,16 @@ impl<E: KvElement> Tile<'_, E> {
 
     /// Adds the tile to the state of query vectors `vector..vector + M`.
     #[inline(always)]
-    pub(super) fn attend<S: Simd, const M: usize>(&self, simd: S, scratch: &mut Scratch, vector: usize) {
+    pub(super) fn attend<S: Simd, const M: usize>(
+        &self,
+        simd: S,
+        queries: Queries<'_>,
+        state: &mut State,
+        vector: usize,
+    ) {
         let mut seen = [(0, 0); M];
         let (mut first, mut last) = (TILE, 0);
-        for (seen, visible) in seen.iter_mut().zip(&scratch.visible[vector..]) {
+        for (seen, visible) in seen.iter_mut().zip(&queries.visible[vector..]) {
             *seen = (
                 visible.start.saturating_sub(self.start).min(TILE),
                 visible.end.saturating_sub(self.start).min(TILE),
@@ -61,7 +76,7 @@ impl<E: KvElement> Tile<'_, E> {
         let groups = first / LANES..last.div_ceil(LANES);
 
         let mut scores: Scores<M> = [[0.0; TILE]; M];
-        let queries = &scratch.queries[vector * self.head_dim..][..M * self.head_dim];
+        let queries = &queries.packed[vector * self.head_dim..][..M * self.head_dim];
         let queries = queries.as_chunks().0;
         match M {
             1 => self.scores::<S, M, 4>(simd, queries, groups.clone(), &mut scores),
@@ -69,13 +84,13 @@ impl<E: KvElement> Tile<'_, E> {
             _ => self.scores::<S, M, 1>(simd, queries, groups.clone(), &mut scores),
         }
 
-        let sums = &mut scratch.sums[vector * self.v_vectors..][..M * self.v_vectors];
+        let sums = &mut state.sums[vector * self.v_vectors..][..M * self.v_vectors];
         let factors = softmax(
             simd,
             &mut scores,
             (groups, &seen),
-            &mut scratch.max[vector..vector + M],
-            &mut scratch.weight[vector..vector + M],
+            &mut state.max[vector..vector + M],
+            &mut state.weight[vector..vector + M],
         );
         for m in 0..M {
             if factors[m] != 1.0 {
