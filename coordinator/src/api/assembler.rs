@@ -111,12 +111,10 @@ impl ChoiceAssembler {
                 top_logprobs: Vec::new(),
             });
         }
-        self.piece = v1::Choice {
-            index: self.piece.index,
-            finish_reason: self.piece.finish_reason,
-            stop_reason: self.piece.stop_reason.take(),
-            ..v1::Choice::default()
-        };
+        if let Some(told) = self.take() {
+            self.piece.finish_reason = told.finish_reason;
+            self.piece.stop_reason = told.stop_reason;
+        }
     }
 
     /// The client has got the whole completion, of so many tokens, from another server.
