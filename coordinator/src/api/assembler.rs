@@ -7,6 +7,7 @@ use phalanx_proto::{
     v1::{self, choice::StopReason},
 };
 
+use super::logprobs;
 use crate::{
     engine::{FinishReason, StopRules},
     text::{Detokenizer, PreparedRequest, StopMatcher, TokenTable, Tokenizer},
@@ -20,6 +21,8 @@ pub(super) struct ChoiceAssembler {
     eos: Option<u32>,
     include_stop_in_output: bool,
     logprobs: bool,
+    /// Whether there is more than the echo.
+    generates: bool,
     /// A stop token whose text is not shown until it turns out not to have ended the sequence.
     undecided: Option<u32>,
     /// Tokens of the completion.
@@ -49,6 +52,7 @@ impl ChoiceAssembler {
             rules,
             eos: tokenizer.special_tokens().eos,
             logprobs: request.output.logprobs.is_some(),
+            generates: request.generates,
             undecided: None,
             tokens: 0,
             chars: echo.chars().count() as u32,
@@ -59,6 +63,11 @@ impl ChoiceAssembler {
                 ..v1::Choice::default()
             },
         }
+    }
+
+    /// Puts the echoed prompt's log-probabilities before all others. Before the first [`Self::take`].
+    pub(super) fn echo(&mut self, logprobs: impl IntoIterator<Item = v1::TokenLogprobs>) {
+        self.piece.logprobs.splice(0..0, logprobs);
     }
 
     pub(super) fn tokens(&self) -> u32 {
@@ -80,7 +89,7 @@ impl ChoiceAssembler {
         if let Some(before) = self.undecided.take() {
             self.push_text_of(before);
         }
-        if self.finished {
+        if self.finished || !self.generates {
             return;
         }
         self.tokens += 1;
@@ -115,6 +124,7 @@ impl ChoiceAssembler {
         if !self.show(&rest) {
             self.stop_strings.finish(&mut self.piece.text);
             self.end(match reason {
+                FinishReason::Stop if !self.generates => v1::FinishReason::Length,
                 FinishReason::Stop => v1::FinishReason::Stop,
                 FinishReason::Length => v1::FinishReason::Length,
                 FinishReason::Abort => v1::FinishReason::Abort,
@@ -159,20 +169,7 @@ impl ChoiceAssembler {
     }
 
     fn logprobs_of(&self, sampled: &SampledToken) -> Option<v1::TokenLogprobs> {
-        let entry = |token_id: u32, logprob: f32| {
-            let bytes = self.table.bytes(token_id);
-            v1::TokenLogprob {
-                token_id,
-                token: String::from_utf8_lossy(bytes).into_owned(),
-                logprob,
-                bytes: bytes.to_vec(),
-            }
-        };
-        let top = sampled.top_logprobs.iter();
-        Some(v1::TokenLogprobs {
-            chosen: Some(entry(sampled.token, sampled.logprob?)),
-            top: top.map(|&(token, logprob)| entry(token, logprob)).collect(),
-            text_offset: self.chars,
-        })
+        let chosen = (sampled.token, sampled.logprob?, sampled.rank?);
+        Some(logprobs::of(&self.table, chosen, &sampled.top_logprobs, self.chars))
     }
 }

@@ -6,6 +6,8 @@ mod auth;
 mod engine;
 mod inference;
 mod listen;
+mod logprobs;
+mod prompt;
 mod registry;
 mod status;
 mod stream;
@@ -134,6 +136,7 @@ impl Envelope {
             created,
             choice,
             usage,
+            prompt: None,
         }
     }
     fn response(self, choices: Vec<v1::Choice>, usage: v1::Usage) -> v1::GenerateResponse {
@@ -143,6 +146,7 @@ impl Envelope {
             created: self.created,
             choices,
             usage: Some(usage),
+            prompt: None,
         }
     }
 }

@@ -5,7 +5,9 @@ use std::{future::poll_fn, pin::Pin, sync::Arc, task::Poll};
 use phalanx_proto::{ErrorKind, RpcError, v1};
 use tokio::sync::mpsc;
 
-use super::{Envelope, assembler::ChoiceAssembler, inference::Parts, registry::Registration};
+use super::{
+    Envelope, assembler::ChoiceAssembler, inference::Parts, prompt::PromptReport, registry::Registration,
+};
 use crate::{
     engine::FinishReason,
     engine_thread::{StreamEvent, Submission},
@@ -21,6 +23,7 @@ pub(super) struct RequestStream {
     envelope: Envelope,
     registration: Registration,
     choices: Vec<Choice>,
+    prompt: PromptReport,
     /// The choice that is looked at first, so that a fast one does not starve the others.
     turn: usize,
     prompt_tokens: u32,
@@ -61,6 +64,7 @@ impl RequestStream {
             Ok((rules, parts.engine.submit(sequence)?))
         });
         let submitted = submitted.collect::<Result<Vec<_>, RpcError>>()?;
+        let prompt = PromptReport::new(&mut request, parts.text.tokenizer());
         let choices = submitted.into_iter().enumerate();
         let choices = choices.map(|(index, (rules, submission))| Choice {
             assembler: ChoiceAssembler::new(&request, index, rules, parts.text.tokenizer()),
@@ -71,6 +75,7 @@ impl RequestStream {
             metrics: Some(parts.metrics.clone()),
             envelope,
             registration,
+            prompt,
             turn: 0,
             prompt_tokens: request.prompt_tokens,
             cached_tokens: 0,
@@ -116,8 +121,11 @@ impl RequestStream {
                 ..v1::Choice::default()
             })
             .collect();
+        let mut prompt = None;
         while let Some(chunk) = self.next().await {
-            let Some(piece) = chunk?.choice else { continue };
+            let chunk = chunk?;
+            prompt = prompt.or(chunk.prompt);
+            let Some(piece) = chunk.choice else { continue };
             let choice = &mut choices[piece.index as usize];
             choice.text.push_str(&piece.text);
             choice.token_ids.extend(piece.token_ids);
@@ -126,7 +134,10 @@ impl RequestStream {
             choice.stop_reason = piece.stop_reason;
         }
         let usage = self.usage();
-        Ok(self.envelope.response(choices, usage))
+        Ok(v1::GenerateResponse {
+            prompt,
+            ..self.envelope.response(choices, usage)
+        })
     }
 
     async fn wake(&mut self) -> Wake {
@@ -158,6 +169,12 @@ impl RequestStream {
                     self.cached_tokens = cached_tokens;
                 }
                 Some(StreamEvent::Started { .. }) => {}
+                Some(StreamEvent::PromptLogprobs(scored)) => {
+                    self.prompt.extend(scored);
+                    if self.prompt.is_complete() {
+                        return Ok(self.echo());
+                    }
+                }
                 Some(StreamEvent::Token(sampled)) => choice.assembler.token(&sampled),
                 Some(StreamEvent::Finished(reason)) => choice.assembler.finish(reason),
                 Some(StreamEvent::Failed(error)) => return Err(error),
@@ -189,7 +206,19 @@ impl RequestStream {
         }
     }
 
+    /// The prompt's scores are complete: every choice begins with them, if it echoes.
+    fn echo(&mut self) {
+        let echoed = self.prompt.echoed();
+        for choice in &mut self.choices {
+            choice.assembler.echo(echoed.iter().cloned());
+        }
+    }
+
     fn abort(&mut self) {
+        if !self.prompt.is_complete() {
+            self.prompt.give_up();
+            self.echo();
+        }
         for choice in &mut self.choices {
             if choice.submission.take().is_some() {
                 choice.assembler.finish(FinishReason::Abort);
@@ -206,12 +235,18 @@ impl RequestStream {
     }
 
     fn take_piece(&mut self) -> Option<v1::GenerateChunk> {
+        if !self.prompt.is_complete() {
+            return None;
+        }
         let piece = self
             .choices
             .iter_mut()
             .find_map(|choice| choice.assembler.take())?;
         let usage = self.continuous_usage.then(|| self.usage());
-        Some(self.envelope.chunk(Some(piece), usage))
+        Some(v1::GenerateChunk {
+            prompt: self.prompt.take(),
+            ..self.envelope.chunk(Some(piece), usage)
+        })
     }
 
     fn usage(&self) -> v1::Usage {

@@ -3,6 +3,7 @@
 mod chat;
 mod detokenizer;
 mod error;
+mod generation;
 mod pool;
 mod processor;
 mod sampling;
@@ -12,9 +13,10 @@ mod tokenizer;
 pub use chat::{ChatTemplate, Conversation, MAX_KWARGS_BYTES};
 pub use detokenizer::Detokenizer;
 pub use error::TextError;
+pub use generation::{GenerationConfig, GenerationDefaults, GenerationOptions};
 pub use pool::TextPool;
 pub use processor::{PreparedRequest, TextModel, TextOptions, TextProcessor};
-pub use sampling::{DEFAULT_MAX_LOGPROBS, GenerationDefaults, ModelLimits};
+pub use sampling::ModelLimits;
 pub use stop::{MAX_STOP_STRING_BYTES, StopMatcher};
 pub use tokenizer::{
     GgufVocab, HfFiles, MAX_VOCAB_SIZE, SpecialTokens, TokenEncoding, TokenTable, Tokenizer,
