@@ -59,6 +59,7 @@ fn config(frontend: FrontendArgs, coordinator: String, drain_timeout: Duration) 
         config.listen.clear();
     }
     config.uds = frontend.uds;
+    config.reply = frontend.reply.options();
     config.drain_timeout = drain_timeout;
     config
 }

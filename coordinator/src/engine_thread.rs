@@ -50,7 +50,9 @@ pub struct NewSequence {
 /// What a sequence's owner hears of it. `Finished` or `Failed` is the last.
 #[derive(Clone, Debug)]
 pub enum StreamEvent {
-    Started { cached_tokens: u32 },
+    Started {
+        cached_tokens: u32,
+    },
     /// The next prompt tokens that were to be scored; all come before the first `Token`.
     PromptLogprobs(Vec<ScoredToken>),
     Token(SampledToken),

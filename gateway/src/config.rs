@@ -4,7 +4,7 @@ use std::{io, path::PathBuf, time::Duration};
 
 use phalanx_proto::secret::ApiKeys;
 
-use crate::limits::HttpLimits;
+use crate::{limits::HttpLimits, openai::output::ReplyOptions};
 
 /// A gateway's configuration. All of it is fixed at start.
 #[derive(Clone, Debug)]
@@ -17,8 +17,8 @@ pub struct GatewayConfig {
     pub coordinator: String,
     /// Keys of which a client must present one; without any, no key is needed. The coordinator is shown the first.
     pub api_keys: ApiKeys,
-    /// Whether `usage` reports how many prompt tokens came from the prefix cache.
-    pub prompt_tokens_details: bool,
+    /// What replies contain.
+    pub reply: ReplyOptions,
     /// How long running requests may go on after the shutdown signal.
     pub drain_timeout: Duration,
     /// Bounds of the HTTP server.
@@ -33,7 +33,7 @@ impl GatewayConfig {
             uds: None,
             coordinator: coordinator.into(),
             api_keys: ApiKeys::default(),
-            prompt_tokens_details: false,
+            reply: ReplyOptions::default(),
             drain_timeout: Duration::from_secs(30),
             limits: HttpLimits::default(),
         }

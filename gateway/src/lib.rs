@@ -21,6 +21,7 @@ mod stall;
 
 pub use config::{GatewayConfig, GatewayError};
 pub use limits::HttpLimits;
+pub use openai::output::ReplyOptions;
 pub use server::Gateway;
 
 /// Binds and serves until `shutdown` resolves and the running requests have ended; see [`Gateway`].

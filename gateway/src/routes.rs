@@ -19,7 +19,7 @@ use crate::{
     limits::HttpLimits,
     metrics::HttpMetrics,
     observe::observe,
-    openai::{self, error::ApiError},
+    openai::{self, error::ApiError, output::ReplyOptions},
     operator,
 };
 
@@ -30,7 +30,7 @@ pub(crate) struct Service {
     pub(crate) lifecycle: Arc<Lifecycle>,
     pub(crate) metrics: Arc<HttpMetrics>,
     pub(crate) limits: HttpLimits,
-    pub(crate) prompt_tokens_details: bool,
+    pub(crate) reply: ReplyOptions,
 }
 
 const CHAT: &str = "/v1/chat/completions";

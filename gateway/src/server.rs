@@ -54,7 +54,7 @@ impl Gateway {
             lifecycle: Arc::clone(&lifecycle),
             metrics: Arc::new(HttpMetrics::new()),
             limits: config.limits.clone(),
-            prompt_tokens_details: config.prompt_tokens_details,
+            reply: config.reply,
         };
         let mut listeners = Vec::new();
         let mut local_addrs = Vec::new();

@@ -110,12 +110,7 @@ pub trait Backend: Sized {
     fn candidates(&self, logits: &Self::Buffer, requests: &[CandidateRequest<'_>])
     -> Result<Vec<Candidates>>;
     /// How many of the first `columns` values of each threshold's row are at least its value.
-    fn count_at_least(
-        &self,
-        x: &Self::Buffer,
-        columns: usize,
-        thresholds: &[Threshold],
-    ) -> Result<Vec<u32>>;
+    fn count_at_least(&self, x: &Self::Buffer, columns: usize, thresholds: &[Threshold]) -> Result<Vec<u32>>;
 }
 
 /// Decode steps, each of another number of rows, whose ops were captured once and are launched as one.

@@ -321,7 +321,10 @@ fn targets_stay_within_their_row() {
         refused(0, vec![]),
         "prompt_logprobs.targets is 0, which is not valid"
     );
-    assert_eq!(refused(0, vec![1000]), "prompt_logprobs.targets is 1000, limit 999");
+    assert_eq!(
+        refused(0, vec![1000]),
+        "prompt_logprobs.targets is 1000, limit 999"
+    );
 }
 
 /// A row's history may be long; those of a plan together may not be longer than the slot was sized for.

@@ -170,6 +170,11 @@ impl ChoiceAssembler {
 
     fn logprobs_of(&self, sampled: &SampledToken) -> Option<v1::TokenLogprobs> {
         let chosen = (sampled.token, sampled.logprob?, sampled.rank?);
-        Some(logprobs::of(&self.table, chosen, &sampled.top_logprobs, self.chars))
+        Some(logprobs::of(
+            &self.table,
+            chosen,
+            &sampled.top_logprobs,
+            self.chars,
+        ))
     }
 }

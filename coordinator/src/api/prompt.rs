@@ -29,7 +29,11 @@ impl PromptReport {
         let is_scored = echoes || output.prompt_logprobs.is_some();
         Self {
             table: tokenizer.table().clone(),
-            missing: if is_scored { token_ids.len() - 1 } else { 0 },
+            missing: if is_scored {
+                token_ids.len().saturating_sub(1)
+            } else {
+                0
+            },
             scored: Vec::new(),
             token_ids,
             output,

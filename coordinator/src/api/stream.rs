@@ -70,7 +70,7 @@ impl RequestStream {
             assembler: ChoiceAssembler::new(&request, index, rules, parts.text.tokenizer()),
             submission: Some(submission),
         });
-        Ok(Self {
+        let mut stream = Self {
             choices: choices.collect(),
             metrics: Some(parts.metrics.clone()),
             envelope,
@@ -82,7 +82,12 @@ impl RequestStream {
             continuous_usage: request.output.continuous_usage,
             final_usage: request.output.include_usage,
             failure: None,
-        })
+        };
+        // A prompt of one token has nothing to be scored.
+        if stream.prompt.is_complete() {
+            stream.echo();
+        }
+        Ok(stream)
     }
 
     /// The next chunk; none after the last. An error is the last; what was made before it comes first.
@@ -172,7 +177,8 @@ impl RequestStream {
                 Some(StreamEvent::PromptLogprobs(scored)) => {
                     self.prompt.extend(scored);
                     if self.prompt.is_complete() {
-                        return Ok(self.echo());
+                        self.echo();
+                        return Ok(());
                     }
                 }
                 Some(StreamEvent::Token(sampled)) => choice.assembler.token(&sampled),

@@ -199,10 +199,10 @@ fn answers_prompts(plan: &StepPlan, output: &StepOutput) -> bool {
         .iter()
         .filter_map(|row| Some((row.sequence, &row.prompt_logprobs.as_ref()?.targets)));
     let all_scored = asked.all(|(sequence, targets)| {
-            answers.next().is_some_and(|answer| {
-                let tokens = answer.tokens.iter().map(|scored| scored.token);
-                answer.sequence == sequence && tokens.eq(targets.iter().copied())
-            })
-        });
+        answers.next().is_some_and(|answer| {
+            let tokens = answer.tokens.iter().map(|scored| scored.token);
+            answer.sequence == sequence && tokens.eq(targets.iter().copied())
+        })
+    });
     all_scored && answers.next().is_none()
 }

@@ -300,10 +300,7 @@ impl Scheduler {
         let ScoredPrompt { sequence: id, tokens } = scored;
         if let Some(sequence) = self.sequences.get_mut(&id) {
             sequence.scored(tokens.len());
-            events.push(Event::PromptLogprobs {
-                sequence: id,
-                tokens,
-            });
+            events.push(Event::PromptLogprobs { sequence: id, tokens });
         }
     }
 

@@ -184,7 +184,10 @@ impl TokenHistory {
 
     /// By rising id.
     fn entries(&self) -> Vec<(u32, u32)> {
-        self.counts.iter().map(|(&token, &count)| (token, count)).collect()
+        self.counts
+            .iter()
+            .map(|(&token, &count)| (token, count))
+            .collect()
     }
 }
 

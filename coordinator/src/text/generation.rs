@@ -114,7 +114,11 @@ impl GenerationOptions {
 }
 
 fn read(path: &Path) -> Result<Value, TextError> {
-    let file = if path.is_dir() { path.join(FILE) } else { path.to_owned() };
+    let file = if path.is_dir() {
+        path.join(FILE)
+    } else {
+        path.to_owned()
+    };
     let bytes = read_file(&file)?;
     serde_json::from_slice(&bytes).map_err(|error| TextError::file(file.to_string_lossy(), error))
 }

@@ -160,7 +160,9 @@ impl TextProcessor {
 
     /// Renders, checks and tokenizes a conversation. Errors as [`Self::prepare`], and those of the template.
     pub async fn prepare_chat(&self, mut request: v1::ChatRequest) -> Result<PreparedRequest, RpcError> {
-        let output = request.output.take().unwrap_or_default();
+        let mut output = request.output.take().unwrap_or_default();
+        // It is the last message that is echoed, not the prompt, of which there would be log-probabilities.
+        let echo_last = std::mem::take(&mut output.echo);
         let place = Place::checked(request.priority, request.cache_salt.take())?;
         let params = self.check(&request.sampling.take().unwrap_or_default(), &output)?;
         let cut = Cut::checked(request.truncate_prompt_tokens, &params, &self.limits)?;
@@ -173,7 +175,6 @@ impl TextProcessor {
         let given = request.messages.iter().map(|message| message.content.len());
         self.check_bytes(given.fold(0, usize::saturating_add), "messages")?;
         let tokenizer = self.tokenizer.clone();
-        let echo_last = output.echo;
         let (mut prompt, echo) = self
             .pool
             .run(move || {
@@ -307,11 +308,7 @@ struct Cut(Option<usize>);
 
 impl Cut {
     /// `asked`: -1 for as many as fit. Errors: `InvalidArgument` for a number that cuts nothing or all.
-    fn checked(
-        asked: Option<i32>,
-        params: &CheckedParams,
-        limits: &ModelLimits,
-    ) -> Result<Self, RpcError> {
+    fn checked(asked: Option<i32>, params: &CheckedParams, limits: &ModelLimits) -> Result<Self, RpcError> {
         const PARAM: &str = "truncate_prompt_tokens";
         let most = limits.max_model_len;
         match asked {

@@ -169,7 +169,9 @@ impl CheckedParams {
 
     /// The most tokens of a prompt that is cut to what fits beside its completion.
     pub(crate) fn room_for_prompt(&self, limits: &ModelLimits) -> usize {
-        limits.max_model_len.saturating_sub(self.max_tokens.unwrap_or(1).max(1)) as usize
+        limits
+            .max_model_len
+            .saturating_sub(self.max_tokens.unwrap_or(1).max(1)) as usize
     }
 }
 

@@ -17,9 +17,11 @@ use super::{
     error::ApiError,
     logprobs::ChatLogprobs,
     messages::{self, Messages},
+    output::{OutputFields, ReplyOptions, Style},
     params::Params,
+    prompt_reply::PromptReply,
     reply::{Head, Reply, Stop, Whole, finish_reason, stop_reason},
-    sse::{self, Events, Streaming},
+    sse::{self, Events, Piece, Streaming},
     unoffered,
     usage::Usage,
 };
@@ -62,26 +64,15 @@ struct Call {
     style: Style,
 }
 
-/// What the reply must contain beside the text.
-#[derive(Clone, Copy)]
-struct Style {
-    logprobs: bool,
-    include_usage: bool,
-    prompt_tokens_details: bool,
-}
-
-fn prepare(body: &[u8], id: &str, prompt_tokens_details: bool) -> Result<Call, RpcError> {
+fn prepare(body: &[u8], id: &str, options: ReplyOptions) -> Result<Call, RpcError> {
     let mut params: Params = parse(body)?;
     let fields: ChatFields = parse(body)?;
+    let outputs: OutputFields = parse(body)?;
     unoffered::refuse_for_chat(body)?;
     let logprobs = fields.alternatives()?;
     let sampling = params.sampling(fields.max_completion_tokens.or(fields.max_tokens))?;
-    let output = params.output(logprobs, false)?;
-    let style = Style {
-        logprobs: logprobs.is_some(),
-        include_usage: output.include_usage,
-        prompt_tokens_details,
-    };
+    let mut output = params.output(logprobs, false, options.force_include_usage)?;
+    outputs.complete(&mut output, params.streams())?;
     let request = ChatRequest {
         request_id: id.to_owned(),
         messages: messages::to_grpc(fields.messages)?,
@@ -92,12 +83,13 @@ fn prepare(body: &[u8], id: &str, prompt_tokens_details: bool) -> Result<Call, R
         model: params.model.take().unwrap_or_default(),
         priority: params.priority(),
         cache_salt: params.cache_salt.take(),
+        truncate_prompt_tokens: outputs.truncate_prompt_tokens,
     };
     Ok(Call {
         request,
         streams: params.streams(),
         n: params.n(),
-        style,
+        style: outputs.style(&output, options),
     })
 }
 
@@ -122,7 +114,7 @@ pub(crate) async fn handle(
     let mut ticket = service.lifecycle.admit()?;
     let body = body::read(request, &service.limits).await?;
     let id = format!("chatcmpl-{}", request_id.0);
-    let call = prepare(&body, &id, service.prompt_tokens_details)?;
+    let call = prepare(&body, &id, service.reply)?;
     drop(body);
     ticket.start(1)?;
     if !call.streams {
@@ -155,7 +147,11 @@ async fn whole(service: &Service, id: String, call: Call, mut ticket: Ticket) ->
         .map(|choice| ChatChoice::of(choice, call.style))
         .collect::<Result<Vec<_>, _>>()?;
     let usage = Usage::of(whole.usage, call.style.prompt_tokens_details);
-    let reply = Reply::new(&whole.head, "chat.completion", &choices).with_usage(Some(Some(usage)));
+    let prompt = whole.prompts.first();
+    let prompt = prompt.map_or(PromptReply::NONE, |prompt| PromptReply::of(prompt, call.style));
+    let reply = Reply::new(&whole.head, "chat.completion", &choices)
+        .with_usage(Some(Some(usage)))
+        .with_prompt(prompt);
     Ok(Json(reply).into_response())
 }
 
@@ -166,6 +162,8 @@ struct ChatChoice<'a> {
     logprobs: Option<ChatLogprobs<'a>>,
     finish_reason: Option<&'static str>,
     stop_reason: Option<Stop<'a>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token_ids: Option<&'a [u32]>,
 }
 
 #[derive(Serialize)]
@@ -184,9 +182,12 @@ impl<'a> ChatChoice<'a> {
                 content: &choice.text,
                 refusal: None,
             },
-            logprobs: style.logprobs.then(|| ChatLogprobs::of(&choice.logprobs)),
+            logprobs: style
+                .logprobs
+                .then(|| ChatLogprobs::of(&choice.logprobs, style.tokens_as_ids)),
             finish_reason: finish_reason(choice)?,
             stop_reason: stop_reason(choice),
+            token_ids: style.token_ids.then_some(choice.token_ids.as_slice()),
         })
     }
 }
@@ -199,6 +200,8 @@ struct DeltaChoice<'a> {
     finish_reason: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     stop_reason: Option<Stop<'a>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token_ids: Option<&'a [u32]>,
 }
 
 #[derive(Serialize)]
@@ -217,16 +220,18 @@ struct ChatEvents {
 }
 
 impl ChatEvents {
-    fn write(&self, out: &mut Vec<u8>, head: &Head, choices: &[DeltaChoice<'_>], usage: Option<v1::Usage>) {
-        let usage = usage.map(|usage| Usage::of(usage, self.style.prompt_tokens_details));
+    fn write(&self, out: &mut Vec<u8>, head: &Head, event: Event<'_>) {
+        let usage = event
+            .usage
+            .map(|usage| Usage::of(usage, self.style.prompt_tokens_details));
         let usage = self.style.include_usage.then_some(usage);
-        sse::event(
-            out,
-            &Reply::new(head, "chat.completion.chunk", choices).with_usage(usage),
-        );
+        let reply = Reply::new(head, "chat.completion.chunk", event.choices)
+            .with_usage(usage)
+            .with_prompt(event.prompt);
+        sse::event(out, &reply);
     }
 
-    fn open(&self, out: &mut Vec<u8>, head: &Head) {
+    fn open(&self, out: &mut Vec<u8>, head: &Head, prompt: PromptReply<'_>) {
         for index in 0..self.n {
             let choice = DeltaChoice {
                 index,
@@ -237,22 +242,32 @@ impl ChatEvents {
                 logprobs: None,
                 finish_reason: None,
                 stop_reason: None,
+                token_ids: None,
             };
-            self.write(out, head, &[choice], None);
+            let event = Event {
+                choices: &[choice],
+                usage: None,
+                prompt,
+            };
+            self.write(out, head, event);
         }
     }
 }
 
+/// What differs from event to event.
+struct Event<'a> {
+    choices: &'a [DeltaChoice<'a>],
+    usage: Option<v1::Usage>,
+    prompt: PromptReply<'a>,
+}
+
 impl Events for ChatEvents {
-    fn piece(
-        &mut self,
-        out: &mut Vec<u8>,
-        head: &Head,
-        choice: &Choice,
-        usage: Option<v1::Usage>,
-    ) -> Result<(), RpcError> {
+    fn piece(&mut self, out: &mut Vec<u8>, head: &Head, piece: Piece<'_>) -> Result<(), RpcError> {
+        let (choice, style) = (piece.choice, self.style);
         if !std::mem::replace(&mut self.opened, true) {
-            self.open(out, head);
+            let prompt = piece.prompt;
+            let prompt = prompt.map_or(PromptReply::NONE, |prompt| PromptReply::of(prompt, style));
+            self.open(out, head, prompt);
         }
         let delta = DeltaChoice {
             index: choice.index,
@@ -260,16 +275,27 @@ impl Events for ChatEvents {
                 role: None,
                 content: (!choice.text.is_empty()).then_some(&choice.text),
             },
-            logprobs: (self.style.logprobs && !choice.logprobs.is_empty())
-                .then(|| ChatLogprobs::of(&choice.logprobs)),
+            logprobs: (style.logprobs && !choice.logprobs.is_empty())
+                .then(|| ChatLogprobs::of(&choice.logprobs, style.tokens_as_ids)),
             finish_reason: finish_reason(choice)?,
             stop_reason: stop_reason(choice),
+            token_ids: style.token_ids.then_some(choice.token_ids.as_slice()),
         };
-        self.write(out, head, &[delta], usage);
+        let event = Event {
+            choices: &[delta],
+            usage: piece.usage,
+            prompt: PromptReply::NONE,
+        };
+        self.write(out, head, event);
         Ok(())
     }
 
     fn usage(&mut self, out: &mut Vec<u8>, head: &Head, usage: v1::Usage) {
-        self.write(out, head, &[], Some(usage));
+        let event = Event {
+            choices: &[],
+            usage: Some(usage),
+            prompt: PromptReply::NONE,
+        };
+        self.write(out, head, event);
     }
 }

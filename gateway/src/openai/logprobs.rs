@@ -120,9 +120,7 @@ impl Serialize for Top<'_> {
         let mut map = serializer.serialize_map(None)?;
         map.serialize_entry(&name(self.chosen, self.as_ids), &number(self.chosen.logprob))?;
         for (index, candidate) in self.others.iter().enumerate() {
-            let repeats = |earlier: &TokenLogprob| {
-                name(earlier, self.as_ids) == name(candidate, self.as_ids)
-            };
+            let repeats = |earlier: &TokenLogprob| name(earlier, self.as_ids) == name(candidate, self.as_ids);
             if !repeats(self.chosen) && !self.others[..index].iter().any(repeats) {
                 map.serialize_entry(&name(candidate, self.as_ids), &number(candidate.logprob))?;
             }

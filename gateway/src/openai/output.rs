@@ -45,7 +45,11 @@ impl OutputFields {
             Err(_) if count == -1 => {
                 return invalid("prompt_logprobs of the whole vocabulary (-1) are not offered".to_owned());
             }
-            Err(_) => return invalid(format!("prompt_logprobs must be a 32-bit number from 0, not {count}")),
+            Err(_) => {
+                return invalid(format!(
+                    "prompt_logprobs must be a 32-bit number from 0, not {count}"
+                ));
+            }
         }
         Ok(())
     }

@@ -21,7 +21,7 @@ impl<'a> PromptReply<'a> {
     pub(super) fn of(prompt: &'a PromptOutput, style: Style) -> Self {
         Self {
             prompt_logprobs: style.prompt_logprobs.then_some(PromptLogprobs(&prompt.logprobs)),
-            prompt_token_ids: style.token_ids.then_some(&prompt.token_ids),
+            prompt_token_ids: style.token_ids.then_some(prompt.token_ids.as_slice()),
         }
     }
 

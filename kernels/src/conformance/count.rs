@@ -37,7 +37,10 @@ pub fn counts_are_exact<B: Backend>(make: &impl Fn(usize) -> B, _: &Tolerances) 
         let counts = backend.count_at_least(&buffer, columns, &thresholds).unwrap();
         assert_eq!(counts, want);
         assert_eq!(backend.count_at_least(&buffer, columns, &[]).unwrap(), []);
-        let beyond = [Threshold { row: rows + 1, value: 0.0 }];
+        let beyond = [Threshold {
+            row: rows + 1,
+            value: 0.0,
+        }];
         assert!(backend.count_at_least(&buffer, columns, &beyond).is_err());
     }
 }

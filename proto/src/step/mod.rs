@@ -173,8 +173,6 @@ const HISTORY_PER_ROW: u32 = 2048;
 impl StepLimits {
     /// Most `history` entries of all rows of a plan together: enough for the whole vocabulary in one row.
     pub fn max_history(&self) -> u32 {
-        self.max_rows
-            .saturating_mul(HISTORY_PER_ROW)
-            .max(self.vocab_size)
+        self.max_rows.saturating_mul(HISTORY_PER_ROW).max(self.vocab_size)
     }
 }

@@ -287,9 +287,15 @@ mod tests {
         let bytes = encode_counts(&[0, 788, 5]);
         assert_eq!(bytes.len(), counts_bytes(3));
         assert_eq!(decode_counts(&bytes, 3, &VOCAB), Ok(vec![0, 788, 5]));
-        assert_eq!(decode_counts(&bytes, 4, &VOCAB), Err(WireError::Truncated("counts")));
+        assert_eq!(
+            decode_counts(&bytes, 4, &VOCAB),
+            Err(WireError::Truncated("counts"))
+        );
         assert_eq!(decode_counts(&bytes, 2, &VOCAB), Err(WireError::Trailing(4)));
-        assert_eq!(decode_counts(&bytes[..11], 2, &VOCAB), Err(WireError::Trailing(3)));
+        assert_eq!(
+            decode_counts(&bytes[..11], 2, &VOCAB),
+            Err(WireError::Trailing(3))
+        );
         let error = decode_counts(&encode_counts(&[789]), 1, &VOCAB).unwrap_err();
         assert_eq!(error.to_string(), "counts is 789, limit 788");
     }

@@ -101,7 +101,10 @@ pub(crate) fn prompt_oracle(request: &EngineRequest) -> Vec<ScoredToken> {
 
 /// Tokens and end of a request that has the machine to itself, computed without blocks, chunks or batches.
 pub(crate) fn oracle(request: &EngineRequest) -> (Vec<u32>, FinishReason) {
-    if prompt_oracle(request).iter().any(|scored| scored.logprob.is_nan()) {
+    if prompt_oracle(request)
+        .iter()
+        .any(|scored| scored.logprob.is_nan())
+    {
         return (Vec::new(), FinishReason::NotFinite);
     }
     let mut tokens = request.prompt.clone();
@@ -139,6 +142,11 @@ pub(crate) fn oracle(request: &EngineRequest) -> (Vec<u32>, FinishReason) {
 
 fn naive_history(tokens: &[u32], num_prompt: usize) -> Vec<(u32, u32)> {
     let distinct: BTreeSet<u32> = tokens.iter().copied().collect();
-    let count = |token| tokens[num_prompt..].iter().filter(|&&other| other == token).count() as u32;
+    let count = |token| {
+        tokens[num_prompt..]
+            .iter()
+            .filter(|&&other| other == token)
+            .count() as u32
+    };
     distinct.into_iter().map(|token| (token, count(token))).collect()
 }

@@ -13,7 +13,8 @@ use crate::engine::{
 
 /// Plays many seeds and makes sure that the stories held what they are meant to test.
 fn play_seeds(first: u64, count: u64, with_faults: bool) {
-    let (mut ends, mut preemptions, mut hits, mut faults, mut scored) = (BTreeMap::<_, u64>::new(), 0, 0, 0, 0);
+    let (mut ends, mut preemptions, mut hits, mut faults, mut scored) =
+        (BTreeMap::<_, u64>::new(), 0, 0, 0, 0);
     for seed in first..first + count {
         let report = std::panic::catch_unwind(|| Scenario::from_seed(seed, with_faults).play())
             .unwrap_or_else(|_| panic!("seed {seed}, faults {with_faults}"));
@@ -198,11 +199,7 @@ fn a_sequence_that_keeps_killing_ranks_is_given_up_and_the_others_finish() {
             Event::Token(sampled) if sampled.sequence == request.id => Some(sampled.token),
             _ => None,
         });
-        assert!(
-            tokens.eq(oracle(request).0),
-            "{:?} was only near it",
-            request.id
-        );
+        assert!(tokens.eq(oracle(request).0), "{:?} was only near it", request.id);
     }
 }
 
