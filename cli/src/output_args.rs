@@ -58,10 +58,6 @@ pub(crate) struct GenerationArgs {
     override_generation_config: Map<String, Value>,
     /// What log-probabilities are of. Others of vLLM's modes are not offered.
     #[arg(long, env = "PHALANX_LOGPROBS_MODE", default_value = "raw_logprobs")]
-    #[expect(
-        dead_code,
-        reason = "there is one value: the flag is for those who name it, and for refusing the others"
-    )]
     logprobs_mode: LogprobsMode,
 }
 
@@ -74,6 +70,8 @@ enum LogprobsMode {
 
 impl GenerationArgs {
     pub(crate) fn options(&self) -> GenerationOptions {
+        // The only one there is; parsing has refused the others.
+        let LogprobsMode::RawLogprobs = self.logprobs_mode;
         GenerationOptions {
             source: match self.generation_config.to_str() {
                 Some("auto") => GenerationConfig::Auto,

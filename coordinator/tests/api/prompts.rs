@@ -30,18 +30,14 @@ fn asking(output: v1::OutputOptions) -> v1::GenerateRequest {
 
 /// `(token, log-probability if it has one, alternatives, offset)` of each.
 fn seen(logprobs: &[v1::TokenLogprobs]) -> Vec<(&str, Option<f32>, usize, u32)> {
-    let one = |token| {
-        let v1::TokenLogprobs {
-            chosen,
-            top,
-            text_offset,
-        } = token;
-        let chosen: &v1::TokenLogprob = Option::as_ref(chosen).expect("always there");
+    let mut all = Vec::new();
+    for token in logprobs {
+        let chosen = token.chosen.as_ref().expect("always there");
         let logprob = Some(chosen.logprob).filter(|logprob| !logprob.is_nan());
         assert_eq!(logprob.is_some(), chosen.rank.is_some());
-        (chosen.token.as_str(), logprob, Vec::len(top), *text_offset)
-    };
-    logprobs.iter().map(one).collect()
+        all.push((chosen.token.as_str(), logprob, token.top.len(), token.text_offset));
+    }
+    all
 }
 
 #[tokio::test]
