@@ -51,7 +51,11 @@ impl Sequence {
             },
             num_computed_tokens: 0,
             kv,
-            history: penalized.then(|| TokenHistory::of_prompt(&request.prompt)),
+            history: penalized.then(|| {
+                // The other penalties look at the output only.
+                let repetition = request.sampling.repetition_penalty != 1.0;
+                TokenHistory::of_prompt(if repetition { &request.prompt } else { &[] })
+            }),
             tokens: request.prompt,
             sampling: request.sampling,
             stop: request.stop,

@@ -31,7 +31,7 @@ impl ScriptedRanks {
         let sampling = row.sampling.as_ref()?;
         let known = row.num_computed_tokens + row.token_ids.len() as u32;
         let script = self.scripts.get(&sampling.seed).map_or(&[][..], Vec::as_slice);
-        let scripted = script.get((known - PROMPT_TOKENS) as usize).copied();
+        let scripted = script.get(known.saturating_sub(PROMPT_TOKENS) as usize).copied();
         let forced = sampling.bias.iter().find(|(_, bias)| *bias >= 100.0);
         let token = forced.map(|(token, _)| *token).or(scripted).unwrap_or(FILLER);
         let count = sampling.logprobs.unwrap_or(0);

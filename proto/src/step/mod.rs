@@ -103,8 +103,8 @@ pub struct Penalties {
     pub presence: f32,
     /// Subtracted as often as the token was seen in the output.
     pub frequency: f32,
-    /// Each token of the sequence once, with how often the output holds it (0: the prompt only), by rising id. All rows
-    /// of a plan together have at most [`StepLimits::max_history`].
+    /// Each token of the sequence once, with how often the output holds it (0: the prompt only, which is left out where
+    /// only the output counts), by rising id. All rows of a plan together have at most [`StepLimits::max_history`].
     pub history: Vec<(u32, u32)>,
 }
 

@@ -120,7 +120,7 @@ pub(crate) fn oracle(request: &EngineRequest) -> (Vec<u32>, FinishReason) {
         let sampling = RowSampling {
             temperature: s.temperature,
             seed: s.seed,
-            penalties: s.penalties(|| naive_history(&tokens, num_prompt)),
+            penalties: s.penalties(|| naive_history(&tokens, num_prompt, s.repetition_penalty)),
             bias,
             ..RowSampling::GREEDY
         };
@@ -140,8 +140,14 @@ pub(crate) fn oracle(request: &EngineRequest) -> (Vec<u32>, FinishReason) {
     }
 }
 
-fn naive_history(tokens: &[u32], num_prompt: usize) -> Vec<(u32, u32)> {
-    let distinct: BTreeSet<u32> = tokens.iter().copied().collect();
+/// Prompt tokens are part of it only for a repetition penalty.
+fn naive_history(tokens: &[u32], num_prompt: usize, repetition: f32) -> Vec<(u32, u32)> {
+    let seen = if repetition == 1.0 {
+        &tokens[num_prompt..]
+    } else {
+        tokens
+    };
+    let distinct: BTreeSet<u32> = seen.iter().copied().collect();
     let count = |token| {
         tokens[num_prompt..]
             .iter()

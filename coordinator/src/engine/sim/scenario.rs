@@ -249,6 +249,9 @@ fn request(id: SequenceId, shared: &[u32], config: &EngineConfig, prng: &mut Prn
         sampling.repetition_penalty = 1.25;
     }
     if prng.one_in(3) {
+        sampling.frequency_penalty = 0.5;
+    }
+    if prng.one_in(3) {
         sampling.prompt_logprobs = Some(prng.range(0, 3));
     }
     // Now and then one that no configuration of this size can run.

@@ -303,7 +303,7 @@ fn penalties_look_at_every_token_however_long_the_history() {
     let requests: Vec<EngineRequest> = (0..2)
         .map(|id| {
             let mut request = request(id, (0..5000).map(|at| (at * 7 + id as u32) % 8192).collect(), 3);
-            request.sampling.frequency_penalty = 0.5;
+            request.sampling.repetition_penalty = 1.5;
             request
         })
         .collect();
