@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use phalanx_model::gguf::Gguf;
+use phalanx_model::gguf::{Gguf, Value as GgufValue};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
@@ -41,12 +41,16 @@ impl GenerationDefaults {
     /// From llama.cpp's `general.sampling.*`, which converters copy from generation_config.json. Errors as
     /// [`Self::from_json`].
     pub fn from_gguf<B: AsRef<[u8]>>(file: &Gguf<B>) -> Result<Self, TextError> {
+        const TOP_K: &str = "general.sampling.top_k";
         let number = |key| Ok::<_, TextError>(file.f64(key)?.map(|value| value as f32));
-        let top_k = file.get("general.sampling.top_k");
+        let integer = |value: GgufValue<'_>| {
+            let no_integer = || TextError::file("the GGUF metadata", format!("{TOP_K} is no integer"));
+            value.as_i64().ok_or_else(no_integer)
+        };
         let defaults = Self {
             temperature: number("general.sampling.temp")?,
             top_p: number("general.sampling.top_p")?,
-            top_k: top_k.and_then(|value| value.as_i64()),
+            top_k: file.get(TOP_K).map(integer).transpose()?,
             min_p: number("general.sampling.min_p")?,
             repetition_penalty: number("general.sampling.penalty_repeat")?,
             max_new_tokens: None,
@@ -125,6 +129,8 @@ fn read(path: &Path) -> Result<Value, TextError> {
 
 #[cfg(test)]
 mod tests {
+    use phalanx_model::gguf::GgufWriter;
+
     use super::*;
 
     fn object(json: Value) -> Map<String, Value> {
@@ -158,6 +164,31 @@ mod tests {
             let resolved = options.resolve(model.clone()).expect("valid");
             assert_eq!((resolved.temperature, resolved.top_k), (Some(0.25), Some(-1)));
         }
+    }
+
+    #[test]
+    fn a_gguf_file_has_llama_cpps_keys() {
+        let defaults = |edit: &dyn Fn(&mut GgufWriter)| {
+            let mut writer = GgufWriter::new();
+            edit(&mut writer);
+            let bytes = writer.to_bytes(|_, _| Ok(())).expect("no tensors");
+            GenerationDefaults::from_gguf(&Gguf::parse(bytes).expect("a GGUF file"))
+        };
+        assert_eq!(defaults(&|_| {}).expect("none"), GenerationDefaults::default());
+        let found = defaults(&|writer| {
+            writer.metadata("general.sampling.temp", 0.5f32);
+            writer.metadata("general.sampling.top_k", 20u32);
+        });
+        let expected = GenerationDefaults {
+            temperature: Some(0.5),
+            top_k: Some(20),
+            ..GenerationDefaults::default()
+        };
+        assert_eq!(found.expect("valid"), expected);
+        let error = defaults(&|writer| {
+            writer.metadata("general.sampling.top_k", 1.5f32);
+        });
+        assert!(error.expect_err("refused").to_string().contains("top_k"));
     }
 
     #[test]

@@ -120,7 +120,8 @@ pub(crate) async fn handle(
     if !call.streams {
         return whole(&service, id, call, ticket).await;
     }
-    let chunks = service.backend.chat_stream(call.request).await?;
+    let chunks = service.backend.chat_stream(call.request).await;
+    let chunks = chunks.map_err(in_chat_terms)?;
     let streaming = Streaming {
         id,
         n: call.n,
@@ -137,7 +138,7 @@ pub(crate) async fn handle(
 
 async fn whole(service: &Service, id: String, call: Call, mut ticket: Ticket) -> Result<Response, ApiError> {
     let reply = tokio::select! {
-        reply = service.backend.chat(call.request) => reply?,
+        reply = service.backend.chat(call.request) => reply.map_err(in_chat_terms)?,
         error = ticket.stopped() => return Err(error.into()),
     };
     let whole = Whole::join(id, call.n, vec![reply])?;
@@ -153,6 +154,14 @@ async fn whole(service: &Service, id: String, call: Call, mut ticket: Ticket) ->
         .with_usage(Some(Some(usage)))
         .with_prompt(prompt);
     Ok(Json(reply).into_response())
+}
+
+/// The coordinator calls the number of alternatives as completions do.
+fn in_chat_terms(mut error: RpcError) -> RpcError {
+    if error.param.as_deref() == Some("logprobs") {
+        error.param = Some("top_logprobs".to_owned());
+    }
+    error
 }
 
 #[derive(Serialize)]
