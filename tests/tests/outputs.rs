@@ -246,6 +246,14 @@ fn bad_requests_are_refused_at_once(server: &Server) {
         let message = error["message"].as_str().expect("a message");
         assert!(message.contains(part), "{message}");
     }
+    let chat = json!({
+        "model": "demo", "messages": [{"role": "user", "content": "hi"}], "logprobs": true, "top_logprobs": 8,
+    });
+    let reply = http::post(&server.address, CHAT, &chat).expect("a reply");
+    assert_eq!(
+        (reply.status, &reply.json()["error"]["param"]),
+        (400, &json!("top_logprobs"))
+    );
     let reply =
         http::post_bytes(&server.address, COMPLETIONS, b"{\"prompt\": \"\xff\xfe\"}").expect("a reply");
     assert_eq!(reply.status, 400, "{}", reply.text());
