@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use phalanx_proto::{
-    step::SampledToken,
+    step::{SampledToken, SequenceId},
     v1::{self, choice::StopReason},
 };
 
@@ -23,6 +23,8 @@ pub(super) struct ChoiceAssembler {
     logprobs: bool,
     /// Whether there is more than the echo.
     generates: bool,
+    /// Another server has begun it.
+    resumed: bool,
     /// A stop token whose text is not shown until it turns out not to have ended the sequence.
     undecided: Option<u32>,
     /// Tokens of the completion.
@@ -53,6 +55,7 @@ impl ChoiceAssembler {
             eos: tokenizer.special_tokens().eos,
             logprobs: request.output.logprobs.is_some(),
             generates: request.generates,
+            resumed: false,
             undecided: None,
             tokens: 0,
             chars: echo.chars().count() as u32,
@@ -65,9 +68,12 @@ impl ChoiceAssembler {
         }
     }
 
-    /// Puts the echoed prompt's log-probabilities before all others. Before the first [`Self::take`].
+    /// Puts the echoed prompt's log-probabilities before all others, unless another server has. Before the first
+    /// [`Self::take`].
     pub(super) fn echo(&mut self, logprobs: impl IntoIterator<Item = v1::TokenLogprobs>) {
-        self.piece.logprobs.splice(0..0, logprobs);
+        if !self.resumed {
+            self.piece.logprobs.splice(0..0, logprobs);
+        }
     }
 
     pub(super) fn tokens(&self) -> u32 {
@@ -103,6 +109,38 @@ impl ChoiceAssembler {
         } else {
             self.push_text_of(sampled.token);
         }
+    }
+
+    /// Takes tokens that the client has got from another server, with the text each of them completed and its
+    /// log-probabilities. Only an end that they bring about is still to be told.
+    pub(super) fn replay(&mut self, tokens: &[u32]) {
+        if tokens.is_empty() {
+            return;
+        }
+        self.resumed = true;
+        for &token in tokens {
+            self.token(&SampledToken {
+                sequence: SequenceId(0),
+                token,
+                finite: true,
+                logprob: None,
+                rank: None,
+                top_logprobs: Vec::new(),
+            });
+        }
+        self.piece = v1::Choice {
+            index: self.piece.index,
+            finish_reason: self.piece.finish_reason,
+            stop_reason: self.piece.stop_reason.take(),
+            ..v1::Choice::default()
+        };
+    }
+
+    /// The client has got the whole completion, of so many tokens, from another server.
+    pub(super) fn skip(&mut self, tokens: u32) {
+        self.tokens = tokens;
+        self.resumed = true;
+        self.finished = true;
     }
 
     /// The engine is done with the sequence.

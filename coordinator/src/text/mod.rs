@@ -6,6 +6,7 @@ mod error;
 mod generation;
 mod pool;
 mod processor;
+mod resume;
 mod sampling;
 mod stop;
 mod tokenizer;

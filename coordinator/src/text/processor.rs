@@ -73,6 +73,8 @@ pub struct TextProcessor {
 pub struct PreparedRequest {
     /// One per completion.
     pub sequences: Vec<NewSequence>,
+    /// How many tokens a completion has that another server has ended; none of one that is to run.
+    pub ended_after: Vec<Option<u32>>,
     pub prompt_tokens: u32,
     /// The prompt's tokens, if the reply tells of them.
     pub prompt: Option<Vec<u32>>,
@@ -131,6 +133,7 @@ impl TextProcessor {
         let place = Place::checked(request.priority, request.cache_salt.take())?;
         let params = self.check(&request.sampling.take().unwrap_or_default(), &output)?;
         let cut = Cut::checked(request.truncate_prompt_tokens, &params, &self.limits)?;
+        let resume = std::mem::take(&mut request.resume);
         let add_special_tokens = request.add_special_tokens.unwrap_or(true);
         let (mut prompt, mut echo) = match request.prompt {
             None => {
@@ -155,7 +158,8 @@ impl TextProcessor {
         if cut.apply(&mut prompt) && output.echo {
             echo = Some(self.tokenizer.decode(&prompt, params.skip_special_tokens));
         }
-        self.assemble(params, prompt, place, (echo, output))
+        self.assemble(params, prompt, place, (echo, output))?
+            .resume(resume)
     }
 
     /// Renders, checks and tokenizes a conversation. Errors as [`Self::prepare`], and those of the template.
@@ -175,6 +179,7 @@ impl TextProcessor {
         let given = request.messages.iter().map(|message| message.content.len());
         self.check_bytes(given.fold(0, usize::saturating_add), "messages")?;
         let tokenizer = self.tokenizer.clone();
+        let resume = std::mem::take(&mut request.resume);
         let (mut prompt, echo) = self
             .pool
             .run(move || {
@@ -190,7 +195,8 @@ impl TextProcessor {
             })
             .await?;
         cut.apply(&mut prompt);
-        self.assemble(params, prompt, place, (echo, output))
+        self.assemble(params, prompt, place, (echo, output))?
+            .resume(resume)
     }
 
     fn check(
@@ -203,7 +209,7 @@ impl TextProcessor {
             defaults: &self.defaults,
             special: self.tokenizer.special_tokens(),
         };
-        let seed = params.seed.or(self.seed);
+        let seed = params.seed.or(self.seed).or(params.fallback_seed);
         sampling::check(
             &v1::SamplingParams {
                 seed,
@@ -265,6 +271,7 @@ impl TextProcessor {
         let prompt_tokens = prompt.len() as u32;
         let sequences = (0..params.n).map(|index| NewSequence {
             prompt: prompt.clone(),
+            output: Vec::new(),
             sampling: params.sampling_of(index),
             stop: stop.clone(),
             priority: place.priority,
@@ -274,6 +281,7 @@ impl TextProcessor {
         let tells_of_prompt = output.return_prompt_token_ids || params.sampling.prompt_logprobs.is_some();
         Ok(PreparedRequest {
             sequences,
+            ended_after: vec![None; params.n as usize],
             prompt_tokens,
             prompt: tells_of_prompt.then_some(prompt),
             echo,

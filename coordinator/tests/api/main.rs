@@ -4,6 +4,7 @@ mod operations;
 mod prompts;
 mod ranks;
 mod requests;
+mod resume;
 mod server;
 #[path = "../support/mod.rs"]
 mod support;

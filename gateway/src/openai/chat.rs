@@ -25,7 +25,12 @@ use super::{
     unoffered,
     usage::Usage,
 };
-use crate::{lifecycle::Ticket, observe::RequestId, routes::Service};
+use crate::{
+    lifecycle::Ticket,
+    observe::RequestId,
+    router::{Replicas, X_SESSION_ID, session},
+    routes::Service,
+};
 
 const ROLE: &str = "assistant";
 
@@ -59,6 +64,7 @@ impl ChatFields {
 /// A checked request.
 struct Call {
     request: ChatRequest,
+    user: Option<String>,
     streams: bool,
     n: u32,
     style: Style,
@@ -84,9 +90,11 @@ fn prepare(body: &[u8], id: &str, options: ReplyOptions) -> Result<Call, RpcErro
         priority: params.priority(),
         cache_salt: params.cache_salt.take(),
         truncate_prompt_tokens: outputs.truncate_prompt_tokens,
+        ..ChatRequest::default()
     };
     Ok(Call {
         request,
+        user: params.user.take(),
         streams: params.streams(),
         n: params.n(),
         style: outputs.style(&output, options),
@@ -112,15 +120,19 @@ pub(crate) async fn handle(
     request: Request,
 ) -> Result<Response, ApiError> {
     let mut ticket = service.lifecycle.admit()?;
+    let header = request.headers().get(X_SESSION_ID).cloned();
     let body = body::read(request, &service.limits).await?;
     let id = format!("chatcmpl-{}", request_id.0);
     let call = prepare(&body, &id, service.reply)?;
     drop(body);
     ticket.start(1)?;
+    let replicas = service
+        .backend
+        .for_session(session(header.as_ref(), call.user.as_deref()));
     if !call.streams {
-        return whole(&service, id, call, ticket).await;
+        return whole(&replicas, id, call, ticket).await;
     }
-    let chunks = service.backend.chat_stream(call.request).await;
+    let chunks = replicas.chat_stream(call.request).await;
     let chunks = chunks.map_err(in_chat_terms)?;
     let streaming = Streaming {
         id,
@@ -136,9 +148,14 @@ pub(crate) async fn handle(
     streaming.respond().await
 }
 
-async fn whole(service: &Service, id: String, call: Call, mut ticket: Ticket) -> Result<Response, ApiError> {
+async fn whole(
+    replicas: &Replicas,
+    id: String,
+    call: Call,
+    mut ticket: Ticket,
+) -> Result<Response, ApiError> {
     let reply = tokio::select! {
-        reply = service.backend.chat(call.request) => reply.map_err(in_chat_terms)?,
+        reply = replicas.chat(call.request) => reply.map_err(in_chat_terms)?,
         error = ticket.stopped() => return Err(error.into()),
     };
     let whole = Whole::join(id, call.n, vec![reply])?;

@@ -8,6 +8,7 @@ mod damage;
 mod errors;
 mod operator;
 mod outputs;
+mod router;
 mod shapes;
 mod shutdown;
 mod streams;

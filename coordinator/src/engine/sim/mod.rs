@@ -99,7 +99,8 @@ pub(crate) fn prompt_oracle(request: &EngineRequest) -> Vec<ScoredToken> {
     scored.collect()
 }
 
-/// Tokens and end of a request that has the machine to itself, computed without blocks, chunks or batches.
+/// Tokens and end of a request that has the machine to itself, computed without blocks, chunks or batches: those that
+/// follow the output it brings.
 pub(crate) fn oracle(request: &EngineRequest) -> (Vec<u32>, FinishReason) {
     if prompt_oracle(request)
         .iter()
@@ -107,8 +108,9 @@ pub(crate) fn oracle(request: &EngineRequest) -> (Vec<u32>, FinishReason) {
     {
         return (Vec::new(), FinishReason::NotFinite);
     }
-    let mut tokens = request.prompt.clone();
-    let num_prompt = tokens.len();
+    let num_prompt = request.prompt.len();
+    let mut tokens = [request.prompt.as_slice(), &request.output].concat();
+    let num_known = tokens.len();
     loop {
         let num_output = tokens.len() - num_prompt;
         let s = &request.sampling;
@@ -126,7 +128,7 @@ pub(crate) fn oracle(request: &EngineRequest) -> (Vec<u32>, FinishReason) {
         };
         let context = tokens.iter().map(|&token| kv_entry(token, request.id));
         let (token, finite) = sample(context, &sampling);
-        let output = |tokens: &[u32]| tokens[num_prompt..].to_vec();
+        let output = |tokens: &[u32]| tokens[num_known..].to_vec();
         if !finite {
             return (output(&tokens), FinishReason::NotFinite);
         }
