@@ -36,7 +36,8 @@ pub fn counts_are_exact<B: Backend>(make: &impl Fn(usize) -> B, _: &Tolerances) 
         let buffer = filled(&backend, &values, width, 1);
         let counts = backend.count_at_least(&buffer, columns, &thresholds).unwrap();
         assert_eq!(counts, want);
-        assert_eq!(backend.count_at_least(&buffer, columns, &[]).unwrap(), []);
+        let none = backend.count_at_least(&buffer, columns, &[]).unwrap();
+        assert!(none.is_empty());
         let beyond = [Threshold {
             row: rows + 1,
             value: 0.0,

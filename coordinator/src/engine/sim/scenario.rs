@@ -271,7 +271,7 @@ fn request(id: SequenceId, shared: &[u32], config: &EngineConfig, prng: &mut Prn
     };
     // Now and then one that another engine has begun.
     if oversized == 0 && prng.one_in(4) {
-        let (mut tokens, _) = oracle(&request, config.max_edits_per_row as usize);
+        let (mut tokens, _) = oracle(&request);
         tokens.truncate(prng.below(tokens.len().max(1) as u64) as usize);
         request.output = tokens;
     }
