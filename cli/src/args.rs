@@ -216,9 +216,8 @@ pub(crate) struct EngineArgs {
     /// Requests that may wait; more are refused with 429.
     #[arg(long, env = "PHALANX_MAX_NUM_QUEUED_REQS", default_value_t = 1024)]
     pub(crate) max_num_queued_reqs: usize,
-    /// Chat template file that replaces the model's.
-    #[arg(long, env = "PHALANX_CHAT_TEMPLATE")]
-    pub(crate) chat_template: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) chat: crate::chat_args::ChatArgs,
     #[command(flatten)]
     pub(crate) generation: GenerationArgs,
     /// Seed of requests that bring none; default: a new one for every request.
@@ -270,6 +269,9 @@ pub(crate) struct FrontendArgs {
     pub(crate) uds: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) reply: ReplyArgs,
+    /// Role of the messages that the model makes.
+    #[arg(long, env = "PHALANX_RESPONSE_ROLE", default_value = "assistant")]
+    pub(crate) response_role: String,
 }
 
 #[derive(Debug, Args)]

@@ -5,7 +5,10 @@ use std::{ffi::OsString, net::SocketAddr, path::PathBuf, time::Duration};
 use phalanx_model::{KvDtype, QuantizationMethod, TensorParallelStyle};
 use phalanx_proto::secret::ApiKeys;
 
-use crate::{engine::SchedulingPolicy, text::GenerationOptions};
+use crate::{
+    engine::SchedulingPolicy,
+    text::{ChatOptions, GenerationOptions},
+};
 
 #[derive(Clone, Debug)]
 pub struct CoordinatorConfig {
@@ -92,6 +95,7 @@ pub struct EngineOptions {
     pub chat_template: Option<PathBuf>,
     /// What requests leave unset.
     pub generation: GenerationOptions,
+    pub chat: ChatOptions,
     /// Seed of requests that bring none.
     pub seed: Option<u64>,
     pub step_timeout: Duration,

@@ -31,6 +31,7 @@ pub(crate) struct Service {
     pub(crate) metrics: Arc<HttpMetrics>,
     pub(crate) limits: HttpLimits,
     pub(crate) reply: ReplyOptions,
+    pub(crate) response_role: Arc<str>,
 }
 
 const CHAT: &str = "/v1/chat/completions";

@@ -1,5 +1,7 @@
 //! `POST /v1/chat/completions`.
 
+use std::sync::Arc;
+
 use axum::{
     Extension, Json,
     extract::{Request, State},
@@ -13,15 +15,17 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
 use super::{
+    answer::{Delta, ReplyMessage},
     body::{self, parse},
     error::ApiError,
     logprobs::ChatLogprobs,
     messages::{self, Messages},
-    output::{OutputFields, ReplyOptions, Style},
+    output::{OutputFields, Style},
     params::Params,
     prompt_reply::PromptReply,
     reply::{Head, Reply, Stop, Whole, finish_reason, stop_reason},
     sse::{self, Events, Piece, Streaming},
+    tools::ToolChoice,
     unoffered,
     usage::Usage,
 };
@@ -32,8 +36,6 @@ use crate::{
     routes::Service,
 };
 
-const ROLE: &str = "assistant";
-
 /// The fields that only this route has.
 #[derive(Debug, Deserialize)]
 struct ChatFields {
@@ -42,9 +44,19 @@ struct ChatFields {
     max_completion_tokens: Option<u32>,
     logprobs: Option<bool>,
     top_logprobs: Option<u32>,
+    echo: Option<bool>,
     add_generation_prompt: Option<bool>,
-    /// Passed on as it is.
+    continue_final_message: Option<bool>,
+    add_special_tokens: Option<bool>,
+    chat_template: Option<String>,
+    reasoning_effort: Option<String>,
+    include_reasoning: Option<bool>,
+    tool_choice: Option<ToolChoice>,
+    parallel_tool_calls: Option<bool>,
+    // Passed on as they are.
     chat_template_kwargs: Option<Box<RawValue>>,
+    documents: Option<Box<RawValue>>,
+    tools: Option<Box<RawValue>>,
 }
 
 impl ChatFields {
@@ -67,29 +79,47 @@ struct Call {
     user: Option<String>,
     streams: bool,
     n: u32,
+    role: Arc<str>,
     style: Style,
 }
 
-fn prepare(body: &[u8], id: &str, options: ReplyOptions) -> Result<Call, RpcError> {
+fn prepare(body: &[u8], id: &str, service: &Service) -> Result<Call, RpcError> {
     let mut params: Params = parse(body)?;
     let fields: ChatFields = parse(body)?;
     let outputs: OutputFields = parse(body)?;
     unoffered::refuse_for_chat(body)?;
     let logprobs = fields.alternatives()?;
     let sampling = params.sampling(fields.max_completion_tokens.or(fields.max_tokens))?;
-    let mut output = params.output(logprobs, false, options.force_include_usage)?;
+    let echo = fields.echo.unwrap_or(false);
+    let mut output = params.output(logprobs, echo, service.reply.force_include_usage)?;
     outputs.complete(&mut output, params.streams())?;
+    let messages = messages::to_grpc(fields.messages)?;
+    let continue_final_message = fields.continue_final_message.unwrap_or(false);
+    let opens_turn = fields.add_generation_prompt.unwrap_or(!continue_final_message);
+    let last_role = messages
+        .last()
+        .filter(|_| !opens_turn)
+        .map(|last| last.role.as_str().into());
     let request = ChatRequest {
         request_id: id.to_owned(),
-        messages: messages::to_grpc(fields.messages)?,
+        messages,
         sampling: Some(sampling),
         output: Some(output),
         add_generation_prompt: fields.add_generation_prompt,
-        template_kwargs_json: template_kwargs(fields.chat_template_kwargs)?,
+        template_kwargs_json: raw("chat_template_kwargs", '{', fields.chat_template_kwargs)?,
         model: params.model.take().unwrap_or_default(),
         priority: params.priority(),
         cache_salt: params.cache_salt.take(),
         truncate_prompt_tokens: outputs.truncate_prompt_tokens,
+        tools_json: raw("tools", '[', fields.tools)?,
+        tool_choice: fields.tool_choice.map(|choice| choice.0),
+        parallel_tool_calls: fields.parallel_tool_calls,
+        continue_final_message,
+        documents_json: raw("documents", '[', fields.documents)?,
+        chat_template: fields.chat_template.unwrap_or_default(),
+        add_special_tokens: fields.add_special_tokens.unwrap_or(false),
+        include_reasoning: fields.include_reasoning,
+        reasoning_effort: fields.reasoning_effort.unwrap_or_default(),
         ..ChatRequest::default()
     };
     Ok(Call {
@@ -97,21 +127,19 @@ fn prepare(body: &[u8], id: &str, options: ReplyOptions) -> Result<Call, RpcErro
         user: params.user.take(),
         streams: params.streams(),
         n: params.n(),
-        style: outputs.style(&output, options),
+        role: last_role.unwrap_or_else(|| service.response_role.clone()),
+        style: outputs.style(&output, service.reply),
     })
 }
 
-fn template_kwargs(kwargs: Option<Box<RawValue>>) -> Result<String, RpcError> {
-    let text = kwargs
-        .map(|kwargs| String::from(Box::<str>::from(kwargs)))
-        .unwrap_or_default();
-    if text.is_empty() || text.starts_with('{') {
+/// JSON that begins with `first`, as it came; nothing if there is none.
+fn raw(field: &str, first: char, value: Option<Box<RawValue>>) -> Result<String, RpcError> {
+    let text = value.map_or_else(String::new, |value| Box::<str>::from(value).into());
+    if text.is_empty() || text.starts_with(first) {
         return Ok(text);
     }
-    Err(RpcError::invalid(
-        "chat_template_kwargs",
-        "chat_template_kwargs must be an object",
-    ))
+    let kind = if first == '{' { "an object" } else { "a list" };
+    Err(RpcError::invalid(field, format!("{field} must be {kind}")))
 }
 
 pub(crate) async fn handle(
@@ -123,7 +151,7 @@ pub(crate) async fn handle(
     let header = request.headers().get(X_SESSION_ID).cloned();
     let body = body::read(request, &service.limits).await?;
     let id = format!("chatcmpl-{}", request_id.0);
-    let call = prepare(&body, &id, service.reply)?;
+    let call = prepare(&body, &id, &service)?;
     drop(body);
     ticket.start(1)?;
     let replicas = service
@@ -140,6 +168,7 @@ pub(crate) async fn handle(
         prompts: vec![chunks],
         events: ChatEvents {
             n: call.n,
+            role: call.role,
             style: call.style,
             opened: false,
         },
@@ -162,7 +191,7 @@ async fn whole(
     let choices = whole
         .choices
         .iter()
-        .map(|choice| ChatChoice::of(choice, call.style))
+        .map(|choice| ChatChoice::of(choice, &call.role, call.style))
         .collect::<Result<Vec<_>, _>>()?;
     let usage = Usage::of(whole.usage, call.style.prompt_tokens_details);
     let prompt = whole.prompts.first();
@@ -192,22 +221,11 @@ struct ChatChoice<'a> {
     token_ids: Option<&'a [u32]>,
 }
 
-#[derive(Serialize)]
-struct ReplyMessage<'a> {
-    role: &'static str,
-    content: &'a str,
-    refusal: Option<&'static str>,
-}
-
 impl<'a> ChatChoice<'a> {
-    fn of(choice: &'a Choice, style: Style) -> Result<Self, RpcError> {
+    fn of(choice: &'a Choice, role: &'a str, style: Style) -> Result<Self, RpcError> {
         Ok(Self {
             index: choice.index,
-            message: ReplyMessage {
-                role: ROLE,
-                content: &choice.text,
-                refusal: None,
-            },
+            message: ReplyMessage::of(role, choice),
             logprobs: style
                 .logprobs
                 .then(|| ChatLogprobs::of(&choice.logprobs, style.tokens_as_ids)),
@@ -230,16 +248,9 @@ struct DeltaChoice<'a> {
     token_ids: Option<&'a [u32]>,
 }
 
-#[derive(Serialize)]
-struct Delta<'a> {
-    #[serde(skip_serializing_if = "Option::is_none")]
-    role: Option<&'static str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    content: Option<&'a str>,
-}
-
 struct ChatEvents {
     n: u32,
+    role: Arc<str>,
     style: Style,
     /// The events that open each choice with the role have been sent.
     opened: bool,
@@ -261,10 +272,7 @@ impl ChatEvents {
         for index in 0..self.n {
             let choice = DeltaChoice {
                 index,
-                delta: Delta {
-                    role: Some(ROLE),
-                    content: Some(""),
-                },
+                delta: Delta::opening(&self.role),
                 logprobs: None,
                 finish_reason: None,
                 stop_reason: None,
@@ -295,12 +303,13 @@ impl Events for ChatEvents {
             let prompt = prompt.map_or(PromptReply::NONE, |prompt| PromptReply::of(prompt, style));
             self.open(out, head, prompt);
         }
+        // A token in the middle of a tag, or of a character.
+        if says_nothing(choice) && piece.usage.is_none() && !style.token_ids {
+            return Ok(());
+        }
         let delta = DeltaChoice {
             index: choice.index,
-            delta: Delta {
-                role: None,
-                content: (!choice.text.is_empty()).then_some(&choice.text),
-            },
+            delta: Delta::of(choice),
             logprobs: (style.logprobs && !choice.logprobs.is_empty())
                 .then(|| ChatLogprobs::of(&choice.logprobs, style.tokens_as_ids)),
             finish_reason: finish_reason(choice)?,
@@ -324,4 +333,11 @@ impl Events for ChatEvents {
         };
         self.write(out, head, event);
     }
+}
+
+/// Whether a piece of a choice has neither text nor an end.
+fn says_nothing(piece: &Choice) -> bool {
+    let has_reasoning = piece.reasoning.as_ref().is_some_and(|text| !text.is_empty());
+    let has_text = has_reasoning || !piece.text.is_empty() || !piece.tool_calls.is_empty();
+    !has_text && piece.logprobs.is_empty() && piece.finish_reason() == v1::FinishReason::Unspecified
 }

@@ -1,5 +1,6 @@
 //! OpenAI's HTTP API in vLLM's dialect, over the coordinator's gRPC.
 
+mod answer;
 mod bias;
 mod body;
 pub(crate) mod chat;
@@ -14,5 +15,6 @@ mod prompt;
 mod prompt_reply;
 mod reply;
 mod sse;
+mod tools;
 mod unoffered;
 mod usage;

@@ -13,3 +13,4 @@ mod shapes;
 mod shutdown;
 mod streams;
 mod support;
+mod tools;
