@@ -42,7 +42,8 @@ impl ReplyArgs {
         ];
         flags
             .into_iter()
-            .filter_map(|(given, flag)| given.then(|| flag.to_owned()))
+            .filter(|(given, _)| *given)
+            .map(|(_, flag)| flag.to_owned())
     }
 }
 
