@@ -190,11 +190,18 @@ fn penalties_reach_back_beyond_a_thousand_tokens(server: &Server) {
         });
         ask(server, COMPLETIONS, &body)["choices"][0]["token_ids"][0].clone()
     };
-    let filler: Vec<u32> = (1000..2000).collect();
-    let free = chosen(&filler, 1.0);
-    let token = free.as_u64().expect("a token") as u32;
-    let prompt: Vec<u32> = std::iter::once(token).chain(filler).collect();
-    assert_ne!(chosen(&prompt, 50.0), chosen(&prompt, 1.0));
+    let after = |first: u32| -> Vec<u32> { std::iter::once(first).chain(1000..2000).collect() };
+    // A prompt that begins with the token that the model would say after it.
+    let mut first = 100;
+    for _ in 0..8 {
+        let said = chosen(&after(first), 1.0).as_u64().expect("a token") as u32;
+        if said == first {
+            assert_ne!(chosen(&after(first), 2.0), first);
+            return;
+        }
+        first = said;
+    }
+    panic!("no prompt begins with what follows it");
 }
 
 fn bad_requests_are_refused_at_once(server: &Server) {

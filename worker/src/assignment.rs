@@ -9,6 +9,8 @@ use phalanx_model::{
 use phalanx_proto::{limits::MAX_LOGPROBS, step::StepLimits, v1};
 use phalanx_shm::MAX_WORLD_SIZE;
 
+use crate::trace::TraceOptions;
+
 const MAX_RANKS: u64 = MAX_WORLD_SIZE as u64;
 const MAX_BLOCK_SIZE: u64 = 1 << 12;
 const MAX_TOKENS: u64 = 1 << 20;
@@ -69,6 +71,7 @@ pub struct Assignment {
     pub limits: StepLimits,
     /// Rows of the decode steps that are captured as CUDA graphs, rising; empty on CPUs and for eager execution.
     pub cudagraph_capture_sizes: Vec<usize>,
+    pub trace: Option<TraceOptions>,
 }
 
 impl Assignment {
@@ -119,6 +122,7 @@ impl TryFrom<&v1::Assign> for Assignment {
             custom_all_reduce: !assign.disable_custom_all_reduce,
             cudagraph_capture_sizes: capture_sizes(&assign.cudagraph_capture_sizes, &limits)?,
             limits,
+            trace: trace_options(assign),
         })
     }
 }
@@ -255,6 +259,14 @@ fn rank_shard(shard: &v1::RankShard) -> Result<RankShard> {
         intermediate: range("shards.intermediate", &shard.intermediate)?,
         hidden: range("shards.hidden", &shard.hidden)?,
         vocab: range("shards.vocab", &shard.vocab)?,
+    })
+}
+
+fn trace_options(assign: &v1::Assign) -> Option<TraceOptions> {
+    let trace = assign.trace.as_ref().filter(|trace| trace.steps > 0)?;
+    Some(TraceOptions {
+        path: PathBuf::from(&trace.path),
+        steps: trace.steps,
     })
 }
 
