@@ -82,7 +82,9 @@ async fn play(script: &[u32], edit: &impl Fn(&mut SamplingParams), echo: bool) -
         resumed.resume = vec![known(&join(&pieces[..cut]).token_ids)];
         let mut stream = open(&mut server.inference().await, resumed).await;
         let (whole, total) = rest(&mut stream).await;
-        assert_eq!(whole, join(&pieces[cut..]), "after {cut} pieces");
+        // As text: a prompt's first token has NaN, which equals nothing.
+        let told = |choice: &Choice| format!("{choice:?}");
+        assert_eq!(told(&whole), told(&join(&pieces[cut..])), "after {cut} pieces");
         let counts = |usage: Option<Usage>| usage.map(|usage| (usage.prompt_tokens, usage.completion_tokens));
         assert_eq!(counts(total), counts(usage), "after {cut} pieces");
         server.idle().await;
