@@ -20,6 +20,9 @@ pub const MAX_GRAMMAR_BYTES: usize = 256 << 10;
 pub const MAX_REGEX_BYTES: usize = 16 << 10;
 /// Entries of `choice`, whose bytes together count as a grammar's.
 pub const MAX_CHOICES: usize = 4096;
+/// Alternatives per token that a server may be told to allow (`--max-logprobs`): a step's output has room for as many
+/// of every token.
+pub const MAX_LOGPROBS: u32 = 1024;
 /// Bytes of `cache_salt`.
 pub const MAX_CACHE_SALT_BYTES: usize = 256;
 /// Messages of a conversation; each takes some tokens, so more hardly fit any context.

@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 
-use phalanx_proto::step::{SampledToken, SequenceId, StepMasks, StepOutput, StepPlan};
+use phalanx_proto::step::{SampledToken, ScoredPrompt, SequenceId, StepMasks, StepOutput, StepPlan, StepRow};
 
 use super::{
     Command, ConstraintError, EngineConfig, EngineRequest, Event, FinishReason, SchedulingPolicy,
@@ -161,19 +161,18 @@ impl Scheduler {
             return None;
         }
         self.step += 1;
-        let mut masks_follow = false;
-        let rows = chosen.iter().map(|(urgency, &num_tokens)| {
-            let sequence = &self.sequences[&self.running[urgency]];
-            let row = sequence.row(num_tokens, self.config.max_edits_per_row);
-            masks_follow |= row.sampling.is_some() && sequence.is_masked();
-            row
-        });
+        let rows = self.rows(&chosen);
+        let masks_follow = rows.iter().any(|row| self.is_masked(row));
         Some(StepPlan {
             epoch: self.epoch,
             step: self.step,
-            rows: rows.collect(),
+            rows,
             masks_follow,
         })
+    }
+
+    fn is_masked(&self, row: &StepRow) -> bool {
+        row.sampling.is_some() && self.sequences[&row.sequence].is_masked()
     }
 
     /// What the plan's sampled rows may draw, where that is not everything. Takes its time; the ranks run meanwhile.
@@ -190,6 +189,22 @@ impl Scheduler {
             step: plan.step,
             masks,
         }
+    }
+
+    /// The rows of the chosen sequences, the most urgent first. One whose penalties look at more tokens than the plan
+    /// has room for is left to a later step: alone, every history fits.
+    fn rows(&self, chosen: &BTreeMap<Urgency, usize>) -> Vec<StepRow> {
+        let mut history_left = self.config.step_limits().max_history() as usize;
+        let mut rows = Vec::with_capacity(chosen.len());
+        for (urgency, &num_tokens) in chosen {
+            let sequence = &self.sequences[&self.running[urgency]];
+            let history = sequence.history_len(num_tokens);
+            if history <= history_left {
+                history_left -= history;
+                rows.push(sequence.row(num_tokens));
+            }
+        }
+        rows
     }
 
     /// Gives tokens to the running sequences whose number of remaining tokens passes `turn`.
@@ -252,7 +267,11 @@ impl Scheduler {
                 return;
             }
             let alone = self.running.is_empty();
-            let Some(num_cached_tokens) = self.kv.admit(&mut sequence.kv, &sequence.tokens, alone) else {
+            let cacheable = sequence.num_cacheable_tokens();
+            let admitted = self
+                .kv
+                .admit(&mut sequence.kv, &sequence.tokens, cacheable, alone);
+            let Some(num_cached_tokens) = admitted else {
                 return;
             };
             draft.on_last_chance |= last_chance;
@@ -278,6 +297,12 @@ impl Scheduler {
     /// Books what a step has computed. The output must answer the plan; sequences that ended meanwhile are skipped.
     pub(super) fn update(&mut self, plan: &StepPlan, output: StepOutput, events: &mut Vec<Event>) {
         // First, because nobody may find the blocks of a sequence whose logits are no numbers.
+        for id in not_scored(&output) {
+            if let Some(sequence) = self.sequences.get_mut(&id) {
+                self.kv.discard(&mut sequence.kv);
+                self.finish(id, FinishReason::NotFinite, events);
+            }
+        }
         for sampled in output.sampled.iter().filter(|sampled| !sampled.finite) {
             let Some(sequence) = self.sequences.get_mut(&sampled.sequence) else {
                 continue;
@@ -298,8 +323,19 @@ impl Scheduler {
                 self.kv.offer(&mut sequence.kv, &sequence.tokens, num_computed);
             }
         }
+        for scored in output.prompt_logprobs {
+            self.accept_scored(scored, events);
+        }
         for sampled in output.sampled {
             self.accept(sampled, events);
+        }
+    }
+
+    fn accept_scored(&mut self, scored: ScoredPrompt, events: &mut Vec<Event>) {
+        let ScoredPrompt { sequence: id, tokens } = scored;
+        if let Some(sequence) = self.sequences.get_mut(&id) {
+            sequence.scored(tokens.len());
+            events.push(Event::PromptLogprobs { sequence: id, tokens });
         }
     }
 
@@ -397,6 +433,15 @@ impl Scheduler {
             }
         }
     }
+}
+
+/// The sequences whose prompt's logits held a NaN or an infinity.
+fn not_scored(output: &StepOutput) -> impl Iterator<Item = SequenceId> {
+    let scored = output
+        .prompt_logprobs
+        .iter()
+        .filter(|scored| scored.tokens.iter().any(|token| token.logprob.is_nan()));
+    scored.map(|scored| scored.sequence)
 }
 
 /// How many tokens a sequence may compute in this step.

@@ -23,10 +23,6 @@ const BOTH: &[Field] = &[
     ("best_of", &["1"]),
     ("kv_transfer_params", &[]),
     ("logits_processors", &["[]"]),
-    ("prompt_logprobs", &[]),
-    ("return_token_ids", &["false"]),
-    ("return_tokens_as_token_ids", &["false"]),
-    ("truncate_prompt_tokens", &[]),
     ("use_beam_search", &["false"]),
 ];
 
