@@ -32,7 +32,7 @@ pub(crate) enum Command {
     Coordinator(Box<CoordinatorArgs>),
     /// Only one rank, attached to a coordinator.
     Worker(WorkerArgs),
-    /// Only the OpenAI-compatible HTTP gateway in front of a coordinator.
+    /// Only the OpenAI-compatible HTTP gateway: in front of one coordinator, or as a router over several.
     Gateway(GatewayArgs),
     /// Print who would hold what and the bytes, without loading anything.
     Plan(Box<PlanArgs>),
@@ -211,9 +211,8 @@ pub(crate) struct EngineArgs {
     /// Requests that may wait; more are refused with 429.
     #[arg(long, env = "PHALANX_MAX_NUM_QUEUED_REQS", default_value_t = 1024)]
     pub(crate) max_num_queued_reqs: usize,
-    /// Chat template file that replaces the model's.
-    #[arg(long, env = "PHALANX_CHAT_TEMPLATE")]
-    pub(crate) chat_template: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) chat: crate::chat_args::ChatArgs,
     /// Seed of requests that bring none; default: a new one for every request.
     #[arg(long, env = "PHALANX_SEED")]
     pub(crate) seed: Option<u64>,
@@ -261,6 +260,9 @@ pub(crate) struct FrontendArgs {
     /// Unix socket to listen on instead of host and port.
     #[arg(long, env = "PHALANX_UDS")]
     pub(crate) uds: Option<PathBuf>,
+    /// Role of the messages that the model makes.
+    #[arg(long, env = "PHALANX_RESPONSE_ROLE", default_value = "assistant")]
+    pub(crate) response_role: String,
 }
 
 #[derive(Debug, Args)]
@@ -328,12 +330,11 @@ pub(crate) struct WorkerArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct GatewayArgs {
-    /// `unix:/path` or `http://host:port` of the coordinator.
-    #[arg(long, env = "PHALANX_COORDINATOR")]
-    pub(crate) coordinator: String,
+    #[command(flatten)]
+    pub(crate) backends: crate::gateway::BackendArgs,
     #[command(flatten)]
     pub(crate) frontend: FrontendArgs,
-    /// Keys of which every request but probes must bring one as a bearer token. The coordinator is shown the first.
+    /// Keys of which every request but probes must bring one as a bearer token. Coordinators are shown the first.
     #[arg(long, env = "PHALANX_API_KEY", value_delimiter = ',', hide_env_values = true)]
     pub(crate) api_key: Vec<String>,
     /// Seconds that running streams may take to end after SIGTERM.

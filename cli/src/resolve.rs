@@ -90,7 +90,8 @@ pub(crate) fn engine(args: &EngineArgs, model: &ModelOptions) -> anyhow::Result<
         },
         long_prefill_token_threshold: args.long_prefill_token_threshold,
         max_num_queued_reqs: args.max_num_queued_reqs,
-        chat_template: args.chat_template.clone(),
+        chat_template: args.chat.chat_template.clone(),
+        chat: args.chat.resolve()?,
         seed: args.seed,
         step_timeout: Duration::from_secs(args.execute_model_timeout_seconds),
     })

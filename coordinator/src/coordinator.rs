@@ -446,6 +446,7 @@ fn text_processor(
     let options = TextOptions {
         limits,
         chat_template: template.transpose()?,
+        chat: config.engine.chat.clone(),
         threads: None,
         seed: config.engine.seed,
     };
@@ -456,6 +457,7 @@ fn text_processor(
 async fn warm_up(engine: &EngineHandle) -> Result<(), RpcError> {
     let sequence = NewSequence {
         prompt: vec![0],
+        output: Vec::new(),
         sampling: SamplingParams::GREEDY,
         stop: StopRules {
             max_tokens: 1,

@@ -6,8 +6,9 @@ use phalanx_model::gguf::Gguf;
 use phalanx_proto::{ErrorKind, RpcError, limits::MAX_CACHE_SALT_BYTES, v1};
 
 use super::{
-    ChatTemplate, Conversation, GenerationDefaults, GgufVocab, HfFiles, ModelLimits, StopMatcher, TextError,
+    ChatOptions, GenerationDefaults, GgufVocab, HfFiles, ModelLimits, OutputPlan, StopMatcher, TextError,
     TextPool, Tokenizer,
+    chat::{ChatSide, message_bytes},
     sampling::{self, CheckedParams, Rules},
 };
 use crate::engine_thread::NewSequence;
@@ -51,6 +52,7 @@ pub struct TextOptions {
     pub limits: ModelLimits,
     /// Source of a chat template that replaces the model's.
     pub chat_template: Option<String>,
+    pub chat: ChatOptions,
     /// Prompts tokenized at a time; none: half the cores.
     pub threads: Option<usize>,
     /// Seed of requests that bring none; none: a new one for every request.
@@ -61,7 +63,7 @@ pub struct TextOptions {
 #[derive(Debug)]
 pub struct TextProcessor {
     tokenizer: Arc<Tokenizer>,
-    template: Option<Arc<ChatTemplate>>,
+    chat: Arc<ChatSide>,
     defaults: GenerationDefaults,
     limits: ModelLimits,
     seed: Option<u64>,
@@ -73,12 +75,16 @@ pub struct TextProcessor {
 pub struct PreparedRequest {
     /// One per completion.
     pub sequences: Vec<NewSequence>,
+    /// How many tokens a completion has that another server has ended; none of one that is to run.
+    pub ended_after: Vec<Option<u32>>,
     pub prompt_tokens: u32,
     /// The prompt's text, if it comes first in the output.
     pub echo: Option<String>,
     pub stop_strings: StopMatcher,
     pub skip_special_tokens: bool,
     pub output: v1::OutputOptions,
+    /// What the completions' texts consist of.
+    pub plan: OutputPlan,
 }
 
 impl TextProcessor {
@@ -95,16 +101,13 @@ impl TextProcessor {
                 });
             }
         }
-        let template = options
-            .chat_template
-            .or(model.chat_template)
-            .map(|source| ChatTemplate::new(&source, special))
-            .transpose()?;
+        let template = options.chat_template.or(model.chat_template);
+        let chat = ChatSide::new(template.as_deref(), &model.tokenizer, options.chat)?;
         let threads = options
             .threads
             .unwrap_or_else(|| thread::available_parallelism().map_or(1, |cores| cores.get() / 2));
         Ok(Self {
-            template: template.map(Arc::new),
+            chat: Arc::new(chat),
             tokenizer: Arc::new(model.tokenizer),
             defaults: model.defaults,
             limits: options.limits,
@@ -126,6 +129,7 @@ impl TextProcessor {
         let output = request.output.take().unwrap_or_default();
         let place = Place::checked(request.priority, request.cache_salt.take())?;
         let params = self.check(&request.sampling.take().unwrap_or_default(), &output)?;
+        let resume = std::mem::take(&mut request.resume);
         let add_special_tokens = request.add_special_tokens.unwrap_or(true);
         let (prompt, echo) = match request.prompt {
             None => {
@@ -147,39 +151,30 @@ impl TextProcessor {
                 (ids.ids, echo)
             }
         };
-        self.assemble(params, prompt, place, (echo, output))
+        self.assemble(params, prompt, place, (echo, output))?
+            .resume(resume)
     }
 
     /// Renders, checks and tokenizes a conversation. Errors as [`Self::prepare`], and those of the template.
     pub async fn prepare_chat(&self, mut request: v1::ChatRequest) -> Result<PreparedRequest, RpcError> {
-        let output = request.output.take().unwrap_or_default();
+        let output = request.output.unwrap_or_default();
         let place = Place::checked(request.priority, request.cache_salt.take())?;
         let params = self.check(&request.sampling.take().unwrap_or_default(), &output)?;
-        let Some(template) = self.template.clone() else {
-            let message = "the model has no chat template, and there is no default one; start the server with \
-                           --chat-template, or use completions";
-            return Err(RpcError::invalid("messages", message));
-        };
         let max_bytes = self.max_prompt_bytes();
-        let given = request.messages.iter().map(|message| message.content.len());
+        let given = request.messages.iter().map(message_bytes);
         self.check_bytes(given.fold(0, usize::saturating_add), "messages")?;
-        let tokenizer = self.tokenizer.clone();
-        let echo_last = output.echo;
-        let (prompt, echo) = self
+        let resume = std::mem::take(&mut request.resume);
+        let (chat, tokenizer) = (self.chat.clone(), self.tokenizer.clone());
+        let (prompt, echo, plan) = self
             .pool
             .run(move || {
-                let text = template.render(&Conversation {
-                    messages: &request.messages,
-                    add_generation_prompt: request.add_generation_prompt.unwrap_or(true),
-                    template_kwargs_json: &request.template_kwargs_json,
-                    max_bytes,
-                })?;
-                // The template writes the special tokens itself.
-                let prompt = encode(&tokenizer, &text, false)?;
-                Ok((prompt, echoed(request).filter(|_| echo_last)))
+                let rendered = chat.render(&request, max_bytes)?;
+                let prompt = encode(&tokenizer, &rendered.prompt, request.add_special_tokens)?;
+                Ok((prompt, rendered.echo, rendered.plan))
             })
             .await?;
-        self.assemble(params, prompt, place, (echo, output))
+        let prepared = self.assemble(params, prompt, place, (echo, output))?;
+        PreparedRequest { plan, ..prepared }.resume(resume)
     }
 
     fn check(
@@ -196,7 +191,7 @@ impl TextProcessor {
             defaults: &self.defaults,
             special: self.tokenizer.special_tokens(),
         };
-        let seed = params.seed.or(self.seed);
+        let seed = params.seed.or(self.seed).or(params.fallback_seed);
         sampling::check(
             &v1::SamplingParams {
                 seed,
@@ -258,6 +253,7 @@ impl TextProcessor {
         let prompt_tokens = prompt.len() as u32;
         let sequences = (0..params.n).map(|index| NewSequence {
             prompt: prompt.clone(),
+            output: Vec::new(),
             sampling: params.sampling_of(index),
             stop: stop.clone(),
             priority: place.priority,
@@ -265,11 +261,13 @@ impl TextProcessor {
         });
         Ok(PreparedRequest {
             sequences: sequences.collect(),
+            ended_after: vec![None; params.n as usize],
             prompt_tokens,
             echo,
             stop_strings: params.stop_strings,
             skip_special_tokens: params.skip_special_tokens,
             output,
+            plan: OutputPlan::default(),
         })
     }
 }
@@ -290,13 +288,6 @@ impl Place {
         }
         Ok(Self { priority, cache_salt })
     }
-}
-
-/// The content of the last message, if the completion is by the same role and so continues it.
-fn echoed(request: v1::ChatRequest) -> Option<String> {
-    let last = request.messages.into_iter().next_back()?;
-    let continues = !request.add_generation_prompt.unwrap_or(true) || last.role == "assistant";
-    continues.then_some(last.content)
 }
 
 fn encode(tokenizer: &Tokenizer, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, RpcError> {

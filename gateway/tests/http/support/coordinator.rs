@@ -7,13 +7,13 @@ use std::{
 
 use futures_util::{StreamExt, stream, stream::BoxStream};
 use phalanx_proto::{
-    RpcError,
+    ErrorKind, RpcError,
     v1::{
         AbortRequestRequest, AbortRequestResponse, ChatRequest, Choice, FinishReason, GenerateChunk,
         GenerateRequest, GenerateResponse, GetMetricsRequest, GetMetricsResponse, GetStatusRequest,
         GetStatusResponse, GroupState, ListModelsRequest, ListModelsResponse, ModelCard, OutputOptions,
-        SamplingParams, TokenLogprob, TokenLogprobs, Usage, admin_server, choice::StopReason,
-        inference_server,
+        ResumedChoice, SamplingParams, TokenLogprob, TokenLogprobs, ToolCall, Usage, admin_server,
+        choice::StopReason, inference_server,
     },
 };
 use tokio::{net::TcpListener, sync::mpsc, task::JoinHandle};
@@ -30,6 +30,8 @@ pub(crate) const CREATED: i64 = 1_700_000_000;
 pub(crate) enum Script {
     /// Every choice says "Hello" and " world", one chunk each, and stops at the string "!".
     Hello,
+    /// Every choice thinks "Hm.", calls `f` with `{}`, one chunk for each brace, and stops.
+    Call,
     /// An error instead of a stream.
     Refuse(RpcError),
     /// An error after the first chunk.
@@ -40,6 +42,9 @@ pub(crate) enum Script {
     Endless,
     /// One chunk, then nothing until released, then the end of `Hello`.
     Wait(Arc<tokio::sync::Semaphore>),
+    /// Choice i counts to 4 + 2 * i, a token and a word each. Lost on the way, unless it is resumed: then it goes on,
+    /// or refuses to if it is not `willing`.
+    Count { willing: bool },
 }
 
 /// A request as it came over gRPC.
@@ -143,11 +148,21 @@ impl Drop for Alarm {
 type Chunks = BoxStream<'static, Result<GenerateChunk, Status>>;
 
 impl Scripted {
-    fn stream(&self, sampling: &SamplingParams, output: &OutputOptions) -> Result<Chunks, Status> {
-        let mut chunks = hello(sampling.n.unwrap_or(1), output).into_iter().map(Ok);
+    fn stream(
+        &self,
+        sampling: &SamplingParams,
+        output: &OutputOptions,
+        resume: &[ResumedChoice],
+    ) -> Result<Chunks, Status> {
+        let n = sampling.n.unwrap_or(1);
+        let chunks = match self.script {
+            Script::Call => call(n, output),
+            _ => hello(n, output),
+        };
+        let mut chunks = chunks.into_iter().map(Ok);
         let first = chunks.next().expect("never empty");
         match &self.script {
-            Script::Hello => Ok(stream::iter([first].into_iter().chain(chunks)).boxed()),
+            Script::Hello | Script::Call => Ok(stream::iter([first].into_iter().chain(chunks)).boxed()),
             Script::Refuse(error) => Err(error.clone().into()),
             Script::Break(error) => Ok(stream::iter([first, Err(error.clone().into())]).boxed()),
             Script::EndEarly => Ok(stream::iter([first]).boxed()),
@@ -173,6 +188,19 @@ impl Scripted {
                 };
                 Ok(stream::iter([first]).chain(stream::once(wait).flatten()).boxed())
             }
+            Script::Count { willing } => {
+                let lost = RpcError::new(ErrorKind::WorkerLost, "rank 1 is gone");
+                match (resume, willing) {
+                    ([], _) => {
+                        let n = sampling.n.unwrap_or(1) as usize;
+                        let begin = count(&vec![ResumedChoice::default(); n]).into_iter();
+                        let begin = begin.take(2 * n + 1).map(Ok);
+                        Ok(stream::iter(begin.chain([Err(lost.into())])).boxed())
+                    }
+                    (resume, true) => Ok(stream::iter(count(resume).into_iter().map(Ok)).boxed()),
+                    (_, false) => Err(lost.into()),
+                }
+            }
         }
     }
 
@@ -194,7 +222,7 @@ impl Scripted {
             include_usage: true,
             ..*output
         };
-        let mut chunks = self.stream(sampling, &with_usage)?;
+        let mut chunks = self.stream(sampling, &with_usage, &[])?;
         while let Some(chunk) = chunks.next().await.transpose()? {
             let Some(piece) = chunk.choice else {
                 whole.usage = chunk.usage;
@@ -208,6 +236,12 @@ impl Scripted {
                 Some(choice) => {
                     choice.text.push_str(&piece.text);
                     choice.logprobs.extend(piece.logprobs);
+                    for piece in piece.tool_calls {
+                        match choice.tool_calls.last_mut() {
+                            Some(call) => call.arguments.push_str(&piece.arguments),
+                            None => choice.tool_calls.push(piece),
+                        }
+                    }
                     choice.finish_reason = piece.finish_reason;
                     choice.stop_reason = piece.stop_reason;
                 }
@@ -227,6 +261,64 @@ fn chunk(choice: Choice) -> GenerateChunk {
         choice: Some(choice),
         usage: None,
     }
+}
+
+/// A thought and a call in two pieces of every choice, and the usage if it is asked for.
+fn call(n: u32, output: &OutputOptions) -> Vec<GenerateChunk> {
+    let piece = |index, id: &str, name: &str, arguments: &str| Choice {
+        index,
+        tool_calls: vec![ToolCall {
+            index: 0,
+            id: id.to_owned(),
+            name: name.to_owned(),
+            arguments: arguments.to_owned(),
+        }],
+        ..Choice::default()
+    };
+    let mut chunks = Vec::new();
+    for index in 0..n {
+        let thought = Choice {
+            index,
+            reasoning: Some("Hm.".to_owned()),
+            ..Choice::default()
+        };
+        let mut end = piece(index, "", "", "}");
+        end.set_finish_reason(FinishReason::ToolCalls);
+        chunks.extend([thought, piece(index, "call-1", "f", "{"), end].map(chunk));
+    }
+    if output.include_usage {
+        chunks.push(GenerateChunk {
+            choice: None,
+            usage: Some(usage(3 * n)),
+            ..chunk(Choice::default())
+        });
+    }
+    chunks
+}
+
+/// What is still to be counted, a token of each choice in turn.
+fn count(resume: &[ResumedChoice]) -> Vec<GenerateChunk> {
+    let mut chunks = Vec::new();
+    for token in 1..=4 + 2 * resume.len() as u32 {
+        for (index, choice) in (0..).zip(resume) {
+            let end = 4 + 2 * index;
+            let known = choice.ended_after.unwrap_or(choice.token_ids.len() as u32);
+            if token <= known || token > end {
+                continue;
+            }
+            let mut piece = Choice {
+                index,
+                text: format!("{token} "),
+                token_ids: vec![token],
+                ..Choice::default()
+            };
+            if token == end {
+                piece.set_finish_reason(FinishReason::Length);
+            }
+            chunks.push(chunk(piece));
+        }
+    }
+    chunks
 }
 
 /// "Hello" and " world" of every choice, and the usage if it is asked for.
@@ -306,8 +398,9 @@ impl inference_server::Inference for Scripted {
             request.sampling.clone().unwrap_or_default(),
             request.output.unwrap_or_default(),
         );
+        let resume = request.resume.clone();
         let _ = self.received.send(Received::Generate(request));
-        self.stream(&sampling, &output).map(Response::new)
+        self.stream(&sampling, &output, &resume).map(Response::new)
     }
 
     async fn chat(&self, request: Request<ChatRequest>) -> Result<Response<GenerateResponse>, Status> {
@@ -326,8 +419,9 @@ impl inference_server::Inference for Scripted {
             request.sampling.clone().unwrap_or_default(),
             request.output.unwrap_or_default(),
         );
+        let resume = request.resume.clone();
         let _ = self.received.send(Received::Chat(request));
-        self.stream(&sampling, &output).map(Response::new)
+        self.stream(&sampling, &output, &resume).map(Response::new)
     }
 
     async fn list_models(
