@@ -7,6 +7,9 @@ use clap::{
     ArgAction, ArgMatches, Args, Parser, Subcommand, ValueEnum, builder::BoolishValueParser,
     parser::ValueSource, value_parser,
 };
+use phalanx_coordinator::{config::MaxModelLen, engine::NgramSpeculation};
+
+use crate::speculative;
 
 /// A distributed tensor-parallel LLM serving cluster.
 #[derive(Debug, Parser)]
@@ -98,15 +101,26 @@ pub(crate) struct ModelArgs {
     /// reduce on GPUs.
     #[arg(long, env = "PHALANX_TENSOR_PARALLEL_STYLE")]
     pub(crate) tensor_parallel_style: Option<Style>,
-    /// Longest sequence, prompt and output together; default: the model's.
-    #[arg(long, env = "PHALANX_MAX_MODEL_LEN")]
-    pub(crate) max_model_len: Option<usize>,
+    /// Longest sequence, prompt and output together (suffixes k, m: thousands, K, M: 1024s); `auto` or -1: the longest
+    /// that fits the memory; default: the model's.
+    #[arg(
+        long,
+        env = "PHALANX_MAX_MODEL_LEN",
+        allow_hyphen_values = true,
+        value_parser = parse_max_model_len
+    )]
+    pub(crate) max_model_len: Option<MaxModelLen>,
     /// Most sequences in one step.
     #[arg(long, env = "PHALANX_MAX_NUM_SEQS", default_value_t = 256)]
     pub(crate) max_num_seqs: usize,
     /// Most tokens in one step; longer prompts are computed in chunks.
     #[arg(long, env = "PHALANX_MAX_NUM_BATCHED_TOKENS", default_value_t = 512)]
     pub(crate) max_num_batched_tokens: usize,
+    /// Guess tokens and verify them in one step, as JSON: {"method": "ngram", "num_speculative_tokens": 4,
+    /// "prompt_lookup_min": 2, "prompt_lookup_max": 4} looks the last tokens up in the sequence so far. Output stays the
+    /// same.
+    #[arg(long, env = "PHALANX_SPECULATIVE_CONFIG", value_parser = speculative::parse)]
+    pub(crate) speculative_config: Option<NgramSpeculation>,
     /// Tokens per KV block.
     #[arg(long, env = "PHALANX_BLOCK_SIZE", default_value_t = 16)]
     pub(crate) block_size: usize,
@@ -208,9 +222,26 @@ pub(crate) struct EngineArgs {
     /// Prompts compute at most so many tokens in a step beside others; 0: no limit.
     #[arg(long, env = "PHALANX_LONG_PREFILL_TOKEN_THRESHOLD", default_value_t = 0)]
     pub(crate) long_prefill_token_threshold: usize,
+    /// Share of the KV blocks that admission leaves free, so that running requests can grow.
+    #[arg(long, env = "PHALANX_WATERMARK", default_value_t = 0.01, value_parser = parse_watermark)]
+    pub(crate) watermark: f32,
+    /// Admit a prompt only if all of it fits the KV cache; --no-scheduler-reserve-full-isl: if its first chunk does.
+    #[arg(
+        long,
+        env = "PHALANX_SCHEDULER_RESERVE_FULL_ISL",
+        action = ArgAction::Set,
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "true",
+        default_value_t = true
+    )]
+    pub(crate) scheduler_reserve_full_isl: bool,
     /// Requests that may wait; more are refused with 429.
     #[arg(long, env = "PHALANX_MAX_NUM_QUEUED_REQS", default_value_t = 1024)]
     pub(crate) max_num_queued_reqs: usize,
+    /// Prompt tokens that may wait; more are refused with 429, but a prompt that waits alone may be longer.
+    #[arg(long, env = "PHALANX_MAX_NUM_QUEUED_TOKENS", default_value_t = 1 << 22)]
+    pub(crate) max_num_queued_tokens: usize,
     /// Chat template file that replaces the model's.
     #[arg(long, env = "PHALANX_CHAT_TEMPLATE")]
     pub(crate) chat_template: Option<PathBuf>,
@@ -245,8 +276,12 @@ pub(crate) struct EngineArgs {
 
 #[derive(Clone, Copy, Debug, ValueEnum, PartialEq, Eq)]
 pub(crate) enum Policy {
+    /// By arrival.
     Fcfs,
+    /// By the requests' `priority`, smaller first.
     Priority,
+    /// API keys in turn, by the tokens they have had.
+    Fair,
 }
 
 /// The HTTP side.
@@ -427,6 +462,36 @@ pub(crate) fn parse_bytes(text: &str) -> Result<u64, String> {
         .ok_or_else(|| "more bytes than a 64-bit number holds".to_owned())
 }
 
+/// vLLM's forms of a length.
+fn parse_max_model_len(text: &str) -> Result<MaxModelLen, String> {
+    if text == "auto" || text == "-1" {
+        return Ok(MaxModelLen::Auto);
+    }
+    let (number, unit) = match text.split_at_checked(text.len().saturating_sub(1)) {
+        Some((number, "k")) => (number, 1000),
+        Some((number, "m")) => (number, 1_000_000),
+        Some((number, "K")) => (number, 1 << 10),
+        Some((number, "M")) => (number, 1 << 20),
+        _ => (text, 1),
+    };
+    let number: usize = number
+        .parse()
+        .map_err(|_| "expected a number of tokens, auto or -1".to_owned())?;
+    let tokens = number
+        .checked_mul(unit)
+        .ok_or("more tokens than a 64-bit number holds")?;
+    Ok(MaxModelLen::Tokens(tokens))
+}
+
+/// A part of a whole that leaves something: 0 or more, below 1.
+fn parse_watermark(text: &str) -> Result<f32, String> {
+    match text.parse::<f32>() {
+        Ok(part) if (0.0..1.0).contains(&part) => Ok(part),
+        Ok(part) => Err(format!("{part} is not 0 or more and below 1")),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
 /// A part of a whole: above 0, at most 1.
 fn parse_utilization(text: &str) -> Result<f32, String> {
     match text.parse::<f32>() {
@@ -446,6 +511,31 @@ mod tests {
         assert_eq!(parse_utilization("1"), Ok(1.0));
         for wrong in ["0", "-0.5", "1.01", "NaN", "90%"] {
             assert!(parse_utilization(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn lengths_as_vllm_writes_them() {
+        for auto in ["auto", "-1"] {
+            assert_eq!(parse_max_model_len(auto), Ok(MaxModelLen::Auto));
+        }
+        for (text, tokens) in [("4096", 4096), ("32k", 32_000), ("32K", 32_768), ("1M", 1 << 20)] {
+            assert_eq!(
+                parse_max_model_len(text),
+                Ok(MaxModelLen::Tokens(tokens)),
+                "{text}"
+            );
+        }
+        for wrong in ["", "k", "-2", "many", "1G", "99999999999999999M"] {
+            assert!(parse_max_model_len(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_watermark_leaves_something() {
+        assert_eq!(parse_watermark("0"), Ok(0.0));
+        for wrong in ["1", "-0.1", "NaN", "much"] {
+            assert!(parse_watermark(wrong).is_err(), "{wrong}");
         }
     }
 

@@ -13,6 +13,7 @@ mod resolve;
 mod runtime_dir;
 mod serve;
 mod signals;
+mod speculative;
 mod warm_kernels;
 mod worker;
 

@@ -32,6 +32,7 @@ pub(crate) fn run(args: &PlanArgs) -> anyhow::Result<()> {
         ),
         None => (Hardware::Cpu, free_space(Path::new("/dev/shm"))?),
     };
+    let blueprint = blueprint.fitted(&hardware, shared_memory)?;
     let draft = blueprint.draft(&hardware, shared_memory)?;
     let plan = blueprint.accept(draft.clone());
     if args.json {

@@ -5,7 +5,7 @@ use std::{ffi::OsString, net::SocketAddr, path::PathBuf, time::Duration};
 use phalanx_model::{KvDtype, QuantizationMethod, TensorParallelStyle};
 use phalanx_proto::secret::ApiKeys;
 
-use crate::engine::SchedulingPolicy;
+use crate::engine::{NgramSpeculation, SchedulingPolicy};
 
 #[derive(Clone, Debug)]
 pub struct CoordinatorConfig {
@@ -25,10 +25,11 @@ pub struct ModelOptions {
     /// None: gather on CPUs, which gives the same bits at any number of ranks; reduce on GPUs, where it moves less.
     pub style: Option<TensorParallelStyle>,
     pub rank_weights: Option<Vec<f32>>,
-    /// None: the model's own.
-    pub max_model_len: Option<usize>,
+    pub max_model_len: MaxModelLen,
     pub max_num_seqs: usize,
     pub max_num_batched_tokens: usize,
+    /// Guess tokens and verify several in a step.
+    pub speculative: Option<NgramSpeculation>,
     pub block_size: usize,
     pub kv_cache: KvCacheSize,
     pub kv_dtype: KvDtype,
@@ -67,6 +68,17 @@ impl DeviceChoice {
     }
 }
 
+/// Most tokens of prompt and completion together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum MaxModelLen {
+    /// The model's own limit.
+    #[default]
+    Model,
+    /// As many as fit the memory, at most the model's own limit.
+    Auto,
+    Tokens(usize),
+}
+
 /// How many KV blocks there are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum KvCacheSize {
@@ -85,7 +97,12 @@ pub struct EngineOptions {
     pub enable_prefix_caching: bool,
     pub policy: SchedulingPolicy,
     pub long_prefill_token_threshold: usize,
+    /// Share of the KV blocks that admission leaves free.
+    pub watermark: f32,
+    /// Admit a prompt only if all of it fits.
+    pub reserve_full_isl: bool,
     pub max_num_queued_reqs: usize,
+    pub max_num_queued_tokens: usize,
     /// Replaces the model's chat template.
     pub chat_template: Option<PathBuf>,
     /// Seed of requests that bring none.

@@ -24,7 +24,7 @@ use crate::{
     },
     config::{ApiOptions, CoordinatorConfig, DeviceChoice, WorkerOptions, WorkerSource},
     deployment::{Deployment, DeploymentError, Hardware, NoGpu, Proposal},
-    engine::{EngineConfig, SamplingParams, StopRules},
+    engine::{EngineConfig, SamplingParams, StopRules, TenantId},
     engine_thread::{EngineHandle, EngineThreadConfig, NewSequence, StartError, StreamEvent, spawn_engine},
     executor::ShmExecutor,
     metrics::Metrics,
@@ -72,6 +72,7 @@ pub struct Coordinator {
     config: CoordinatorConfig,
     cluster: Cluster,
     launcher: std::sync::Mutex<Option<Launcher>>,
+    text: Arc<TextProcessor>,
     engine: EngineSlot,
     running: std::sync::OnceLock<EngineHandle>,
     status: StatusHandle,
@@ -116,6 +117,7 @@ impl Coordinator {
         let coordinator = Self {
             metrics: Arc::new(Metrics::new(&name, proposal.blueprint.max_model_len as u32)),
             status: StatusHandle::new(),
+            text,
             engine: EngineSlot::default(),
             running: std::sync::OnceLock::new(),
             launcher: std::sync::Mutex::new(launcher),
@@ -127,15 +129,15 @@ impl Coordinator {
             config,
             cluster,
         };
-        coordinator.serve(listeners, text);
+        coordinator.serve(listeners);
         tracing::info!(took = ?started.elapsed(), "coordinator started");
         Ok(coordinator)
     }
 
     /// Starts the services and whatever follows the ranks' state.
-    fn serve(&self, listeners: Listeners, text: Arc<TextProcessor>) {
+    fn serve(&self, listeners: Listeners) {
         let api = Api {
-            text,
+            text: self.text.clone(),
             engine: self.engine.clone(),
             metrics: self.metrics.clone(),
             status: self.status.clone(),
@@ -180,6 +182,8 @@ impl Coordinator {
             return Ok(());
         }
         let deployment = self.settle(self.deployment().await?).await?;
+        self.text
+            .set_max_model_len(deployment.blueprint.max_model_len as u32);
         self.cluster
             .wait_loaded(self.config.workers.ready_timeout)
             .await?;
@@ -252,11 +256,14 @@ impl Coordinator {
             enable_prefix_caching: options.enable_prefix_caching,
             policy: options.policy,
             long_prefill_token_threshold: options.long_prefill_token_threshold as u32,
+            watermark: options.watermark,
+            reserve_full_isl: options.reserve_full_isl,
             step_timeout: options.step_timeout,
             ..deployment.engine_config()
         };
         let thread = EngineThreadConfig {
             max_num_queued_reqs: options.max_num_queued_reqs,
+            max_num_queued_tokens: options.max_num_queued_tokens,
             ..EngineThreadConfig::new(engine)
         };
         let (engine, _thread) = spawn_engine(thread, executor, self.metrics.clone())?;
@@ -464,6 +471,7 @@ async fn warm_up(engine: &EngineHandle) -> Result<(), RpcError> {
         },
         priority: 0,
         cache_salt: Some("warm-up".into()),
+        tenant: TenantId::default(),
     };
     let mut submission = engine.submit(sequence)?;
     while let Some(event) = submission.events.recv().await {

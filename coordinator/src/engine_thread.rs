@@ -32,7 +32,7 @@ use self::{admission::AdmissionQueue, lifecycle::Lifecycle, stream::Stream};
 use crate::{
     engine::{
         ConfigError, EngineConfig, EngineFailure, EngineRequest, Executor, ExecutorError, FinishReason,
-        RequestError, SamplingParams, SchedulingPolicy, Snapshot, StopRules,
+        RequestError, SamplingParams, SchedulingPolicy, Snapshot, StopRules, TenantId,
     },
     metrics::Metrics,
 };
@@ -45,6 +45,7 @@ pub struct NewSequence {
     pub stop: StopRules,
     pub priority: i32,
     pub cache_salt: Option<String>,
+    pub tenant: TenantId,
 }
 
 /// What a sequence's owner hears of it. `Finished` or `Failed` is the last.
@@ -229,6 +230,7 @@ impl EngineHandle {
             stop: request.stop,
             priority: request.priority,
             cache_salt: request.cache_salt,
+            tenant: request.tenant,
         };
         check_priority(request.priority, shared.config.engine.policy)?;
         request.check(&shared.config.engine).map_err(refusal)?;

@@ -3,6 +3,7 @@
 mod admin;
 mod assembler;
 mod auth;
+mod caller;
 mod engine;
 mod inference;
 mod listen;

@@ -32,7 +32,7 @@ pub struct StepStats {
     pub step: u64,
     /// Tokens computed.
     pub num_tokens: usize,
-    /// Sequences that were part of it.
+    /// Rows of the plan: the sequences that were part of it, and guesses.
     pub num_rows: usize,
     /// Time from handing the plan to the executor to its output.
     pub took: Duration,

@@ -27,13 +27,21 @@ impl SequenceKv {
     }
 }
 
+/// What must be free for a sequence to be admitted.
+#[derive(Clone, Copy)]
+pub(super) struct Room {
+    /// Blocks for so many of its tokens beyond the cached ones, if it has them.
+    pub(super) new_tokens: usize,
+    /// And so many blocks beside.
+    pub(super) kept_blocks: usize,
+}
+
 /// Blocks of all sequences over one pool.
 pub(super) struct KvCacheManager {
     pool: BlockPool,
     block_size: usize,
     enable_prefix_caching: bool,
     seed: [u8; 32],
-    /// Blocks that admission leaves free while anything runs.
     watermark_blocks: usize,
 }
 
@@ -54,6 +62,17 @@ impl KvCacheManager {
     pub(super) fn num_free_blocks(&self) -> usize {
         self.pool.num_free()
     }
+    /// Blocks that admission leaves free while anything runs.
+    pub(super) fn watermark_blocks(&self) -> usize {
+        self.watermark_blocks
+    }
+    /// Blocks that a sequence is still to get for the tokens it has.
+    pub(super) fn num_missing_blocks(&self, kv: &SequenceKv, tokens: &[u32]) -> usize {
+        tokens
+            .len()
+            .div_ceil(self.block_size)
+            .saturating_sub(kv.table.len())
+    }
 
     /// The state of a sequence that holds nothing yet.
     pub(super) fn sequence(&self, cache_salt: Option<&str>) -> SequenceKv {
@@ -65,23 +84,22 @@ impl KvCacheManager {
         }
     }
 
-    /// Takes what the prefix cache knows of `tokens`, if the rest would fit as well. Returns how many tokens need no
+    /// Takes what the prefix cache knows of `tokens`, if what else has to fit would. Returns how many tokens need no
     /// computation, always fewer than there are: the last one's logits are wanted. None, and nothing taken, if the free
-    /// blocks do not suffice; with `alone` the watermark does not count.
-    ///
-    /// The whole sequence has to fit although only its first chunk is allocated now, because a prompt that is admitted
-    /// and then preempted halfway was computed for nothing.
-    pub(super) fn admit(&mut self, kv: &mut SequenceKv, tokens: &[u32], alone: bool) -> Option<usize> {
+    /// blocks do not suffice.
+    pub(super) fn admit(&mut self, kv: &mut SequenceKv, tokens: &[u32], room: Room) -> Option<usize> {
         let cached = self.find_prefix(kv, tokens);
-        let new_blocks = tokens.len().div_ceil(self.block_size) - cached.len();
+        let num_cached_tokens = cached.len() * self.block_size;
+        let first = num_cached_tokens
+            .saturating_add(room.new_tokens)
+            .min(tokens.len());
+        let new_blocks = first.div_ceil(self.block_size) - cached.len();
         let revived = cached.iter().filter(|id| self.pool.is_free(**id)).count();
-        let reserve = if alone { 0 } else { self.watermark_blocks };
-        if new_blocks + revived + reserve > self.pool.num_free() {
+        if new_blocks + revived + room.kept_blocks > self.pool.num_free() {
             return None;
         }
         cached.iter().for_each(|&id| self.pool.share(id));
         kv.num_offered = cached.len();
-        let num_cached_tokens = cached.len() * self.block_size;
         kv.table = cached;
         Some(num_cached_tokens)
     }
@@ -151,6 +169,12 @@ impl KvCacheManager {
 mod tests {
     use super::*;
 
+    /// All of the sequence, and nothing else.
+    const ALONE: Room = Room {
+        new_tokens: usize::MAX,
+        kept_blocks: 0,
+    };
+
     fn manager() -> KvCacheManager {
         let mut config = EngineConfig::new(8, 64, 100);
         config.block_size = 4;
@@ -161,7 +185,7 @@ mod tests {
     /// Computes `tokens` to the end and gives the blocks back.
     fn run(manager: &mut KvCacheManager, tokens: &[u32], salt: Option<&str>) -> Option<usize> {
         let mut kv = manager.sequence(salt);
-        let cached = manager.admit(&mut kv, tokens, true);
+        let cached = manager.admit(&mut kv, tokens, ALONE);
         assert!(manager.grow(&mut kv, tokens.len()));
         manager.offer(&mut kv, tokens, tokens.len());
         manager.check([&kv].into_iter());
@@ -195,12 +219,24 @@ mod tests {
     }
 
     #[test]
-    fn admission_leaves_the_watermark_free_unless_nothing_runs() {
+    fn admission_keeps_free_what_it_is_told_to() {
         let mut manager = manager();
-        let tokens = vec![1; 28]; // 7 of 8 blocks, the watermark is 2
+        assert_eq!(manager.watermark_blocks(), 2);
+        let tokens = vec![1; 28]; // 7 of 8 blocks
         let mut kv = manager.sequence(None);
-        assert_eq!(manager.admit(&mut kv, &tokens, false), None);
-        assert_eq!(manager.admit(&mut kv, &tokens, true), Some(0));
+        let room = |new_tokens, kept_blocks| Room {
+            new_tokens,
+            kept_blocks,
+        };
+        assert_eq!(manager.admit(&mut kv, &tokens, room(usize::MAX, 2)), None);
+        assert_eq!(manager.admit(&mut kv, &tokens, room(25, 2)), None);
+        assert_eq!(
+            manager.admit(&mut kv, &tokens, room(24, 2)),
+            Some(0),
+            "the first chunk"
+        );
+        assert_eq!(manager.num_missing_blocks(&kv, &tokens), 7);
+        assert_eq!(manager.admit(&mut kv, &tokens, ALONE), Some(0));
     }
 
     #[test]
@@ -209,7 +245,7 @@ mod tests {
         let tokens: Vec<u32> = (0..29).collect(); // all 8 blocks
         run(&mut manager, &tokens, None);
         let mut kv = manager.sequence(None);
-        assert_eq!(manager.admit(&mut kv, &tokens, true), Some(28));
+        assert_eq!(manager.admit(&mut kv, &tokens, ALONE), Some(28));
         assert_eq!(manager.num_free_blocks(), 1);
         assert!(manager.grow(&mut kv, 29) && !manager.grow(&mut kv, 33));
         manager.check([&kv].into_iter());
@@ -220,7 +256,7 @@ mod tests {
         let mut manager = manager();
         let tokens: Vec<u32> = (0..12).collect();
         let mut kv = manager.sequence(None);
-        manager.admit(&mut kv, &tokens, true);
+        manager.admit(&mut kv, &tokens, ALONE);
         manager.grow(&mut kv, 12);
         manager.offer(&mut kv, &tokens, 12);
         manager.discard(&mut kv);

@@ -9,18 +9,23 @@ mod block_pool;
 mod config;
 mod core;
 mod kv_cache_manager;
+mod ngram;
 mod request;
 mod scheduler;
 mod sequence;
 #[cfg(test)]
 pub(crate) mod sim;
+mod speculation;
 mod types;
+mod waiting;
 
 pub use self::core::{EngineCore, EngineFailure, Progress, StepStats};
 pub use config::{ConfigError, EngineConfig, SchedulingPolicy};
+pub use ngram::NgramSpeculation;
 pub use request::RequestError;
 pub use scheduler::Snapshot;
+pub use speculation::SpeculationStats;
 pub use types::{
     Clock, Command, EngineRequest, Event, Executor, ExecutorError, FinishReason, Instant, SamplingParams,
-    StopRules,
+    StopRules, TenantId,
 };

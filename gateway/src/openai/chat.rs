@@ -14,6 +14,7 @@ use serde_json::value::RawValue;
 
 use super::{
     body::{self, parse},
+    caller::Caller,
     error::ApiError,
     logprobs::ChatLogprobs,
     messages::{self, Messages},
@@ -92,6 +93,8 @@ fn prepare(body: &[u8], id: &str, prompt_tokens_details: bool) -> Result<Call, R
         model: params.model.take().unwrap_or_default(),
         priority: params.priority(),
         cache_salt: params.cache_salt.take(),
+        timeout_ms: params.timeout_ms()?,
+        tenant: String::new(),
     };
     Ok(Call {
         request,
@@ -120,9 +123,11 @@ pub(crate) async fn handle(
     request: Request,
 ) -> Result<Response, ApiError> {
     let mut ticket = service.lifecycle.admit()?;
+    let caller = Caller::of(&request);
     let body = body::read(request, &service.limits).await?;
     let id = format!("chatcmpl-{}", request_id.0);
-    let call = prepare(&body, &id, service.prompt_tokens_details)?;
+    let mut call = prepare(&body, &id, service.prompt_tokens_details)?;
+    caller.sign(&mut call.request.tenant, &mut call.request.timeout_ms);
     drop(body);
     ticket.start(1)?;
     if !call.streams {

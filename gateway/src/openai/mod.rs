@@ -2,6 +2,7 @@
 
 mod bias;
 mod body;
+mod caller;
 pub(crate) mod chat;
 pub(crate) mod completions;
 pub(crate) mod error;

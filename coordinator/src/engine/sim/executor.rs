@@ -109,7 +109,7 @@ impl SimExecutor {
             }
             if let Some(sampling) = &row.sampling {
                 let context = (0..end).map(|position| self.kv[slot(position)].unwrap_or(u64::MAX));
-                let (token, finite) = sample(context, sampling);
+                let (token, finite) = sample(&context.collect::<Vec<_>>(), sampling);
                 sampled.push(SampledToken {
                     sequence: row.sequence,
                     token,
