@@ -202,26 +202,25 @@ fn the_longest_sequence_is_made_to_fit_the_memory() {
     assert_eq!(longest(KvCacheSize::Blocks(100), &Hardware::Cpu), (1600, 100));
     let none = resolve(auto(KvCacheSize::BytesPerRank(1)), &Hardware::Cpu);
     assert!(matches!(none, Err(DeploymentError::KvCacheTooSmall { .. })));
-    // A share of the card that the weights and a short sequence take up.
-    let mut small = auto(KvCacheSize::Auto);
-    small.max_num_seqs = 1;
-    let fixed = options(1);
-    let size = (GIB / 8..GIB).step_by(GIB as usize / 64).find(|&size| {
-        let full = ModelOptions {
-            max_model_len: MaxModelLen::Model,
-            ..small.clone()
-        };
-        resolve(small.clone(), &gpus(&[size])).is_ok() && resolve(full, &gpus(&[size])).is_err()
+    // A card that has room for the weights and a short sequence, but not for the longest.
+    let asked = |max_model_len| ModelOptions {
+        max_model_len,
+        ..options(1)
+    };
+    let small = (GIB / 8..4 * GIB).step_by(GIB as usize / 32).find(|&size| {
+        let fits = |length| resolve(asked(length), &gpus(&[size])).is_ok();
+        fits(MaxModelLen::Auto) && !fits(MaxModelLen::Model)
     });
-    let deployment = resolve(small, &gpus(&[size.expect("between the two")])).expect("fits");
+    let hardware = gpus(&[small.expect("a size between the two")]);
+    let deployment = resolve(asked(MaxModelLen::Auto), &hardware).expect("fits");
     let (fitted, blocks) = (deployment.blueprint.max_model_len, deployment.plan.num_blocks);
     assert!(
-        fitted < 8192 && fitted.is_multiple_of(fixed.block_size),
+        fitted < 8192 && fitted.is_multiple_of(16) && blocks as usize * 16 >= fitted,
         "{fitted}"
     );
     assert!(
-        blocks as usize * 16 >= fitted && (blocks as usize) * 16 < fitted + 32,
-        "{blocks}"
+        resolve(asked(MaxModelLen::Tokens(fitted + 16)), &hardware).is_err(),
+        "one block more does not fit"
     );
 }
 

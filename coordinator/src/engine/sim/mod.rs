@@ -70,7 +70,7 @@ fn sample(context: &[u64], sampling: &RowSampling) -> (u32, bool) {
     let mut token = (hash % u64::from(VOCAB_SIZE)) as u32;
     // Every other seed goes round in circles, of which it now and then breaks out, so that there is something to guess.
     let period = (sampling.seed / 16 % 4 + 1) as usize;
-    if sampling.seed / 8 % 2 == 0
+    if (sampling.seed / 8).is_multiple_of(2)
         && !hash.is_multiple_of(11)
         && let Some(at) = context.len().checked_sub(period)
     {
