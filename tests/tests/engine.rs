@@ -36,14 +36,20 @@ fn requests() -> Vec<Value> {
         with(json!({"repetition_penalty": 1.05, "presence_penalty": 0.2, "frequency_penalty": 0.1})),
         with(json!({"logit_bias": {"28": -2.5}, "min_tokens": 30})),
         with(json!({"stop": ["green, blue, red, green, blue, red, green"]})),
-        with(json!({"prompt": "def add(a, b):\n    return a + b\n\ndef add(a, b):\n    return", "max_tokens": 40})),
+        with(
+            json!({"prompt": "def add(a, b):\n    return a + b\n\ndef add(a, b):\n    return", "max_tokens": 40}),
+        ),
     ]
 }
 
 #[test]
 fn guesses_change_nothing_but_the_number_of_steps() {
     let answers = |extra: &[&str]| {
-        let arguments = [&["-tp", "2", "--max-model-len", "2048", "--max-num-seqs", "8"], extra].concat();
+        let arguments = [
+            &["-tp", "2", "--max-model-len", "2048", "--max-num-seqs", "8"],
+            extra,
+        ]
+        .concat();
         let server = Server::start(&arguments);
         let before = steps(&server);
         let answers: Vec<Value> = requests().iter().map(|body| complete(&server, body)).collect();
@@ -55,16 +61,25 @@ fn guesses_change_nothing_but_the_number_of_steps() {
             let asked: Vec<_> = requests
                 .map(|body| scope.spawn(move || complete(target, &body)))
                 .collect();
-            asked.into_iter().map(|asked| asked.join().expect("an answer")).collect()
+            asked
+                .into_iter()
+                .map(|asked| asked.join().expect("an answer"))
+                .collect()
         });
         assert_eq!(together, answers);
         server.wait_idle();
         let accepted = server.metric("vllm:spec_decode_num_accepted_tokens_total");
         let guessed = server.metric("vllm:spec_decode_num_draft_tokens_total");
         assert!(server.stop().success());
-        (answers, steps, accepted.expect("counted"), guessed.expect("counted"))
+        (
+            answers,
+            steps,
+            accepted.expect("counted"),
+            guessed.expect("counted"),
+        )
     };
-    let config = r#"{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 2, "prompt_lookup_max": 4}"#;
+    let config =
+        r#"{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 2, "prompt_lookup_max": 4}"#;
     let (plain, plain_steps, none, _) = answers(&[]);
     let (guessed, guessed_steps, accepted, drafts) = answers(&["--speculative-config", config]);
     assert_eq!(guessed, plain);
@@ -90,7 +105,8 @@ fn full_queues_and_deadlines_are_told_at_once() {
         "--max-model-len",
         "4096",
     ]);
-    let endless = json!({"prompt": "Once upon a time", "max_tokens": 4000, "ignore_eos": true, "stream": true});
+    let endless =
+        json!({"prompt": "Once upon a time", "max_tokens": 4000, "ignore_eos": true, "stream": true});
     let running = http::open(&server.address, COMPLETIONS, &endless).expect("a stream");
     assert_eq!(running.status, 200);
     let short = json!({"prompt": "Hello", "max_tokens": 4});
@@ -106,13 +122,24 @@ fn full_queues_and_deadlines_are_told_at_once() {
         assert_eq!(refused.header("retry-after"), Some("1"));
         assert_eq!(refused.json()["error"]["code"], "queue_full");
         let label = r#"reason="max_num_queued_reqs""#;
-        assert_eq!(server.metric_where("vllm:admission_rejections_total", label), Some(1.0));
+        assert_eq!(
+            server.metric_where("vllm:admission_rejections_total", label),
+            Some(1.0)
+        );
         drop(running);
         waiting.join().expect("its turn came");
     });
     a_deadline_ends_what_runs(&server);
-    let refused = http::post(&server.address, COMPLETIONS, &json!({"prompt": "x", "timeout": 0})).expect("a reply");
-    assert_eq!((refused.status, &refused.json()["error"]["param"]), (400, &json!("timeout")));
+    let refused = http::post(
+        &server.address,
+        COMPLETIONS,
+        &json!({"prompt": "x", "timeout": 0}),
+    )
+    .expect("a reply");
+    assert_eq!(
+        (refused.status, &refused.json()["error"]["param"]),
+        (400, &json!("timeout"))
+    );
     server.wait_idle();
     assert!(server.stop().success());
 }
@@ -159,7 +186,13 @@ fn the_context_is_made_to_fit_and_what_does_not_is_refused_with_the_number() {
         (&error["code"], &error["param"]),
         (&json!("context_length_exceeded"), &json!("max_tokens"))
     );
-    assert!(error["message"].as_str().expect("text").contains("320"), "{error}");
-    complete(&server, &json!({"prompt": "Hello", "max_tokens": 300, "ignore_eos": true}));
+    assert!(
+        error["message"].as_str().expect("text").contains("320"),
+        "{error}"
+    );
+    complete(
+        &server,
+        &json!({"prompt": "Hello", "max_tokens": 300, "ignore_eos": true}),
+    );
     assert!(server.stop().success());
 }

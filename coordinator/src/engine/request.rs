@@ -178,7 +178,8 @@ fn check_sampling(sampling: &SamplingParams, config: &EngineConfig) -> Result<()
 mod tests {
     use phalanx_proto::step::SequenceId;
 
-    use super::{super::TenantId, *};
+    use super::*;
+    use crate::engine::TenantId;
 
     fn request() -> EngineRequest {
         EngineRequest {
