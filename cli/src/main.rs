@@ -14,6 +14,7 @@ mod runtime_dir;
 mod serve;
 mod signals;
 mod speculative;
+mod values;
 mod warm_kernels;
 mod worker;
 

@@ -11,8 +11,9 @@ use phalanx_model::{
 use serde_json::{Value, json};
 
 use crate::{
-    args::{Device, PlanArgs, parse_bytes},
+    args::{Device, PlanArgs},
     resolve,
+    values::parse_bytes,
 };
 
 /// A GPU is not larger than this; more is a slip of the pen.
