@@ -7,10 +7,13 @@ use clap::{
     ArgAction, ArgMatches, Args, Parser, Subcommand, ValueEnum, builder::BoolishValueParser,
     parser::ValueSource, value_parser,
 };
-use phalanx_coordinator::{config::MaxModelLen, engine::NgramSpeculation};
+use phalanx_coordinator::{
+    config::{KvEventsOptions, MaxModelLen},
+    engine::NgramSpeculation,
+};
 
 use crate::{
-    speculative,
+    kv_events, speculative,
     values::{parse_bytes, parse_max_model_len, parse_utilization, parse_watermark},
 };
 
@@ -219,6 +222,14 @@ pub(crate) struct EngineArgs {
         default_value_t = true
     )]
     pub(crate) enable_prefix_caching: bool,
+    /// How cached blocks are named; sha256_cbor: as vLLM does, so that indexers outside can compute the names (seeded with
+    /// $PYTHONHASHSEED if that is set); sha256: with a secret of this process.
+    #[arg(long, env = "PHALANX_PREFIX_CACHING_HASH_ALGO", default_value = "sha256")]
+    pub(crate) prefix_caching_hash_algo: HashAlgo,
+    /// Tell what changes in the prefix cache, as JSON: {"enable_kv_cache_events": true} offers it over gRPC, and
+    /// "publisher": "zmq" publishes it as well ("endpoint", "replay_endpoint", "buffer_steps", "topic").
+    #[arg(long, env = "PHALANX_KV_EVENTS_CONFIG", value_parser = kv_events::parse)]
+    pub(crate) kv_events_config: Option<KvEventsOptions>,
     /// Order in which waiting requests are admitted.
     #[arg(long, env = "PHALANX_SCHEDULING_POLICY", default_value = "fcfs")]
     pub(crate) scheduling_policy: Policy,
@@ -275,6 +286,14 @@ pub(crate) struct EngineArgs {
     /// Where shared segments are made.
     #[arg(long, env = "PHALANX_SHM_DIR", default_value = "/dev/shm", hide = true)]
     pub(crate) shm_dir: PathBuf,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum, PartialEq, Eq)]
+pub(crate) enum HashAlgo {
+    #[value(alias = "builtin-fast", alias = "builtin")]
+    Sha256,
+    #[value(name = "sha256_cbor")]
+    Sha256Cbor,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum, PartialEq, Eq)]

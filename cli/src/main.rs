@@ -5,6 +5,7 @@ mod args;
 mod bench;
 mod config_file;
 mod gateway;
+mod kv_events;
 mod limits;
 mod logging;
 mod plan;

@@ -12,13 +12,13 @@ use phalanx_coordinator::{
         ApiOptions, DeviceChoice, EngineOptions, GpuEnvironment, KvCacheSize, ModelOptions, WorkerOptions,
         WorkerSource,
     },
-    engine::SchedulingPolicy,
+    engine::{PrefixHashAlgo, SchedulingPolicy},
 };
 use phalanx_model::{KvDtype, QuantizationMethod, TensorParallelStyle};
 use phalanx_proto::secret::ApiKeys;
 
 use crate::{
-    args::{Device, EngineArgs, KvCacheDtype, ModelArgs, Policy, QuantizationName, Style},
+    args::{Device, EngineArgs, HashAlgo, KvCacheDtype, ModelArgs, Policy, QuantizationName, Style},
     limits,
 };
 
@@ -85,6 +85,15 @@ pub(crate) fn engine(args: &EngineArgs, model: &ModelOptions) -> anyhow::Result<
     Ok(EngineOptions {
         served_model_names: if names.is_empty() { default_name() } else { names },
         enable_prefix_caching: args.enable_prefix_caching,
+        prefix_hash_algo: match args.prefix_caching_hash_algo {
+            HashAlgo::Sha256 => PrefixHashAlgo::Builtin,
+            HashAlgo::Sha256Cbor => PrefixHashAlgo::Sha256Cbor,
+        },
+        // vLLM's own name for it: indexers are configured with the same.
+        prefix_hash_seed: Some(
+            std::env::var("PYTHONHASHSEED").unwrap_or_else(|_| PrefixHashAlgo::DEFAULT_SEED.to_owned()),
+        ),
+        kv_events: args.kv_events_config.clone().unwrap_or_default(),
         policy: match args.scheduling_policy {
             Policy::Fcfs => SchedulingPolicy::Fcfs,
             Policy::Priority => SchedulingPolicy::Priority,

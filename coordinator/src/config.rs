@@ -5,7 +5,10 @@ use std::{ffi::OsString, net::SocketAddr, path::PathBuf, time::Duration};
 use phalanx_model::{KvDtype, QuantizationMethod, TensorParallelStyle};
 use phalanx_proto::secret::ApiKeys;
 
-use crate::engine::{NgramSpeculation, SchedulingPolicy};
+use crate::{
+    engine::{NgramSpeculation, PrefixHashAlgo, SchedulingPolicy},
+    kv_events::ZmqOptions,
+};
 
 #[derive(Clone, Debug)]
 pub struct CoordinatorConfig {
@@ -95,6 +98,10 @@ pub struct EngineOptions {
     /// Never empty; the first is the canonical one.
     pub served_model_names: Vec<String>,
     pub enable_prefix_caching: bool,
+    pub prefix_hash_algo: PrefixHashAlgo,
+    /// Starts the chains of block names that others can compute.
+    pub prefix_hash_seed: Option<String>,
+    pub kv_events: KvEventsOptions,
     pub policy: SchedulingPolicy,
     pub long_prefill_token_threshold: usize,
     /// Share of the KV blocks that admission leaves free.
@@ -108,6 +115,15 @@ pub struct EngineOptions {
     /// Seed of requests that bring none.
     pub seed: Option<u64>,
     pub step_timeout: Duration,
+}
+
+/// Who hears what changes in the prefix cache.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct KvEventsOptions {
+    /// Offer the changes over gRPC.
+    pub enabled: bool,
+    /// And publish them over ZeroMQ.
+    pub zmq: Option<ZmqOptions>,
 }
 
 /// Where the gRPC services listen; at least one of them.

@@ -27,6 +27,7 @@ use crate::{
     engine::{EngineConfig, SamplingParams, StopRules, TenantId},
     engine_thread::{EngineHandle, EngineThreadConfig, NewSequence, StartError, StreamEvent, spawn_engine},
     executor::ShmExecutor,
+    kv_events::{KvEventHub, ZmqError, ZmqPublisher},
     metrics::Metrics,
     text::{ModelLimits, TextError, TextModel, TextOptions, TextProcessor},
 };
@@ -57,6 +58,8 @@ pub enum CoordinatorError {
     RankFailed(#[from] RankFailure),
     #[error("cannot start workers: {0}")]
     Launch(std::io::Error),
+    #[error("KV events: {0}")]
+    KvEvents(#[from] ZmqError),
     #[error(transparent)]
     Engine(#[from] StartError),
     #[error("the first step through all ranks failed: {0}")]
@@ -73,6 +76,9 @@ pub struct Coordinator {
     cluster: Cluster,
     launcher: std::sync::Mutex<Option<Launcher>>,
     text: Arc<TextProcessor>,
+    /// None: nobody is told of changes in the prefix cache.
+    kv_events: Option<KvEventHub>,
+    _zmq: Option<ZmqPublisher>,
     engine: EngineSlot,
     running: std::sync::OnceLock<EngineHandle>,
     status: StatusHandle,
@@ -103,6 +109,12 @@ impl Coordinator {
             let _ = deployment.set(proposal.resolve(&Hardware::Cpu, &config.workers.shm_dir)?);
         }
         let (listeners, tcp) = listen(&config.api).await?;
+        let kv_options = &config.engine.kv_events;
+        let kv_events = kv_options.enabled.then(KvEventHub::default);
+        let zmq = match (&kv_events, &kv_options.zmq) {
+            (Some(hub), Some(zmq)) => Some(ZmqPublisher::start(zmq, hub).await?),
+            _ => None,
+        };
         let workers = WorkerPlan::new(&config.workers, config.model.tensor_parallel_size);
         let cluster = Cluster::new(config.model.tensor_parallel_size, &workers.join_token);
         if let Some(deployment) = deployment.get() {
@@ -118,6 +130,8 @@ impl Coordinator {
             metrics: Arc::new(Metrics::new(&name, proposal.blueprint.max_model_len as u32)),
             status: StatusHandle::new(),
             text,
+            kv_events,
+            _zmq: zmq,
             engine: EngineSlot::default(),
             running: std::sync::OnceLock::new(),
             launcher: std::sync::Mutex::new(launcher),
@@ -139,6 +153,7 @@ impl Coordinator {
         let api = Api {
             text: self.text.clone(),
             engine: self.engine.clone(),
+            kv_events: self.kv_events.clone(),
             metrics: self.metrics.clone(),
             status: self.status.clone(),
             served_model_names: self.config.engine.served_model_names.clone(),
@@ -256,6 +271,7 @@ impl Coordinator {
             enable_prefix_caching: options.enable_prefix_caching,
             policy: options.policy,
             long_prefill_token_threshold: options.long_prefill_token_threshold as u32,
+            prefix_hash_algo: options.prefix_hash_algo,
             watermark: options.watermark,
             reserve_full_isl: options.reserve_full_isl,
             step_timeout: options.step_timeout,
@@ -264,6 +280,8 @@ impl Coordinator {
         let thread = EngineThreadConfig {
             max_num_queued_reqs: options.max_num_queued_reqs,
             max_num_queued_tokens: options.max_num_queued_tokens,
+            kv_events: self.kv_events.clone(),
+            prefix_hash_seed: options.prefix_hash_seed.clone(),
             ..EngineThreadConfig::new(engine)
         };
         let (engine, _thread) = spawn_engine(thread, executor, self.metrics.clone())?;

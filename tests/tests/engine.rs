@@ -1,12 +1,16 @@
 //! What the engine promises, asked of real clusters: guesses change nothing but the time, and what cannot be served is
 //! refused at once, by name and with a number.
 
-use std::time::{Duration, Instant};
+use std::{
+    process::Command,
+    time::{Duration, Instant},
+};
 
 use phalanx_tests::{
     http,
     processes::eventually,
-    server::{Server, chat},
+    root,
+    server::{Server, chat, free_port},
 };
 use serde_json::{Value, json};
 
@@ -193,6 +197,42 @@ fn the_context_is_made_to_fit_and_what_does_not_is_refused_with_the_number() {
     complete(
         &server,
         &json!({"prompt": "Hello", "max_tokens": 300, "ignore_eos": true}),
+    );
+    assert!(server.stop().success());
+}
+
+#[test]
+fn indexers_outside_hear_of_cached_blocks_and_can_compute_their_names() {
+    let python = root().join(".venv/bin/python");
+    let (endpoint, replay) = (free_port(), free_port());
+    let config = json!({
+        "enable_kv_cache_events": true,
+        "publisher": "zmq",
+        "endpoint": format!("tcp://*:{endpoint}"),
+        "replay_endpoint": format!("tcp://*:{replay}"),
+        "topic": "kv-events",
+    });
+    let server = Server::start(&[
+        "--kv-events-config",
+        &config.to_string(),
+        "--prefix-caching-hash-algo",
+        "sha256_cbor",
+        "--max-model-len",
+        "256",
+        "--num-gpu-blocks-override",
+        "20",
+    ]);
+    let output = Command::new(python)
+        .arg(root().join("tests/python/kv_events.py"))
+        .args([&server.address, &endpoint.to_string(), &replay.to_string()])
+        .output()
+        .expect("python starts");
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    assert!(
+        output.status.success(),
+        "{}\n{}",
+        text(&output.stdout),
+        text(&output.stderr)
     );
     assert!(server.stop().success());
 }

@@ -6,6 +6,7 @@ mod auth;
 mod caller;
 mod engine;
 mod inference;
+mod kv_events;
 mod listen;
 mod registry;
 mod status;
@@ -23,7 +24,7 @@ pub use engine::EngineSlot;
 pub use listen::{ListenError, Listeners, serve};
 pub use status::StatusHandle;
 
-use crate::{metrics::Metrics, text::TextProcessor};
+use crate::{kv_events::KvEventHub, metrics::Metrics, text::TextProcessor};
 
 /// Most bytes of one request message, tonic's and every client's own default.
 pub const MAX_REQUEST_BYTES: usize = 4 << 20;
@@ -34,6 +35,8 @@ pub const MAX_RESPONSE_BYTES: usize = 64 << 20;
 pub struct Api {
     pub text: Arc<TextProcessor>,
     pub engine: EngineSlot,
+    /// None: they are not offered.
+    pub kv_events: Option<KvEventHub>,
     pub metrics: Arc<Metrics>,
     pub status: StatusHandle,
     /// The first is the name replies carry. Never empty.
@@ -66,6 +69,7 @@ impl Api {
         let admin = admin::AdminService {
             status: self.status.clone(),
             metrics: self.metrics,
+            kv_events: self.kv_events,
             registry,
         };
         let (reporter, health) = tonic_health::server::health_reporter();

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use phalanx_proto::step::StepLimits;
 
-use super::NgramSpeculation;
+use super::{NgramSpeculation, PrefixHashAlgo};
 
 /// Which waiting sequence runs next, and which running one gives way when blocks are short.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -54,8 +54,11 @@ pub struct EngineConfig {
     pub max_step_failures: u32,
     /// Epoch of the group that the executor holds at start.
     pub epoch: u32,
-    /// Key of the prefix cache's block hashes. `spawn_engine` draws it anew, so that what is cached can neither be guessed
-    /// nor collided with from outside.
+    /// How the prefix cache names blocks.
+    pub prefix_hash_algo: PrefixHashAlgo,
+    /// Tell what changes in the prefix cache.
+    pub kv_events: bool,
+    /// Key of the builtin block hashes, or the start of vLLM's chains.
     pub prefix_cache_seed: [u8; 32],
 }
 
@@ -105,6 +108,8 @@ impl EngineConfig {
             step_timeout: Duration::from_secs(60),
             max_step_failures: 3,
             epoch: 0,
+            prefix_hash_algo: PrefixHashAlgo::Builtin,
+            kv_events: false,
             prefix_cache_seed: [0; 32],
         }
     }

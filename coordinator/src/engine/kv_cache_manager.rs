@@ -2,29 +2,22 @@
 
 use phalanx_proto::step::BlockId;
 
-use super::{EngineConfig, block_hash::BlockHash, block_pool::BlockPool};
+use super::{
+    EngineConfig, KvEvent, PrefixHashAlgo,
+    block_hash::BlockNames,
+    block_pool::BlockPool,
+    kv_events::{KvEventLog, Stored},
+};
 
 /// The KV of one sequence.
 #[derive(Debug)]
 pub(super) struct SequenceKv {
     /// Blocks in the order of the tokens they hold; the last may be partly filled.
     pub(super) table: Vec<BlockId>,
-    /// Names of the sequence's full blocks, computed as they are needed and kept across preemption: tokens never change.
-    hashes: Vec<BlockHash>,
-    /// Name before the first block.
-    root: BlockHash,
+    /// Kept across preemption: tokens never change.
+    names: BlockNames,
     /// Leading blocks of the table that have been offered to the prefix cache or came from it.
     num_offered: usize,
-}
-
-impl SequenceKv {
-    fn extend_hashes(&mut self, tokens: &[u32], num_blocks: usize, block_size: usize) {
-        for index in self.hashes.len()..num_blocks {
-            let parent = self.hashes.last().unwrap_or(&self.root);
-            self.hashes
-                .push(parent.child(&tokens[index * block_size..(index + 1) * block_size]));
-        }
-    }
 }
 
 /// What must be free for a sequence to be admitted.
@@ -41,6 +34,7 @@ pub(super) struct KvCacheManager {
     pool: BlockPool,
     block_size: usize,
     enable_prefix_caching: bool,
+    hash_algo: PrefixHashAlgo,
     seed: [u8; 32],
     watermark_blocks: usize,
 }
@@ -48,9 +42,10 @@ pub(super) struct KvCacheManager {
 impl KvCacheManager {
     pub(super) fn new(config: &EngineConfig) -> Self {
         Self {
-            pool: BlockPool::new(config.num_blocks),
+            pool: BlockPool::new(config.num_blocks, KvEventLog::new(config.kv_events)),
             block_size: config.block_size as usize,
             enable_prefix_caching: config.enable_prefix_caching,
+            hash_algo: config.prefix_hash_algo,
             seed: config.prefix_cache_seed,
             watermark_blocks: (f64::from(config.watermark) * f64::from(config.num_blocks)) as usize,
         }
@@ -78,8 +73,7 @@ impl KvCacheManager {
     pub(super) fn sequence(&self, cache_salt: Option<&str>) -> SequenceKv {
         SequenceKv {
             table: Vec::new(),
-            hashes: Vec::new(),
-            root: BlockHash::root(&self.seed, cache_salt),
+            names: BlockNames::new(self.hash_algo, &self.seed, cache_salt),
             num_offered: 0,
         }
     }
@@ -109,8 +103,7 @@ impl KvCacheManager {
             return Vec::new();
         }
         let num_blocks = (tokens.len() - 1) / self.block_size;
-        kv.extend_hashes(tokens, num_blocks, self.block_size);
-        let hashes = kv.hashes.iter().take(num_blocks);
+        let hashes = kv.names.extend(tokens, num_blocks, self.block_size).iter();
         hashes.map_while(|hash| self.pool.find(hash)).collect()
     }
 
@@ -133,9 +126,15 @@ impl KvCacheManager {
             return;
         }
         let num_full = num_computed / self.block_size;
-        kv.extend_hashes(tokens, num_full, self.block_size);
+        kv.names.extend(tokens, num_full, self.block_size);
         for index in kv.num_offered..num_full {
-            self.pool.cache(kv.table[index], kv.hashes[index]);
+            let block = Stored {
+                hash: kv.names.get(index),
+                parent: kv.names.parent(index),
+                token_ids: &tokens[index * self.block_size..(index + 1) * self.block_size],
+                salt: kv.names.salt(),
+            };
+            self.pool.cache(kv.table[index], &block);
         }
         kv.num_offered = num_full;
     }
@@ -156,7 +155,17 @@ impl KvCacheManager {
 
     /// The ranks have lost all KV. Every [`SequenceKv`] must have been freed.
     pub(super) fn reset(&mut self) {
-        self.pool = BlockPool::new(self.pool.num_blocks() as u32);
+        self.pool.clear();
+    }
+
+    /// What has changed in the prefix cache since the last call.
+    pub(super) fn take_events(&mut self) -> Vec<KvEvent> {
+        self.pool.take_events()
+    }
+
+    #[cfg(test)]
+    pub(super) fn cached_blocks(&self) -> std::collections::BTreeSet<super::BlockHash> {
+        self.pool.names()
     }
 
     /// Panics unless every block is held exactly as often as the tables of `all` say.

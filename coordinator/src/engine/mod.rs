@@ -9,6 +9,7 @@ mod block_pool;
 mod config;
 mod core;
 mod kv_cache_manager;
+mod kv_events;
 mod ngram;
 mod request;
 mod scheduler;
@@ -20,7 +21,9 @@ mod types;
 mod waiting;
 
 pub use self::core::{EngineCore, EngineFailure, Progress, StepStats};
+pub use block_hash::{BlockHash, PrefixHashAlgo};
 pub use config::{ConfigError, EngineConfig, SchedulingPolicy};
+pub use kv_events::KvEvent;
 pub use ngram::NgramSpeculation;
 pub use request::RequestError;
 pub use scheduler::Snapshot;

@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use phalanx_proto::step::{SampledToken, SequenceId, StepOutput, StepPlan, StepRow};
 
 use super::{
-    Command, EngineConfig, EngineRequest, Event, FinishReason, SchedulingPolicy, SpeculationStats,
+    Command, EngineConfig, EngineRequest, Event, FinishReason, KvEvent, SchedulingPolicy, SpeculationStats,
     kv_cache_manager::{KvCacheManager, Room},
     sequence::{Sequence, Urgency},
     speculation::Verifier,
@@ -119,6 +119,15 @@ impl Scheduler {
             num_steps: self.step,
             speculation: self.speculation,
         }
+    }
+
+    pub(super) fn take_kv_events(&mut self) -> Vec<KvEvent> {
+        self.kv.take_events()
+    }
+
+    #[cfg(test)]
+    pub(super) fn cached_blocks(&self) -> std::collections::BTreeSet<super::BlockHash> {
+        self.kv.cached_blocks()
     }
 
     pub(super) fn apply(&mut self, command: Command, events: &mut Vec<Event>) {

@@ -4,6 +4,7 @@
 
 mod executor;
 mod fairness;
+mod indexer;
 mod scenario;
 mod tests;
 

@@ -8,10 +8,10 @@ use std::{
 
 use phalanx_proto::step::SequenceId;
 
-use super::{Faults, Prng, SimExecutor, VOCAB_SIZE, mix, oracle, salt};
+use super::{Faults, Prng, SimExecutor, VOCAB_SIZE, indexer::Indexer, mix, oracle, salt};
 use crate::engine::{
     Clock, Command, EngineConfig, EngineCore, EngineRequest, Event, FinishReason, Instant, NgramSpeculation,
-    Progress, SamplingParams, SchedulingPolicy, Snapshot, StopRules, TenantId,
+    PrefixHashAlgo, Progress, SamplingParams, SchedulingPolicy, Snapshot, StopRules, TenantId,
 };
 
 /// Time passes with every look at it.
@@ -92,6 +92,7 @@ impl Scenario {
         let mut heard: BTreeMap<SequenceId, Heard> = BTreeMap::new();
         let (mut commands, mut trace, mut turn) = (self.commands.clone(), 0, 0);
         let mut decoding = BTreeSet::new();
+        let mut indexer = Indexer::new(&self.config);
         while !commands.is_empty() || !core.is_idle() {
             let inbox = commands.remove(&turn).unwrap_or_default();
             for command in &inbox {
@@ -102,6 +103,8 @@ impl Scenario {
             let mut events = Vec::new();
             let oldest = oldest_live(&heard, &inbox);
             let progress = core.step(inbox, &mut events);
+            indexer.follow(core.take_kv_events());
+            assert_eq!(indexer.blocks(), core.cached_blocks(), "what an indexer knows");
             let said = format!("{progress:?} {events:?}");
             trace = said.bytes().fold(trace, |hash, byte| mix(hash, byte.into()));
             follow_decodes(&mut decoding, &events);
@@ -245,6 +248,8 @@ fn config(prng: &mut Prng) -> EngineConfig {
         });
     }
     config.enable_prefix_caching = !prng.one_in(4);
+    config.kv_events = true;
+    config.prefix_hash_algo = [PrefixHashAlgo::Builtin, PrefixHashAlgo::Sha256Cbor][prng.below(2) as usize];
     let policies = [
         SchedulingPolicy::Fcfs,
         SchedulingPolicy::Priority,
