@@ -9,7 +9,7 @@ use phalanx_proto::{
     v1::{
         ChatRequest, GenerateChunk, GenerateRequest, GenerateResponse, GetMetricsRequest, GetMetricsResponse,
         GetStatusRequest, GetStatusResponse, ListModelsRequest, ListModelsResponse,
-        admin_client::AdminClient, inference_client::InferenceClient,
+        admin_client::AdminClient, inference_client::InferenceClient, inference_server::SERVICE_NAME,
     },
 };
 use tonic::{
@@ -18,6 +18,7 @@ use tonic::{
     service::{Interceptor, interceptor::InterceptedService},
     transport::{Channel, Endpoint},
 };
+use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse, health_client::HealthClient};
 
 use crate::{
     config::GatewayError,
@@ -44,6 +45,8 @@ pub(crate) struct Backend {
     inference: InferenceClient<Keyed>,
     /// On a connection of its own, so that probes are answered however busy the other one is.
     admin: AdminClient<Keyed>,
+    /// On the connection of `admin`.
+    health: HealthClient<Keyed>,
 }
 
 type Keyed = InterceptedService<Channel, Credentials>;
@@ -80,9 +83,11 @@ impl Backend {
         let endpoint = endpoint(address)?;
         let credentials = Credentials::of(keys);
         let keyed = || InterceptedService::new(endpoint.connect_lazy(), credentials.clone());
+        let (busy, quick) = (keyed(), keyed());
         Ok(Self {
-            inference: InferenceClient::new(keyed()).max_decoding_message_size(MAX_REPLY_BYTES),
-            admin: AdminClient::new(keyed()).max_decoding_message_size(MAX_REPLY_BYTES),
+            inference: InferenceClient::new(busy).max_decoding_message_size(MAX_REPLY_BYTES),
+            health: HealthClient::new(quick.clone()),
+            admin: AdminClient::new(quick).max_decoding_message_size(MAX_REPLY_BYTES),
         })
     }
 
@@ -113,6 +118,15 @@ impl Backend {
 
     pub(crate) async fn status(&self) -> Result<GetStatusResponse, RpcError> {
         unwrap(self.admin.clone().get_status(brief(GetStatusRequest {})).await)
+    }
+
+    /// What the health service says of `Inference`, now and whenever it changes.
+    pub(crate) async fn watch_health(&self) -> Result<Streaming<HealthCheckResponse>, Status> {
+        let request = HealthCheckRequest {
+            service: SERVICE_NAME.to_owned(),
+        };
+        let updates = self.health.clone().watch(request).await?;
+        Ok(updates.into_inner())
     }
 
     pub(crate) async fn metrics(&self) -> Result<GetMetricsResponse, RpcError> {

@@ -4,6 +4,7 @@ mod admin;
 mod assembler;
 mod auth;
 mod caller;
+mod choice;
 mod engine;
 mod inference;
 mod kv_events;

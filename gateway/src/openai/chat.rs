@@ -24,7 +24,12 @@ use super::{
     unoffered,
     usage::Usage,
 };
-use crate::{lifecycle::Ticket, observe::RequestId, routes::Service};
+use crate::{
+    lifecycle::Ticket,
+    observe::RequestId,
+    router::{Replicas, X_SESSION_ID, session},
+    routes::Service,
+};
 
 const ROLE: &str = "assistant";
 
@@ -58,6 +63,7 @@ impl ChatFields {
 /// A checked request.
 struct Call {
     request: ChatRequest,
+    user: Option<String>,
     streams: bool,
     n: u32,
     style: Style,
@@ -94,10 +100,11 @@ fn prepare(body: &[u8], id: &str, prompt_tokens_details: bool) -> Result<Call, R
         priority: params.priority(),
         cache_salt: params.cache_salt.take(),
         timeout_ms: params.timeout_ms()?,
-        tenant: String::new(),
+        ..ChatRequest::default()
     };
     Ok(Call {
         request,
+        user: params.user.take(),
         streams: params.streams(),
         n: params.n(),
         style,
@@ -124,16 +131,20 @@ pub(crate) async fn handle(
 ) -> Result<Response, ApiError> {
     let mut ticket = service.lifecycle.admit()?;
     let caller = Caller::of(&request);
+    let header = request.headers().get(X_SESSION_ID).cloned();
     let body = body::read(request, &service.limits).await?;
     let id = format!("chatcmpl-{}", request_id.0);
     let mut call = prepare(&body, &id, service.prompt_tokens_details)?;
     caller.sign(&mut call.request.tenant, &mut call.request.timeout_ms);
     drop(body);
     ticket.start(1)?;
+    let replicas = service
+        .backend
+        .for_session(session(header.as_ref(), call.user.as_deref()));
     if !call.streams {
-        return whole(&service, id, call, ticket).await;
+        return whole(&replicas, id, call, ticket).await;
     }
-    let chunks = service.backend.chat_stream(call.request).await?;
+    let chunks = replicas.chat_stream(call.request).await?;
     let streaming = Streaming {
         id,
         n: call.n,
@@ -148,9 +159,14 @@ pub(crate) async fn handle(
     streaming.respond().await
 }
 
-async fn whole(service: &Service, id: String, call: Call, mut ticket: Ticket) -> Result<Response, ApiError> {
+async fn whole(
+    replicas: &Replicas,
+    id: String,
+    call: Call,
+    mut ticket: Ticket,
+) -> Result<Response, ApiError> {
     let reply = tokio::select! {
-        reply = service.backend.chat(call.request) => reply?,
+        reply = replicas.chat(call.request) => reply?,
         error = ticket.stopped() => return Err(error.into()),
     };
     let whole = Whole::join(id, call.n, vec![reply])?;

@@ -24,7 +24,13 @@ use super::{
     unoffered,
     usage::Usage,
 };
-use crate::{lifecycle::Ticket, limits::MAX_CHOICES, observe::RequestId, routes::Service};
+use crate::{
+    lifecycle::Ticket,
+    limits::MAX_CHOICES,
+    observe::RequestId,
+    router::{Replicas, X_SESSION_ID, session},
+    routes::Service,
+};
 
 const OBJECT: &str = "text_completion";
 
@@ -49,6 +55,7 @@ fn default_max_tokens() -> Option<u32> {
 /// A checked request, as one gRPC request for every prompt.
 struct Call {
     requests: Vec<GenerateRequest>,
+    user: Option<String>,
     streams: bool,
     n: u32,
     style: Style,
@@ -106,10 +113,11 @@ fn prepare(body: &[u8], id: &str, prompt_tokens_details: bool) -> Result<Call, R
             priority,
             cache_salt: cache_salt.clone(),
             timeout_ms,
-            tenant: String::new(),
+            ..GenerateRequest::default()
         });
     Ok(Call {
         requests: requests.collect(),
+        user: params.user.take(),
         streams: params.streams(),
         n,
         style,
@@ -123,6 +131,7 @@ pub(crate) async fn handle(
 ) -> Result<Response, ApiError> {
     let mut ticket = service.lifecycle.admit()?;
     let caller = Caller::of(&request);
+    let header = request.headers().get(X_SESSION_ID).cloned();
     let body = body::read(request, &service.limits).await?;
     let id = format!("cmpl-{}", request_id.0);
     let mut call = prepare(&body, &id, service.prompt_tokens_details)?;
@@ -131,13 +140,16 @@ pub(crate) async fn handle(
     }
     drop(body);
     ticket.start(call.requests.len())?;
+    let replicas = service
+        .backend
+        .for_session(session(header.as_ref(), call.user.as_deref()));
     if !call.streams {
-        return whole(&service, id, call, ticket).await;
+        return whole(&replicas, id, call, ticket).await;
     }
     let prompts = call
         .requests
         .into_iter()
-        .map(|request| service.backend.generate_stream(request));
+        .map(|request| replicas.generate_stream(request));
     let streaming = Streaming {
         id,
         n: call.n,
@@ -148,11 +160,16 @@ pub(crate) async fn handle(
     streaming.respond().await
 }
 
-async fn whole(service: &Service, id: String, call: Call, mut ticket: Ticket) -> Result<Response, ApiError> {
+async fn whole(
+    replicas: &Replicas,
+    id: String,
+    call: Call,
+    mut ticket: Ticket,
+) -> Result<Response, ApiError> {
     let replies = call
         .requests
         .into_iter()
-        .map(|request| service.backend.generate(request));
+        .map(|request| replicas.generate(request));
     let replies = tokio::select! {
         replies = try_join_all(replies) => replies?,
         error = ticket.stopped() => return Err(error.into()),

@@ -45,6 +45,8 @@ pub(super) struct Params {
     pub(super) cache_salt: Option<String>,
     /// Seconds that the client waits.
     timeout: Option<f64>,
+    /// Names the session of a request that does not name one itself.
+    pub(super) user: Option<String>,
 }
 
 #[derive(Clone, Copy, Debug, Default, Deserialize)]
@@ -105,6 +107,7 @@ impl Params {
             include_stop_str_in_output: self.include_stop_str_in_output.unwrap_or(false),
             skip_special_tokens: self.skip_special_tokens,
             logit_bias: self.logit_bias.take().unwrap_or_default().0,
+            ..SamplingParams::default()
         })
     }
 
@@ -242,6 +245,7 @@ mod tests {
             include_stop_str_in_output: true,
             skip_special_tokens: Some(false),
             logit_bias: [(7, -100.0), (50_256, 0.5)].into(),
+            ..SamplingParams::default()
         };
         assert_eq!(sampling(body).expect("valid"), expected);
     }

@@ -23,6 +23,7 @@ fn requests(prng: &mut Prng) -> Vec<EngineRequest> {
         EngineRequest {
             id: SequenceId(tenant * REQUESTS + index),
             prompt: prompt.collect(),
+            output: Vec::new(),
             sampling: SamplingParams::GREEDY,
             stop: StopRules {
                 max_tokens: prng.range(1, [4, 30, 12][tenant as usize]),
