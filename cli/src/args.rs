@@ -256,9 +256,8 @@ pub(crate) struct EngineArgs {
     /// Prompt tokens that may wait; more are refused with 429, but a prompt that waits alone may be longer.
     #[arg(long, env = "PHALANX_MAX_NUM_QUEUED_TOKENS", default_value_t = 1 << 22)]
     pub(crate) max_num_queued_tokens: usize,
-    /// Chat template file that replaces the model's.
-    #[arg(long, env = "PHALANX_CHAT_TEMPLATE")]
-    pub(crate) chat_template: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) chat: crate::chat_args::ChatArgs,
     /// Seed of requests that bring none; default: a new one for every request.
     #[arg(long, env = "PHALANX_SEED")]
     pub(crate) seed: Option<u64>,
@@ -318,6 +317,9 @@ pub(crate) struct FrontendArgs {
     /// Unix socket to listen on instead of host and port.
     #[arg(long, env = "PHALANX_UDS")]
     pub(crate) uds: Option<PathBuf>,
+    /// Role of the messages that the model makes.
+    #[arg(long, env = "PHALANX_RESPONSE_ROLE", default_value = "assistant")]
+    pub(crate) response_role: String,
 }
 
 #[derive(Debug, Args)]

@@ -104,7 +104,8 @@ pub(crate) fn engine(args: &EngineArgs, model: &ModelOptions) -> anyhow::Result<
         reserve_full_isl: args.scheduler_reserve_full_isl,
         max_num_queued_reqs: args.max_num_queued_reqs,
         max_num_queued_tokens: args.max_num_queued_tokens,
-        chat_template: args.chat_template.clone(),
+        chat_template: args.chat.chat_template.clone(),
+        chat: args.chat.resolve()?,
         seed: args.seed,
         step_timeout: Duration::from_secs(args.execute_model_timeout_seconds),
     })

@@ -182,6 +182,7 @@ impl GatewayCommand {
         if let Some(path) = &frontend.uds {
             flag("--uds", path.to_string_lossy().into_owned());
         }
+        flag("--response-role", frontend.response_role.clone());
         flag("--shutdown-timeout", args.engine.shutdown_timeout.to_string());
         flag("--parent-pid", std::process::id().to_string());
         arguments.extend(logging.arguments());

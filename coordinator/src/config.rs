@@ -8,6 +8,7 @@ use phalanx_proto::secret::ApiKeys;
 use crate::{
     engine::{NgramSpeculation, PrefixHashAlgo, SchedulingPolicy},
     kv_events::ZmqOptions,
+    text::ChatOptions,
 };
 
 #[derive(Clone, Debug)]
@@ -112,6 +113,7 @@ pub struct EngineOptions {
     pub max_num_queued_tokens: usize,
     /// Replaces the model's chat template.
     pub chat_template: Option<PathBuf>,
+    pub chat: ChatOptions,
     /// Seed of requests that bring none.
     pub seed: Option<u64>,
     pub step_timeout: Duration,

@@ -471,6 +471,7 @@ fn text_processor(
     let options = TextOptions {
         limits,
         chat_template: template.transpose()?,
+        chat: config.engine.chat.clone(),
         threads: None,
         seed: config.engine.seed,
     };

@@ -56,6 +56,7 @@ impl Gateway {
             lifecycle: Arc::clone(&lifecycle),
             limits: config.limits.clone(),
             prompt_tokens_details: config.prompt_tokens_details,
+            response_role: config.response_role.into(),
         };
         let mut listeners = Vec::new();
         let mut local_addrs = Vec::new();

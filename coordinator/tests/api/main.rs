@@ -7,3 +7,4 @@ mod resume;
 mod server;
 #[path = "../support/mod.rs"]
 mod support;
+mod tools;

@@ -1,5 +1,6 @@
 //! OpenAI's HTTP API in vLLM's dialect, over the coordinator's gRPC.
 
+mod answer;
 mod bias;
 mod body;
 mod caller;
@@ -13,5 +14,6 @@ mod params;
 mod prompt;
 mod reply;
 mod sse;
+mod tools;
 mod unoffered;
 mod usage;

@@ -12,3 +12,4 @@ mod shapes;
 mod shutdown;
 mod streams;
 mod support;
+mod tools;
