@@ -9,6 +9,7 @@ mod gateway;
 mod kv_events;
 mod limits;
 mod logging;
+mod output_args;
 mod plan;
 mod progress;
 mod resolve;

@@ -8,7 +8,7 @@ use phalanx_proto::secret::ApiKeys;
 use crate::{
     engine::{NgramSpeculation, PrefixHashAlgo, SchedulingPolicy},
     kv_events::ZmqOptions,
-    text::ChatOptions,
+    text::{ChatOptions, GenerationOptions},
 };
 
 #[derive(Clone, Debug)]
@@ -34,6 +34,8 @@ pub struct ModelOptions {
     pub max_num_batched_tokens: usize,
     /// Guess tokens and verify several in a step.
     pub speculative: Option<NgramSpeculation>,
+    /// Most alternatives per token that a request may ask for.
+    pub max_logprobs: usize,
     pub block_size: usize,
     pub kv_cache: KvCacheSize,
     pub kv_dtype: KvDtype,
@@ -113,6 +115,8 @@ pub struct EngineOptions {
     pub max_num_queued_tokens: usize,
     /// Replaces the model's chat template.
     pub chat_template: Option<PathBuf>,
+    /// What requests leave unset.
+    pub generation: GenerationOptions,
     pub chat: ChatOptions,
     /// Seed of requests that bring none.
     pub seed: Option<u64>,

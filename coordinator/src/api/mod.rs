@@ -9,6 +9,8 @@ mod engine;
 mod inference;
 mod kv_events;
 mod listen;
+mod logprobs;
+mod prompt;
 mod registry;
 mod status;
 mod stream;
@@ -140,6 +142,7 @@ impl Envelope {
             created,
             choice,
             usage,
+            prompt: None,
         }
     }
     fn response(self, choices: Vec<v1::Choice>, usage: v1::Usage) -> v1::GenerateResponse {
@@ -149,6 +152,7 @@ impl Envelope {
             created: self.created,
             choices,
             usage: Some(usage),
+            prompt: None,
         }
     }
 }

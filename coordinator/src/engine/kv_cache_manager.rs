@@ -23,6 +23,8 @@ pub(super) struct SequenceKv {
 /// What must be free for a sequence to be admitted.
 #[derive(Clone, Copy)]
 pub(super) struct Room {
+    /// Leading tokens whose KV may come from the prefix cache: never all of them, the last one's logits are wanted.
+    pub(super) num_cacheable: usize,
     /// Blocks for so many of its tokens beyond the cached ones, if it has them.
     pub(super) new_tokens: usize,
     /// And so many blocks beside.
@@ -79,10 +81,9 @@ impl KvCacheManager {
     }
 
     /// Takes what the prefix cache knows of `tokens`, if what else has to fit would. Returns how many tokens need no
-    /// computation, always fewer than there are: the last one's logits are wanted. None, and nothing taken, if the free
-    /// blocks do not suffice.
+    /// computation. None, and nothing taken, if the free blocks do not suffice.
     pub(super) fn admit(&mut self, kv: &mut SequenceKv, tokens: &[u32], room: Room) -> Option<usize> {
-        let cached = self.find_prefix(kv, tokens);
+        let cached = self.find_prefix(kv, &tokens[..room.num_cacheable]);
         let num_cached_tokens = cached.len() * self.block_size;
         let first = num_cached_tokens
             .saturating_add(room.new_tokens)
@@ -102,7 +103,7 @@ impl KvCacheManager {
         if !self.enable_prefix_caching {
             return Vec::new();
         }
-        let num_blocks = (tokens.len() - 1) / self.block_size;
+        let num_blocks = tokens.len() / self.block_size;
         let hashes = kv.names.extend(tokens, num_blocks, self.block_size).iter();
         hashes.map_while(|hash| self.pool.find(hash)).collect()
     }
@@ -179,10 +180,13 @@ mod tests {
     use super::*;
 
     /// All of the sequence, and nothing else.
-    const ALONE: Room = Room {
-        new_tokens: usize::MAX,
-        kept_blocks: 0,
-    };
+    fn alone(tokens: &[u32]) -> Room {
+        Room {
+            num_cacheable: tokens.len() - 1,
+            new_tokens: usize::MAX,
+            kept_blocks: 0,
+        }
+    }
 
     fn manager() -> KvCacheManager {
         let mut config = EngineConfig::new(8, 64, 100);
@@ -194,7 +198,7 @@ mod tests {
     /// Computes `tokens` to the end and gives the blocks back.
     fn run(manager: &mut KvCacheManager, tokens: &[u32], salt: Option<&str>) -> Option<usize> {
         let mut kv = manager.sequence(salt);
-        let cached = manager.admit(&mut kv, tokens, ALONE);
+        let cached = manager.admit(&mut kv, tokens, alone(tokens));
         assert!(manager.grow(&mut kv, tokens.len()));
         manager.offer(&mut kv, tokens, tokens.len());
         manager.check([&kv].into_iter());
@@ -218,6 +222,21 @@ mod tests {
     }
 
     #[test]
+    fn tokens_whose_logits_are_wanted_are_not_taken_from_the_cache() {
+        let mut manager = manager();
+        let tokens: Vec<u32> = (0..12).collect();
+        run(&mut manager, &tokens, None);
+        for (num_cacheable, expected) in [(0, 0), (3, 0), (4, 4), (11, 8)] {
+            let mut kv = manager.sequence(None);
+            assert_eq!(
+                manager.admit(&mut kv, &tokens, num_cacheable, true),
+                Some(expected)
+            );
+            manager.free(&mut kv);
+        }
+    }
+
+    #[test]
     fn another_salt_sees_nothing() {
         let mut manager = manager();
         let tokens: Vec<u32> = (0..9).collect();
@@ -234,6 +253,7 @@ mod tests {
         let tokens = vec![1; 28]; // 7 of 8 blocks
         let mut kv = manager.sequence(None);
         let room = |new_tokens, kept_blocks| Room {
+            num_cacheable: 27,
             new_tokens,
             kept_blocks,
         };
@@ -245,7 +265,7 @@ mod tests {
             "the first chunk"
         );
         assert_eq!(manager.num_missing_blocks(&kv, &tokens), 7);
-        assert_eq!(manager.admit(&mut kv, &tokens, ALONE), Some(0));
+        assert_eq!(manager.admit(&mut kv, &tokens, alone(&tokens)), Some(0));
     }
 
     #[test]
@@ -254,7 +274,7 @@ mod tests {
         let tokens: Vec<u32> = (0..29).collect(); // all 8 blocks
         run(&mut manager, &tokens, None);
         let mut kv = manager.sequence(None);
-        assert_eq!(manager.admit(&mut kv, &tokens, ALONE), Some(28));
+        assert_eq!(manager.admit(&mut kv, &tokens, alone(&tokens)), Some(28));
         assert_eq!(manager.num_free_blocks(), 1);
         assert!(manager.grow(&mut kv, 29) && !manager.grow(&mut kv, 33));
         manager.check([&kv].into_iter());
@@ -265,7 +285,7 @@ mod tests {
         let mut manager = manager();
         let tokens: Vec<u32> = (0..12).collect();
         let mut kv = manager.sequence(None);
-        manager.admit(&mut kv, &tokens, ALONE);
+        manager.admit(&mut kv, &tokens, alone(&tokens));
         manager.grow(&mut kv, 12);
         manager.offer(&mut kv, &tokens, 12);
         manager.discard(&mut kv);

@@ -8,7 +8,7 @@
 
 use std::collections::BTreeMap;
 
-use phalanx_proto::step::{SampledToken, SequenceId, StepOutput, StepPlan, StepRow};
+use phalanx_proto::step::{SampledToken, ScoredPrompt, SequenceId, StepOutput, StepPlan, StepRow};
 
 use super::{
     Command, EngineConfig, EngineRequest, Event, FinishReason, KvEvent, SchedulingPolicy, SpeculationStats,
@@ -182,20 +182,35 @@ impl Scheduler {
             return None;
         }
         self.step += 1;
-        let mut rows = Vec::with_capacity(chosen.len());
-        for (urgency, &num_tokens) in &chosen {
-            let sequence = &self.sequences[&self.running[urgency]];
-            rows.push(sequence.row(num_tokens, &self.config));
-            if let Some(drafts) = drafts.get(urgency) {
-                rows.extend(sequence.draft_rows(drafts, &self.config));
-            }
-        }
+        let rows = self.rows(&chosen, &drafts);
         Some(StepPlan {
             epoch: self.epoch,
             step: self.step,
             rows,
             masks_follow: false,
         })
+    }
+
+    /// The rows of the chosen sequences, the most urgent first, each with its guesses behind it. One whose penalties look
+    /// at more tokens than the plan has room for is left to a later step: alone, every history fits.
+    fn rows(&self, chosen: &BTreeMap<Urgency, usize>, drafts: &BTreeMap<Urgency, Vec<u32>>) -> Vec<StepRow> {
+        let mut history_left = self.config.step_limits().max_history() as usize;
+        let mut rows = Vec::with_capacity(chosen.len());
+        for (urgency, &num_tokens) in chosen {
+            let sequence = &self.sequences[&self.running[urgency]];
+            let own = sequence.row(num_tokens, &self.config);
+            let guesses = drafts
+                .get(urgency)
+                .map_or_else(Vec::new, |drafts| sequence.draft_rows(drafts, &self.config));
+            for row in std::iter::once(own).chain(guesses) {
+                let Some(left) = history_left.checked_sub(history_len(&row)) else {
+                    break;
+                };
+                history_left = left;
+                rows.push(row);
+            }
+        }
+        rows
     }
 
     /// Gives tokens to the running sequences whose number of remaining tokens passes `turn`.
@@ -273,6 +288,7 @@ impl Scheduler {
                 return;
             }
             let room = Room {
+                num_cacheable: sequence.num_cacheable_tokens(),
                 new_tokens: if self.config.reserve_full_isl {
                     usize::MAX
                 } else {
@@ -357,20 +373,24 @@ impl Scheduler {
     pub(super) fn update(&mut self, plan: &StepPlan, output: StepOutput, events: &mut Vec<Event>) {
         let mut verifier = Verifier::default();
         let mut sampled = output.sampled.into_iter();
+        let mut scored = output.prompt_logprobs.into_iter();
         for row in &plan.rows {
-            let sampled = row.sampling.as_ref().and_then(|_| sampled.next());
-            if verifier.check(row, sampled.as_ref(), &mut self.speculation) {
-                self.book(row, sampled, events);
+            let answer = Answer {
+                scored: row.prompt_logprobs.as_ref().and_then(|_| scored.next()),
+                sampled: row.sampling.as_ref().and_then(|_| sampled.next()),
+            };
+            if verifier.check(row, answer.sampled.as_ref(), &mut self.speculation) {
+                self.book(row, answer, events);
             }
         }
     }
 
     /// Books a row whose tokens are its sequence's.
-    fn book(&mut self, row: &StepRow, sampled: Option<SampledToken>, events: &mut Vec<Event>) {
+    fn book(&mut self, row: &StepRow, answer: Answer, events: &mut Vec<Event>) {
         let Some(sequence) = self.sequences.get_mut(&row.sequence) else {
             return;
         };
-        if sampled.as_ref().is_some_and(|sampled| !sampled.finite) {
+        if !answer.is_finite() {
             // Nobody may find blocks that lead to logits that are no numbers.
             self.kv.discard(&mut sequence.kv);
             return self.finish(row.sequence, FinishReason::NotFinite, events);
@@ -379,8 +399,19 @@ impl Scheduler {
         sequence.num_computed_tokens = num_computed;
         sequence.failed_steps = 0;
         self.kv.offer(&mut sequence.kv, &sequence.tokens, num_computed);
-        if let Some(sampled) = sampled {
+        if let Some(scored) = answer.scored {
+            self.accept_scored(scored, events);
+        }
+        if let Some(sampled) = answer.sampled {
             self.accept(sampled, events);
+        }
+    }
+
+    fn accept_scored(&mut self, scored: ScoredPrompt, events: &mut Vec<Event>) {
+        let ScoredPrompt { sequence: id, tokens } = scored;
+        if let Some(sequence) = self.sequences.get_mut(&id) {
+            sequence.scored(tokens.len());
+            events.push(Event::PromptLogprobs { sequence: id, tokens });
         }
     }
 
@@ -471,6 +502,30 @@ impl Scheduler {
                 assert_eq!((computed, room), (0, 0), "{id:?} waits and holds nothing");
             }
         }
+    }
+}
+
+/// Entries of a row's penalty history.
+fn history_len(row: &StepRow) -> usize {
+    let penalties = row
+        .sampling
+        .as_ref()
+        .and_then(|sampling| sampling.penalties.as_ref());
+    penalties.map_or(0, |penalties| penalties.history.len())
+}
+
+/// What came of one row.
+struct Answer {
+    scored: Option<ScoredPrompt>,
+    sampled: Option<SampledToken>,
+}
+
+impl Answer {
+    /// No logits of the row held a NaN or an infinity.
+    fn is_finite(&self) -> bool {
+        let scores = self.scored.iter().flat_map(|scored| &scored.tokens);
+        let sampled = self.sampled.as_ref().is_none_or(|sampled| sampled.finite);
+        sampled && scores.into_iter().all(|token| !token.logprob.is_nan())
     }
 }
 

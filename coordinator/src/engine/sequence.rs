@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use phalanx_proto::step::{BlockId, RowSampling, SequenceId, StepRow};
+use phalanx_proto::step::{BlockId, PromptLogprobs, RowSampling, SequenceId, StepRow};
 
 use super::{
     EngineConfig, EngineRequest, FinishReason, NgramSpeculation, SamplingParams, StopRules, TenantId,
@@ -27,6 +27,8 @@ pub(super) struct Sequence {
     /// Prompt and output.
     pub(super) tokens: Vec<u32>,
     num_prompt_tokens: usize,
+    /// The next prompt token to be scored; the prompt's length if there is none left. The first has nothing before it.
+    next_scored: usize,
     /// Tokens whose KV is in the blocks.
     pub(super) num_computed_tokens: usize,
     pub(super) kv: SequenceKv,
@@ -50,9 +52,17 @@ impl Sequence {
             urgency,
             tenant: request.tenant,
             num_prompt_tokens: request.prompt.len(),
+            next_scored: match request.sampling.prompt_logprobs {
+                Some(_) => 1,
+                None => request.prompt.len(),
+            },
             num_computed_tokens: 0,
             kv,
-            history: penalized.then(|| TokenHistory::of_prompt(&request.prompt)),
+            history: penalized.then(|| {
+                // The other penalties look at the output only.
+                let repetition = request.sampling.repetition_penalty != 1.0;
+                TokenHistory::of_prompt(if repetition { &request.prompt } else { &[] })
+            }),
             tokens: request.prompt,
             sampling: request.sampling,
             stop: request.stop,
@@ -79,17 +89,46 @@ impl Sequence {
         self.tokens.len() - self.num_prompt_tokens
     }
 
+    /// Leading tokens whose logits nobody wants, so that their KV may come from the prefix cache.
+    pub(super) fn num_cacheable_tokens(&self) -> usize {
+        // The token at `next_scored` is scored by the logits of the one before.
+        let wanted = if self.next_scored < self.num_prompt_tokens {
+            self.next_scored
+        } else {
+            self.tokens.len()
+        };
+        wanted - 1
+    }
+
     /// The next `num_new_tokens` tokens; samples if they reach the last one.
     pub(super) fn row(&self, num_new_tokens: usize, config: &EngineConfig) -> StepRow {
         let end = self.num_computed_tokens + num_new_tokens;
-        let sampling = || self.row_sampling(0, self.history.as_ref(), config);
+        let sampling = || self.row_sampling(0, self.history.as_ref());
         StepRow {
             sequence: self.id,
             token_ids: self.tokens[self.num_computed_tokens..end].to_vec(),
             num_computed_tokens: self.num_computed_tokens as u32,
             block_table: self.blocks(end, config),
             sampling: (end == self.tokens.len()).then(sampling),
+            prompt_logprobs: self.row_prompt_logprobs(end),
         }
+    }
+
+    /// What a row that ends before token `end` has to score.
+    fn row_prompt_logprobs(&self, end: usize) -> Option<PromptLogprobs> {
+        let top = self.sampling.prompt_logprobs?;
+        let last = self.num_prompt_tokens.min(end + 1);
+        (self.next_scored < last).then(|| PromptLogprobs {
+            top,
+            first: (self.next_scored - 1 - self.num_computed_tokens) as u32,
+            targets: self.tokens[self.next_scored..last].to_vec(),
+        })
+    }
+
+    /// So many more prompt tokens have been scored.
+    pub(super) fn scored(&mut self, num_tokens: usize) {
+        self.next_scored += num_tokens;
+        debug_assert!(self.next_scored <= self.num_prompt_tokens, "{:?}", self.id);
     }
 
     /// One row for each guess at what follows the last token, see [`super::speculation`].
@@ -98,14 +137,15 @@ impl Sequence {
         let row = |(index, &token): (usize, &u32)| {
             let position = self.tokens.len() + index;
             if let Some(history) = &mut history {
-                history.push_output(token, position);
+                history.push_output(token);
             }
             StepRow {
                 sequence: self.id,
                 token_ids: vec![token],
                 num_computed_tokens: position as u32,
                 block_table: self.blocks(position + 1, config),
-                sampling: Some(self.row_sampling(index + 1, history.as_ref(), config)),
+                sampling: Some(self.row_sampling(index + 1, history.as_ref())),
+                prompt_logprobs: None,
             }
         };
         drafts.iter().enumerate().map(row).collect()
@@ -135,15 +175,9 @@ impl Sequence {
     }
 
     /// The state after `num_drafts` guesses, which `history` knows.
-    fn row_sampling(
-        &self,
-        num_drafts: usize,
-        history: Option<&TokenHistory>,
-        config: &EngineConfig,
-    ) -> RowSampling {
+    fn row_sampling(&self, num_drafts: usize, history: Option<&TokenHistory>) -> RowSampling {
         let s = &self.sampling;
-        let max_edits = config.max_edits_per_row as usize;
-        let history = || history.map_or_else(Vec::new, |history| history.entries(max_edits));
+        let history = || history.map_or_else(Vec::new, TokenHistory::entries);
         RowSampling {
             temperature: s.temperature,
             top_p: s.top_p,
@@ -175,57 +209,36 @@ impl Sequence {
     /// Appends a sampled token; the reason if it is the last.
     pub(super) fn push(&mut self, token: u32) -> Option<FinishReason> {
         if let Some(history) = &mut self.history {
-            history.push_output(token, self.tokens.len());
+            history.push_output(token);
         }
         self.tokens.push(token);
         self.stop.end_after(self.num_output_tokens(), token)
     }
 }
 
-/// Each distinct token of a sequence, maintained as it grows.
+/// Each distinct token of a sequence, maintained as it grows, with how often the output holds it.
 #[derive(Clone)]
 struct TokenHistory {
-    uses: BTreeMap<u32, TokenUse>,
-}
-
-#[derive(Clone, Copy)]
-struct TokenUse {
-    num_in_output: u32,
-    last_position: usize,
+    counts: BTreeMap<u32, u32>,
 }
 
 impl TokenHistory {
     fn of_prompt(prompt: &[u32]) -> Self {
-        let uses = prompt.iter().enumerate().map(|(position, &token)| {
-            let token_use = TokenUse {
-                num_in_output: 0,
-                last_position: position,
-            };
-            (token, token_use)
-        });
-        Self { uses: uses.collect() }
-    }
-
-    fn push_output(&mut self, token: u32, position: usize) {
-        let token_use = self.uses.entry(token).or_insert(TokenUse {
-            num_in_output: 0,
-            last_position: position,
-        });
-        token_use.num_in_output += 1;
-        token_use.last_position = position;
-    }
-
-    /// At most `limit` tokens with their counts, by rising id. Where there are more, those seen last count: output
-    /// before prompt, and the same choice wherever and whenever the sequence runs.
-    fn entries(&self, limit: usize) -> Vec<(u32, u32)> {
-        let mut since = 0;
-        if self.uses.len() > limit {
-            let mut positions: Vec<_> = self.uses.values().map(|u| u.last_position).collect();
-            let forgotten = positions.len() - limit;
-            since = *positions.select_nth_unstable(forgotten).1;
+        Self {
+            counts: prompt.iter().map(|&token| (token, 0)).collect(),
         }
-        let recent = self.uses.iter().filter(|(_, u)| u.last_position >= since);
-        recent.map(|(&token, u)| (token, u.num_in_output)).collect()
+    }
+
+    fn push_output(&mut self, token: u32) {
+        *self.counts.entry(token).or_default() += 1;
+    }
+
+    /// By rising id.
+    fn entries(&self) -> Vec<(u32, u32)> {
+        self.counts
+            .iter()
+            .map(|(&token, &count)| (token, count))
+            .collect()
     }
 }
 
@@ -234,14 +247,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn history_counts_output_and_keeps_the_latest() {
+    fn history_counts_output_and_forgets_nothing() {
         let mut history = TokenHistory::of_prompt(&[5, 3, 5, 9]);
-        assert_eq!(history.entries(8), [(3, 0), (5, 0), (9, 0)]);
-        history.push_output(5, 4);
-        history.push_output(1, 5);
-        history.push_output(5, 6);
-        assert_eq!(history.entries(8), [(1, 1), (3, 0), (5, 2), (9, 0)]);
-        assert_eq!(history.entries(3), [(1, 1), (5, 2), (9, 0)]);
-        assert_eq!(history.entries(1), [(5, 2)]);
+        assert_eq!(history.entries(), [(3, 0), (5, 0), (9, 0)]);
+        for token in [5, 1, 5] {
+            history.push_output(token);
+        }
+        assert_eq!(history.entries(), [(1, 1), (3, 0), (5, 2), (9, 0)]);
     }
 }

@@ -77,6 +77,7 @@ mod tests {
             num_computed_tokens: 0,
             block_table: vec![BlockId(0)],
             sampling: Some(RowSampling::GREEDY),
+            prompt_logprobs: None,
         }
     }
 
@@ -86,6 +87,7 @@ mod tests {
             token,
             finite: true,
             logprob: None,
+            rank: None,
             top_logprobs: Vec::new(),
         }
     }

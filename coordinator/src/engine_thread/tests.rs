@@ -87,7 +87,7 @@ fn expected(id: SequenceId, new: &NewSequence) -> Vec<u32> {
         cache_salt: None,
         tenant: TenantId::default(),
     };
-    oracle(&request, 1024).0
+    oracle(&request).0
 }
 
 async fn within<T>(future: impl Future<Output = T>) -> T {
