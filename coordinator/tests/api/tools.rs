@@ -7,7 +7,7 @@ use phalanx_proto::v1::{self, FinishReason};
 
 use crate::{
     ranks::{PROMPT, Permit},
-    server::{MAX_MODEL_LEN, Server, Setup, next, tokens},
+    server::{MAX_MODEL_LEN, Server, Setup, TEXT, next, tokens},
     support::demo_model,
 };
 
@@ -151,4 +151,31 @@ async fn a_call_that_was_cut_short_ends_for_its_length() {
     let choice = &reply.choices[0];
     assert_eq!(choice.tool_calls.len(), 1);
     assert_eq!(choice.finish_reason(), FinishReason::Length);
+}
+
+#[tokio::test]
+async fn a_call_that_another_server_has_begun_goes_on_in_its_middle() {
+    let server = Server::free(says(SAYS));
+    let mut client = server.inference().await;
+    let mut known = tokens(SAYS);
+    // Within the arguments, whose beginning the client has.
+    known.truncate(known.len() - 8);
+    let head = TEXT.tokenizer().decode(&known, false);
+    let (_, head) = head
+        .split_once("\"arguments\": ")
+        .expect("the arguments have begun");
+    let mut request = ask(TOOLS);
+    request.resume = vec![v1::ResumedChoice {
+        token_ids: known,
+        ended_after: None,
+    }];
+    let reply = client.chat(request).await.expect("a reply").into_inner();
+    let choice = &reply.choices[0];
+    assert_eq!((choice.text.as_str(), choice.reasoning.as_deref()), ("", None));
+    let [rest] = choice.tool_calls.as_slice() else {
+        panic!("one call: {choice:?}");
+    };
+    assert_eq!((rest.index, rest.id.as_str(), rest.name.as_str()), (0, "", ""));
+    assert_eq!(format!("{head}{}", rest.arguments), r#"{"city": "Paris"}"#);
+    assert_eq!(choice.finish_reason(), FinishReason::ToolCalls);
 }

@@ -3,7 +3,7 @@
 use phalanx_proto::v1::{ToolChoice, tool_choice::Mode};
 use serde_json::{Value, json};
 
-use crate::support::{Script, pair, post};
+use crate::support::{Script, Server, config, pair, post};
 
 const CHAT: &str = "/v1/chat/completions";
 
@@ -61,6 +61,17 @@ async fn a_reply_of_a_call() {
         "stop_reason": null,
     });
     assert_eq!(reply["choices"], json!([expected]));
+}
+
+#[tokio::test]
+async fn the_operator_names_the_models_role() {
+    let (coordinator, _) = pair(Script::Hello).await;
+    let mut config = config(&coordinator);
+    config.response_role = "model".to_owned();
+    let server = Server::start(config).await;
+    let body = r#"{"messages": [{"role": "user", "content": "hi"}]}"#;
+    let reply = post(server.address, CHAT, body).await.json();
+    assert_eq!(reply["choices"][0]["message"]["role"], "model");
 }
 
 #[tokio::test]
