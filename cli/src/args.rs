@@ -237,6 +237,12 @@ pub(crate) struct EngineArgs {
     /// Unix socket of the gRPC API; default: one in a private directory.
     #[arg(long, env = "PHALANX_GRPC_UDS")]
     pub(crate) grpc_uds: Option<PathBuf>,
+    /// Record what the engine and every rank do in their first steps, for Perfetto or chrome://tracing.
+    #[arg(long, env = "PHALANX_TRACE_FILE", value_name = "FILE")]
+    pub(crate) trace_file: Option<PathBuf>,
+    /// Steps that --trace-file records: some 40 kB each of a model of 30 layers, for every rank.
+    #[arg(long, env = "PHALANX_TRACE_STEPS", default_value_t = 2000, value_parser = value_parser!(u64).range(1..))]
+    pub(crate) trace_steps: u64,
     /// Where shared segments are made.
     #[arg(long, env = "PHALANX_SHM_DIR", default_value = "/dev/shm", hide = true)]
     pub(crate) shm_dir: PathBuf,

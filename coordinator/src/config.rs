@@ -112,6 +112,15 @@ pub struct WorkerOptions {
     pub ready_timeout: Duration,
     /// Where segments are made.
     pub shm_dir: PathBuf,
+    /// Record what engine and ranks do.
+    pub trace: Option<TraceOptions>,
+}
+
+/// Which file, and how many steps of every group.
+#[derive(Clone, Debug)]
+pub struct TraceOptions {
+    pub path: PathBuf,
+    pub steps: u64,
 }
 
 #[derive(Clone, Debug)]
