@@ -185,6 +185,7 @@ impl GatewayCommand {
         flag("--response-role", frontend.response_role.clone());
         flag("--shutdown-timeout", args.engine.shutdown_timeout.to_string());
         flag("--parent-pid", std::process::id().to_string());
+        arguments.extend(frontend.reply.arguments());
         arguments.extend(logging.arguments());
         Self {
             program: program.to_owned(),

@@ -4,7 +4,7 @@ use std::{io, path::PathBuf, time::Duration};
 
 use phalanx_proto::secret::ApiKeys;
 
-use crate::{limits::HttpLimits, router::Backends};
+use crate::{limits::HttpLimits, openai::output::ReplyOptions, router::Backends};
 
 /// A gateway's configuration. All of it is fixed at start.
 #[derive(Clone, Debug)]
@@ -17,8 +17,8 @@ pub struct GatewayConfig {
     pub backends: Backends,
     /// Keys of which a client must present one; without any, no key is needed. Coordinators are shown the first.
     pub api_keys: ApiKeys,
-    /// Whether `usage` reports how many prompt tokens came from the prefix cache.
-    pub prompt_tokens_details: bool,
+    /// What replies contain.
+    pub reply: ReplyOptions,
     /// Role of the messages that the model makes.
     pub response_role: String,
     /// How long running requests may go on after the shutdown signal.
@@ -35,7 +35,7 @@ impl GatewayConfig {
             uds: None,
             backends,
             api_keys: ApiKeys::default(),
-            prompt_tokens_details: false,
+            reply: ReplyOptions::default(),
             response_role: "assistant".to_owned(),
             drain_timeout: Duration::from_secs(30),
             limits: HttpLimits::default(),

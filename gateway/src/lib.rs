@@ -24,6 +24,7 @@ mod stall;
 
 pub use config::{GatewayConfig, GatewayError};
 pub use limits::HttpLimits;
+pub use openai::output::ReplyOptions;
 pub use router::{Backends, RoutingPolicy};
 pub use server::Gateway;
 

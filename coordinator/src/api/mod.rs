@@ -7,6 +7,8 @@ mod choice;
 mod engine;
 mod inference;
 mod listen;
+mod logprobs;
+mod prompt;
 mod registry;
 mod status;
 mod stream;
@@ -135,6 +137,7 @@ impl Envelope {
             created,
             choice,
             usage,
+            prompt: None,
         }
     }
     fn response(self, choices: Vec<v1::Choice>, usage: v1::Usage) -> v1::GenerateResponse {
@@ -144,6 +147,7 @@ impl Envelope {
             created: self.created,
             choices,
             usage: Some(usage),
+            prompt: None,
         }
     }
 }

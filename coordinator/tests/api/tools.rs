@@ -7,7 +7,7 @@ use phalanx_proto::v1::{self, FinishReason};
 
 use crate::{
     ranks::{PROMPT, Permit},
-    server::{MAX_MODEL_LEN, Server, Setup, TEXT, next, tokens},
+    server::{MAX_MODEL_LEN, Server, Setup, next, tokens},
     support::demo_model,
 };
 
@@ -153,29 +153,46 @@ async fn a_call_that_was_cut_short_ends_for_its_length() {
     assert_eq!(choice.finish_reason(), FinishReason::Length);
 }
 
+/// Reasoning, text, names and arguments of calls, and the end.
+fn told(pieces: &[v1::Choice]) -> ([String; 4], FinishReason) {
+    let mut all: [String; 4] = Default::default();
+    for piece in pieces {
+        all[0].push_str(piece.reasoning.as_deref().unwrap_or_default());
+        all[1].push_str(&piece.text);
+        for call in &piece.tool_calls {
+            all[2].push_str(&call.name);
+            all[3].push_str(&call.arguments);
+        }
+    }
+    let end = pieces
+        .last()
+        .map_or(FinishReason::Unspecified, v1::Choice::finish_reason);
+    (all, end)
+}
+
 #[tokio::test]
-async fn a_call_that_another_server_has_begun_goes_on_in_its_middle() {
-    let server = Server::free(says(SAYS));
-    let mut client = server.inference().await;
-    let mut known = tokens(SAYS);
-    // Within the arguments, whose beginning the client has.
-    known.truncate(known.len() - 8);
-    let head = TEXT.tokenizer().decode(&known, false);
-    let (_, head) = head
-        .split_once("\"arguments\": ")
-        .expect("the arguments have begun");
-    let mut request = ask(TOOLS);
-    request.resume = vec![v1::ResumedChoice {
-        token_ids: known,
-        ended_after: None,
-    }];
-    let reply = client.chat(request).await.expect("a reply").into_inner();
-    let choice = &reply.choices[0];
-    assert_eq!((choice.text.as_str(), choice.reasoning.as_deref()), ("", None));
-    let [rest] = choice.tool_calls.as_slice() else {
-        panic!("one call: {choice:?}");
+async fn calls_and_reasoning_go_on_where_another_server_was_lost() {
+    let play = async |resume: Vec<v1::ResumedChoice>| {
+        let server = Server::start(says(SAYS));
+        let request = v1::ChatRequest { resume, ..ask(TOOLS) };
+        let mut client = server.inference().await;
+        let mut stream = client.chat_stream(request).await.expect("accepted").into_inner();
+        let mut pieces = Vec::new();
+        loop {
+            server.permit(Permit::Step);
+            let Some(chunk) = next(&mut stream).await.expect("no error") else {
+                return pieces;
+            };
+            pieces.push(chunk.choice.expect("a choice"));
+        }
     };
-    assert_eq!((rest.index, rest.id.as_str(), rest.name.as_str()), (0, "", ""));
-    assert_eq!(format!("{head}{}", rest.arguments), r#"{"city": "Paris"}"#);
-    assert_eq!(choice.finish_reason(), FinishReason::ToolCalls);
+    let undisturbed = play(Vec::new()).await;
+    for cut in 1..undisturbed.len() {
+        let (known, rest) = undisturbed.split_at(cut);
+        let resumed = v1::ResumedChoice {
+            token_ids: known.iter().flat_map(|piece| piece.token_ids.clone()).collect(),
+            ended_after: None,
+        };
+        assert_eq!(told(&play(vec![resumed]).await), told(rest), "after {cut} pieces");
+    }
 }
