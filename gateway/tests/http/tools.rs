@@ -64,6 +64,19 @@ async fn a_reply_of_a_call() {
 }
 
 #[tokio::test]
+async fn reasoning_that_is_left_out_has_no_token_ids_either() {
+    let (_coordinator, server) = pair(Script::Hello).await;
+    for (include, shown) in [("true", true), ("false", false)] {
+        let body = format!(
+            r#"{{"messages": [{{"role": "user", "content": "hi"}}], "return_token_ids": true,
+            "include_reasoning": {include}}}"#
+        );
+        let reply = post(server.address, CHAT, &body).await.json();
+        assert_eq!(reply["choices"][0].get("token_ids").is_some(), shown, "{reply}");
+    }
+}
+
+#[tokio::test]
 async fn the_operator_names_the_models_role() {
     let (coordinator, _) = pair(Script::Hello).await;
     let mut config = config(&coordinator);
