@@ -179,6 +179,9 @@ pub(crate) enum KvCacheDtype {
     /// 8-bit floats with no scale: half the bytes of f16, 3 bits of mantissa.
     #[value(name = "fp8", alias = "fp8_e4m3")]
     Fp8,
+    /// 8-bit integers with a scale for each token and head: half the bytes of f16, on CPUs only.
+    #[value(name = "int8", alias = "int8_per_token_head")]
+    Int8,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum, PartialEq, Eq)]

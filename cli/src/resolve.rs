@@ -73,6 +73,7 @@ impl From<KvCacheDtype> for KvDtype {
             KvCacheDtype::F32 => Self::F32,
             KvCacheDtype::Bf16 => Self::BF16,
             KvCacheDtype::Fp8 => Self::E4M3,
+            KvCacheDtype::Int8 => Self::INT8,
         }
     }
 }
