@@ -527,7 +527,7 @@ async fn a_model_without_a_template_completes_but_does_not_chat() {
     let mut model = demo_model();
     model.chat_template = None;
     let options = phalanx_coordinator::text::TextOptions {
-        limits: *PROCESSOR.limits(),
+        limits: PROCESSOR.limits(),
         chat_template: None,
         chat: Default::default(),
         threads: None,

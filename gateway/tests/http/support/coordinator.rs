@@ -9,7 +9,7 @@ use futures_util::{StreamExt, stream, stream::BoxStream};
 use phalanx_proto::{
     ErrorKind, RpcError,
     v1::{
-        AbortRequestRequest, AbortRequestResponse, ChatRequest, Choice, FinishReason, GenerateChunk,
+        self, AbortRequestRequest, AbortRequestResponse, ChatRequest, Choice, FinishReason, GenerateChunk,
         GenerateRequest, GenerateResponse, GetMetricsRequest, GetMetricsResponse, GetStatusRequest,
         GetStatusResponse, GroupState, ListModelsRequest, ListModelsResponse, ModelCard, OutputOptions,
         PromptOutput, ResumedChoice, SamplingParams, TokenLogprob, TokenLogprobs, ToolCall, Usage,
@@ -480,6 +480,15 @@ impl inference_server::Inference for Scripted {
 
 #[tonic::async_trait]
 impl admin_server::Admin for Scripted {
+    type SubscribeKvEventsStream = BoxStream<'static, Result<v1::KvEventBatch, Status>>;
+
+    async fn subscribe_kv_events(
+        &self,
+        _: Request<v1::SubscribeKvEventsRequest>,
+    ) -> Result<Response<Self::SubscribeKvEventsStream>, Status> {
+        Err(Status::unimplemented("the gateway does not call it"))
+    }
+
     async fn get_status(&self, _: Request<GetStatusRequest>) -> Result<Response<GetStatusResponse>, Status> {
         Ok(Response::new(self.status.lock().expect("not poisoned").clone()))
     }
