@@ -228,10 +228,11 @@ mod tests {
         run(&mut manager, &tokens, None);
         for (num_cacheable, expected) in [(0, 0), (3, 0), (4, 4), (11, 8)] {
             let mut kv = manager.sequence(None);
-            assert_eq!(
-                manager.admit(&mut kv, &tokens, num_cacheable, true),
-                Some(expected)
-            );
+            let room = Room {
+                num_cacheable,
+                ..alone(&tokens)
+            };
+            assert_eq!(manager.admit(&mut kv, &tokens, room), Some(expected));
             manager.free(&mut kv);
         }
     }

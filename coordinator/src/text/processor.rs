@@ -28,6 +28,8 @@ const MAX_WAITING_PROMPTS: usize = 1024;
 pub struct TextModel {
     pub tokenizer: Tokenizer,
     pub chat_template: Option<String>,
+    /// The template of conversations with tools, if they have one of their own.
+    pub tool_template: Option<String>,
     pub defaults: GenerationDefaults,
 }
 
@@ -38,6 +40,7 @@ impl TextModel {
         Ok(Self {
             tokenizer: Tokenizer::from_gguf(&vocab)?,
             chat_template: vocab.chat_template,
+            tool_template: vocab.tool_template,
             defaults: GenerationDefaults::from_gguf(file)?,
         })
     }
@@ -48,6 +51,7 @@ impl TextModel {
         Ok(Self {
             tokenizer: files.tokenizer()?,
             chat_template: files.chat_template()?,
+            tool_template: files.tool_template()?,
             defaults: GenerationDefaults::from_json(&files.generation_config)?,
         })
     }
@@ -114,8 +118,10 @@ impl TextProcessor {
                 });
             }
         }
+        let tool_template = model.tool_template.filter(|_| options.chat_template.is_none());
         let template = options.chat_template.or(model.chat_template);
-        let chat = ChatSide::new(template.as_deref(), &model.tokenizer, options.chat)?;
+        let templates = (template.as_deref(), tool_template.as_deref());
+        let chat = ChatSide::new(templates, &model.tokenizer, options.chat)?;
         let threads = options
             .threads
             .unwrap_or_else(|| thread::available_parallelism().map_or(1, |cores| cores.get() / 2));

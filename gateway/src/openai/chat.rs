@@ -124,13 +124,18 @@ fn prepare(body: &[u8], id: &str, service: &Service) -> Result<Call, RpcError> {
         reasoning_effort: fields.reasoning_effort.unwrap_or_default(),
         ..ChatRequest::default()
     };
+    let style = outputs.style(&output, service.reply);
     Ok(Call {
         request,
         user: params.user.take(),
         streams: params.streams(),
         n: params.n(),
         role: last_role.unwrap_or_else(|| service.response_role.clone()),
-        style: outputs.style(&output, service.reply),
+        style: Style {
+            // The tokens of reasoning that is left out would tell it.
+            token_ids: style.token_ids && fields.include_reasoning != Some(false),
+            ..style
+        },
     })
 }
 

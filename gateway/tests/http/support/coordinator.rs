@@ -193,11 +193,11 @@ impl Scripted {
                 match (resume, willing) {
                     ([], _) => {
                         let n = sampling.n.unwrap_or(1) as usize;
-                        let begin = count(&vec![ResumedChoice::default(); n]).into_iter();
+                        let begin = count(&vec![ResumedChoice::default(); n], output).into_iter();
                         let begin = begin.take(2 * n + 1).map(Ok);
                         Ok(stream::iter(begin.chain([Err(lost.into())])).boxed())
                     }
-                    (resume, true) => Ok(stream::iter(count(resume).into_iter().map(Ok)).boxed()),
+                    (resume, true) => Ok(stream::iter(count(resume, output).into_iter().map(Ok)).boxed()),
                     (_, false) => Err(lost.into()),
                 }
             }
@@ -300,7 +300,7 @@ fn call(n: u32, output: &OutputOptions) -> Vec<GenerateChunk> {
 }
 
 /// What is still to be counted, a token of each choice in turn.
-fn count(resume: &[ResumedChoice]) -> Vec<GenerateChunk> {
+fn count(resume: &[ResumedChoice], output: &OutputOptions) -> Vec<GenerateChunk> {
     let mut chunks = Vec::new();
     for token in 1..=4 + 2 * resume.len() as u32 {
         for (index, choice) in (0..).zip(resume) {
@@ -320,6 +320,9 @@ fn count(resume: &[ResumedChoice]) -> Vec<GenerateChunk> {
             }
             chunks.push(chunk(piece));
         }
+    }
+    if let Some(first) = chunks.first_mut() {
+        first.prompt = prompt(output);
     }
     chunks
 }
