@@ -3,9 +3,11 @@
 mod admin;
 mod assembler;
 mod auth;
+mod caller;
 mod choice;
 mod engine;
 mod inference;
+mod kv_events;
 mod listen;
 mod logprobs;
 mod prompt;
@@ -25,7 +27,7 @@ pub use engine::EngineSlot;
 pub use listen::{ListenError, Listeners, serve};
 pub use status::StatusHandle;
 
-use crate::{metrics::Metrics, text::TextProcessor};
+use crate::{kv_events::KvEventHub, metrics::Metrics, text::TextProcessor};
 
 /// Most bytes of one request message, tonic's and every client's own default.
 pub const MAX_REQUEST_BYTES: usize = 4 << 20;
@@ -36,6 +38,8 @@ pub const MAX_RESPONSE_BYTES: usize = 64 << 20;
 pub struct Api {
     pub text: Arc<TextProcessor>,
     pub engine: EngineSlot,
+    /// None: they are not offered.
+    pub kv_events: Option<KvEventHub>,
     pub metrics: Arc<Metrics>,
     pub status: StatusHandle,
     /// The first is the name replies carry. Never empty.
@@ -68,6 +72,7 @@ impl Api {
         let admin = admin::AdminService {
             status: self.status.clone(),
             metrics: self.metrics,
+            kv_events: self.kv_events,
             registry,
         };
         let (reporter, health) = tonic_health::server::health_reporter();

@@ -1,6 +1,14 @@
 //! A request's way from text to sequences.
 
-use std::{iter, mem, path::Path, sync::Arc, thread};
+use std::{
+    iter, mem,
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    thread,
+};
 
 use phalanx_model::gguf::Gguf;
 use phalanx_proto::{ErrorKind, RpcError, limits::MAX_CACHE_SALT_BYTES, v1};
@@ -13,7 +21,10 @@ use super::{
     sampling::{self, CheckedParams, Rules},
     structured::GrammarCompiler,
 };
-use crate::{engine::Constraint, engine_thread::NewSequence};
+use crate::{
+    engine::{Constraint, TenantId},
+    engine_thread::NewSequence,
+};
 
 /// Prompts that may wait for a thread to tokenize them.
 const MAX_WAITING_PROMPTS: usize = 1024;
@@ -23,6 +34,8 @@ const MAX_WAITING_PROMPTS: usize = 1024;
 pub struct TextModel {
     pub tokenizer: Tokenizer,
     pub chat_template: Option<String>,
+    /// The template of conversations with tools, if they have one of their own.
+    pub tool_template: Option<String>,
     pub defaults: GenerationDefaults,
 }
 
@@ -33,6 +46,7 @@ impl TextModel {
         Ok(Self {
             tokenizer: Tokenizer::from_gguf(&vocab)?,
             chat_template: vocab.chat_template,
+            tool_template: vocab.tool_template,
             defaults: GenerationDefaults::from_gguf(file)?,
         })
     }
@@ -43,6 +57,7 @@ impl TextModel {
         Ok(Self {
             tokenizer: files.tokenizer()?,
             chat_template: files.chat_template()?,
+            tool_template: files.tool_template()?,
             defaults: GenerationDefaults::from_json(&files.generation_config)?,
         })
     }
@@ -68,6 +83,8 @@ pub struct TextProcessor {
     chat: Arc<ChatSide>,
     defaults: GenerationDefaults,
     limits: ModelLimits,
+    /// Takes the place of the limits' own, which may have to give way to the memory there turns out to be.
+    max_model_len: AtomicU32,
     seed: Option<u64>,
     grammars: GrammarCompiler,
     pool: TextPool,
@@ -108,8 +125,10 @@ impl TextProcessor {
                 });
             }
         }
+        let tool_template = model.tool_template.filter(|_| options.chat_template.is_none());
         let template = options.chat_template.or(model.chat_template);
-        let chat = ChatSide::new(template.as_deref(), &model.tokenizer, options.chat)?;
+        let templates = (template.as_deref(), tool_template.as_deref());
+        let chat = ChatSide::new(templates, &model.tokenizer, options.chat)?;
         let threads = options
             .threads
             .unwrap_or_else(|| thread::available_parallelism().map_or(1, |cores| cores.get() / 2));
@@ -119,6 +138,7 @@ impl TextProcessor {
             chat: Arc::new(chat),
             tokenizer: Arc::new(model.tokenizer),
             defaults: model.defaults,
+            max_model_len: AtomicU32::new(options.limits.max_model_len),
             limits: options.limits,
             seed: options.seed,
             pool: TextPool::new(threads, MAX_WAITING_PROMPTS),
@@ -128,8 +148,16 @@ impl TextProcessor {
     pub fn tokenizer(&self) -> &Arc<Tokenizer> {
         &self.tokenizer
     }
-    pub fn limits(&self) -> &ModelLimits {
-        &self.limits
+    pub fn limits(&self) -> ModelLimits {
+        ModelLimits {
+            // A number by itself: nothing else is published through it.
+            max_model_len: self.max_model_len.load(Ordering::Relaxed),
+            ..self.limits
+        }
+    }
+    /// The memory has room for sequences of so many tokens. Before the first request.
+    pub fn set_max_model_len(&self, tokens: u32) {
+        self.max_model_len.store(tokens, Ordering::Relaxed);
     }
 
     /// Checks and tokenizes a completion request. Errors name the field to blame; `QueueFull` when too many prompts
@@ -140,7 +168,7 @@ impl TextProcessor {
         let params = self
             .checked(request.sampling.take().unwrap_or_default(), &output)
             .await?;
-        let cut = Cut::checked(request.truncate_prompt_tokens, &params, &self.limits)?;
+        let cut = Cut::checked(request.truncate_prompt_tokens, &params, &self.limits())?;
         let resume = mem::take(&mut request.resume);
         let add_special_tokens = request.add_special_tokens.unwrap_or(true);
         let (mut prompt, mut echo) = match request.prompt {
@@ -179,7 +207,7 @@ impl TextProcessor {
         let params = self
             .checked(request.sampling.take().unwrap_or_default(), &output)
             .await?;
-        let cut = Cut::checked(request.truncate_prompt_tokens, &params, &self.limits)?;
+        let cut = Cut::checked(request.truncate_prompt_tokens, &params, &self.limits())?;
         let max_bytes = self.max_prompt_bytes();
         let given = request.messages.iter().map(message_bytes);
         self.check_bytes(given.fold(0, usize::saturating_add), "messages")?;
@@ -240,8 +268,9 @@ impl TextProcessor {
         params: &v1::SamplingParams,
         output: &v1::OutputOptions,
     ) -> Result<CheckedParams, RpcError> {
+        let limits = self.limits();
         let rules = Rules {
-            limits: &self.limits,
+            limits: &limits,
             defaults: &self.defaults,
             special: self.tokenizer.special_tokens(),
         };
@@ -258,7 +287,7 @@ impl TextProcessor {
 
     /// Text longer than this has more tokens than the context, whatever they are.
     fn max_prompt_bytes(&self) -> usize {
-        (self.limits.max_model_len as usize).saturating_mul(self.tokenizer.table().longest_token())
+        (self.limits().max_model_len as usize).saturating_mul(self.tokenizer.table().longest_token())
     }
 
     fn check_bytes(&self, bytes: usize, param: &str) -> Result<(), RpcError> {
@@ -268,7 +297,7 @@ impl TextProcessor {
         let message = format!(
             "This model's maximum context length is {} tokens. However, your request has {bytes} bytes of text, which \
              cannot fit. Please reduce the length of the input.",
-            self.limits.max_model_len
+            self.limits().max_model_len
         );
         Err(RpcError::new(ErrorKind::ContextLengthExceeded, message).with_param(param))
     }
@@ -303,7 +332,7 @@ impl TextProcessor {
         }
         // A tokenizer may know tokens that the model's embedding has no row for.
         self.check_ids(&prompt)?;
-        let stop = params.stop_rules(prompt.len(), &self.limits)?;
+        let stop = params.stop_rules(prompt.len(), &self.limits())?;
         let prompt_tokens = prompt.len() as u32;
         // The last one is moved: copies of grammars are not small.
         let constraints = iter::repeat_n(mem::take(&mut params.constraint), params.n as usize);
@@ -317,6 +346,7 @@ impl TextProcessor {
                 constraint,
                 priority: place.priority,
                 cache_salt: place.cache_salt.clone(),
+                tenant: TenantId::default(),
             });
         let sequences = sequences.collect();
         let tells_of_prompt = output.return_prompt_token_ids || params.sampling.prompt_logprobs.is_some();

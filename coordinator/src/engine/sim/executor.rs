@@ -124,7 +124,8 @@ impl SimExecutor {
             }
             if let Some(sampling) = &row.sampling {
                 let mask = masks.next_if(|mask| mask.sequence == row.sequence);
-                let (token, finite) = sample(context(end), sampling, mask.map(|mask| &mask.allowed));
+                let context: Vec<u64> = context(end).collect();
+                let (token, finite) = sample(&context, sampling, mask.map(|mask| &mask.allowed));
                 sampled.push(SampledToken {
                     sequence: row.sequence,
                     token,

@@ -3,7 +3,9 @@
 //! requeue changes a token, and the oracle, which knows nothing of blocks, notices. No model and no device is needed.
 
 mod executor;
+mod fairness;
 mod grammar;
+mod indexer;
 mod scenario;
 mod tests;
 
@@ -57,12 +59,8 @@ fn kv_entry(token: u32, id: SequenceId) -> u64 {
 
 /// The token drawn after `context`, and whether there is one: the logits may be no numbers, and every token may be ruled
 /// out. Everything a real sampler looks at counts.
-fn sample(
-    context: impl Iterator<Item = u64>,
-    sampling: &RowSampling,
-    allowed: Option<&TokenSet>,
-) -> (u32, bool) {
-    let mut hash = context.fold(7, mix);
+fn sample(context: &[u64], sampling: &RowSampling, allowed: Option<&TokenSet>) -> (u32, bool) {
+    let mut hash = context.iter().copied().fold(7, mix);
     // A request with such a seed has a weight that is no number in its way, now and then.
     let finite = sampling.seed % 8 != 7 || !hash.is_multiple_of(16);
     hash = mix(hash, sampling.seed ^ u64::from(sampling.temperature.to_bits()));
@@ -72,7 +70,15 @@ fn sample(
             hash = mix(hash, (u64::from(token) << 32) | u64::from(count));
         }
     }
-    let first = (hash % u64::from(VOCAB_SIZE)) as u32;
+    let mut first = (hash % u64::from(VOCAB_SIZE)) as u32;
+    // Every other seed goes round in circles, of which it now and then breaks out, so that there is something to guess.
+    let period = (sampling.seed / 16 % 4 + 1) as usize;
+    if (sampling.seed / 8).is_multiple_of(2)
+        && !hash.is_multiple_of(11)
+        && let Some(at) = context.len().checked_sub(period)
+    {
+        first = ((context[at] >> 8) % u64::from(VOCAB_SIZE)) as u32;
+    }
     let ruled_out = |token: &u32| {
         sampling.bias.contains(&(*token, f32::NEG_INFINITY))
             || allowed.is_some_and(|allowed| !allowed.contains(*token))
@@ -161,8 +167,8 @@ pub(crate) fn oracle(request: &EngineRequest) -> (Vec<u32>, End) {
         let Some(allowed) = naive_mask(&mut constraint, &tokens[num_prompt..], banned) else {
             return (output(&tokens), End::Failed);
         };
-        let context = tokens.iter().map(|&token| kv_entry(token, request.id));
-        let (token, finite) = sample(context, &sampling, Some(&allowed));
+        let context: Vec<u64> = tokens.iter().map(|&token| kv_entry(token, request.id)).collect();
+        let (token, finite) = sample(&context, &sampling, Some(&allowed));
         if !finite {
             return (output(&tokens), End::Finished(FinishReason::NotFinite));
         }
