@@ -20,6 +20,7 @@ use super::{
     constraint,
     sampling::{self, CheckedParams, Rules},
     structured::GrammarCompiler,
+    tools,
 };
 use crate::{
     engine::{Constraint, TenantId},
@@ -204,25 +205,29 @@ impl TextProcessor {
         // It is the last message that is echoed, not the prompt, of which there would be log-probabilities.
         output.echo = false;
         let place = Place::checked(request.priority, request.cache_salt.take())?;
-        let params = self
-            .checked(request.sampling.take().unwrap_or_default(), &output)
-            .await?;
+        let mut sampling = request.sampling.take().unwrap_or_default();
+        let mut params = self.check(&sampling, &output)?;
         let cut = Cut::checked(request.truncate_prompt_tokens, &params, &self.limits())?;
         let max_bytes = self.max_prompt_bytes();
         let given = request.messages.iter().map(message_bytes);
         self.check_bytes(given.fold(0, usize::saturating_add), "messages")?;
         let resume = mem::take(&mut request.resume);
         let (chat, tokenizer) = (self.chat.clone(), self.tokenizer.clone());
-        let (mut prompt, echo, plan) = self
+        let (mut prompt, rendered) = self
             .pool
             .run(move || {
                 let rendered = chat.render(&request, max_bytes)?;
                 let prompt = encode(&tokenizer, &rendered.prompt, request.add_special_tokens)?;
-                Ok((prompt, rendered.echo, rendered.plan))
+                Ok((prompt, rendered))
             })
             .await?;
         cut.apply(&mut prompt);
-        let prepared = self.assemble(params, prompt, place, (echo, output))?;
+        if let Some(schema) = rendered.constraint {
+            tools::force(&mut sampling, schema)?;
+        }
+        params.constraint = self.constraint(sampling).await?;
+        let prepared = self.assemble(params, prompt, place, (rendered.echo, output))?;
+        let plan = rendered.plan;
         PreparedRequest { plan, ..prepared }.resume(resume)
     }
 

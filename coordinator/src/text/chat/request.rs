@@ -67,6 +67,8 @@ pub(crate) struct Rendered {
     /// The last message's text, if it comes first in the output.
     pub(crate) echo: Option<String>,
     pub(crate) plan: OutputPlan,
+    /// The JSON schema of all that the completions may say.
+    pub(crate) constraint: Option<String>,
 }
 
 impl ChatSide {
@@ -142,12 +144,15 @@ impl ChatSide {
             .filter(|_| shows_tools && !tools.is_empty());
         let template = own.as_ref().or(with_tools).or(self.template.as_ref());
         let prompt = template.map_or(Ok(String::new()), |template| template.render(&conversation))?;
+        let parallel = request.parallel_tool_calls.unwrap_or(true);
+        let constraint = tools.constraint(&choice, parallel)?;
         let plan = self.plan(&prompt, thinks, request, (tools, choice));
         let echoes = request.output.is_some_and(|output| output.echo);
         Ok(Rendered {
             prompt,
             echo: if echoes { echoed(request, opens_turn) } else { None },
             plan,
+            constraint: constraint.map(|schema| schema.to_string()),
         })
     }
 
@@ -181,11 +186,7 @@ impl ChatSide {
                 let message = "\"auto\" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set";
                 Err(RpcError::invalid("tool_choice", message))
             }
-            ToolChoice::Required | ToolChoice::Named(_) => Err(RpcError::invalid(
-                "tool_choice",
-                "tool_choice can only be \"auto\" or \"none\": this server does not constrain what a model says",
-            )),
-            ToolChoice::Auto | ToolChoice::None => Ok(choice),
+            _ => Ok(choice),
         }
     }
 
