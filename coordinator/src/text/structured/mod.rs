@@ -192,9 +192,10 @@ fn compile_in_time(slot: Slot, grammar: TopLevelGrammar) -> Result<LlGrammar, St
     let (sender, receiver) = sync_channel(1);
     let compile = move || {
         let compiled = slot.0.build(grammar);
+        // First, so that who has an answer has his place back.
+        drop(slot);
         // Whoever has waited too long is gone.
         let _ = sender.send(compiled);
-        drop(slot);
     };
     thread::Builder::new()
         .name("grammar".into())
