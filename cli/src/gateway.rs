@@ -3,7 +3,7 @@
 use std::{pin::pin, time::Duration};
 
 use anyhow::Context;
-use phalanx_gateway::{Gateway, GatewayConfig};
+use phalanx_gateway::{Gateway, GatewayConfig, RouteOptions};
 use phalanx_proto::secret::ApiKeys;
 use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
 use tokio::sync::oneshot;
@@ -31,7 +31,8 @@ async fn serve(args: GatewayArgs) -> anyhow::Result<()> {
     let mut signals = Signals::install()?;
     let drain = Duration::from_secs(args.shutdown_timeout);
     let mut config = config(args.frontend, args.coordinator, drain);
-    config.api_keys = ApiKeys::new(args.api_key)?;
+    config.api_keys = ApiKeys::new(args.api_key).context("--api-key")?;
+    config.admin_keys = ApiKeys::new(args.admin_api_key).context("--admin-api-key")?;
     let gateway = Gateway::bind(config).await?;
     for address in gateway.local_addrs() {
         tracing::info!(%address, "HTTP gateway listening");
@@ -60,6 +61,11 @@ fn config(frontend: FrontendArgs, coordinator: String, drain_timeout: Duration) 
     }
     config.uds = frontend.uds;
     config.drain_timeout = drain_timeout;
+    config.routes = RouteOptions {
+        root_path: frontend.root_path,
+        tokenizer_info: frontend.enable_tokenizer_info_endpoint,
+        docs: !frontend.disable_fastapi_docs,
+    };
     config
 }
 

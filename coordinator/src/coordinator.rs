@@ -28,6 +28,7 @@ use crate::{
     engine_thread::{EngineHandle, EngineThreadConfig, NewSequence, StartError, StreamEvent, spawn_engine},
     executor::ShmExecutor,
     metrics::Metrics,
+    server_info::describe,
     text::{ModelLimits, TextError, TextModel, TextOptions, TextProcessor},
 };
 
@@ -142,6 +143,8 @@ impl Coordinator {
             served_model_names: self.config.engine.served_model_names.clone(),
             model_root: self.config.model.path.to_string_lossy().into_owned(),
             api_keys: self.config.api.api_keys.clone(),
+            admin_keys: self.config.api.admin_keys.clone(),
+            server_info: describe(&self.config, self.proposal.blueprint.max_model_len).to_string(),
         };
         let attach = ClusterServer::new(AttachService(self.cluster.clone()));
         let routes = api.routes().add_service(attach);

@@ -10,6 +10,7 @@ pub mod engine;
 pub mod engine_thread;
 pub mod executor;
 pub mod metrics;
+mod server_info;
 pub mod text;
 
 pub use coordinator::{Coordinator, CoordinatorError};

@@ -1,25 +1,33 @@
-//! The OpenAI-compatible HTTP front: translates JSON and server-sent events to the gRPC services `Inference` and
-//! `Admin` of a coordinator, and back.
+//! The OpenAI-compatible HTTP front: translates JSON and server-sent events to the gRPC services `Inference`,
+//! `Tokenizer`, `Admin` and `Control` of a coordinator, and back.
 //!
 //! It holds no model file, no tokenizer and no template: text work has one home, the coordinator, and a gateway can be
 //! restarted or doubled at any time. What it does own is everything about HTTP: limits on bodies and connections, API
 //! keys, OpenAI's error objects, the order of events in a stream, draining.
 #![forbid(unsafe_code)]
 
+mod anthropic;
 mod auth;
 mod backend;
 mod config;
+mod control;
+mod inference;
 mod lifecycle;
 mod limits;
 mod metrics;
 mod observe;
 mod openai;
+mod openapi;
 mod operator;
+mod query;
 mod routes;
+mod sagemaker;
 mod server;
 mod stall;
+mod tgi;
+mod tokenizer;
 
-pub use config::{GatewayConfig, GatewayError};
+pub use config::{GatewayConfig, GatewayError, RouteOptions};
 pub use limits::HttpLimits;
 pub use server::Gateway;
 

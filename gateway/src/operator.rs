@@ -5,11 +5,20 @@ use axum::{
     extract::State,
     response::{IntoResponse, Response},
 };
-use http::{StatusCode, header};
-use phalanx_proto::v1::{GetStatusResponse, GroupState, Phase, RankStatus};
+use http::{StatusCode, Uri, header};
+use phalanx_proto::{
+    RpcError,
+    v1::{GetStatusResponse, GroupState, Phase, RankStatus},
+};
 use serde::Serialize;
+use serde_json::{Value, json};
 
-use crate::{metrics::OPENMETRICS, routes::Service};
+use crate::{
+    metrics::OPENMETRICS,
+    openai::error::{ApiError, broken_reply},
+    query,
+    routes::Service,
+};
 
 /// `GET /health`, `/ping`: 200 when the coordinator's ranks are ready and this gateway is not draining; otherwise
 /// 503, with how far each rank has come.
@@ -38,6 +47,22 @@ pub(crate) async fn version() -> Response {
     }
     let version = env!("CARGO_PKG_VERSION");
     Json(Version { version }).into_response()
+}
+
+/// `GET /server_info`: what the coordinator was started with, as text or, with `config_format=json`, as an object.
+pub(crate) async fn server_info(State(service): State<Service>, uri: Uri) -> Result<Response, ApiError> {
+    let reply = service.backend.server_info().await?;
+    let config = match query::value(&uri, "config_format") {
+        None | Some("text") => Value::String(reply.json),
+        Some("json") => serde_json::from_str(&reply.json)
+            .map_err(|error| broken_reply(&format!("the server info is not JSON: {error}")))?,
+        Some(_) => {
+            let message = "config_format must be text or json";
+            return Err(RpcError::invalid("config_format", message).into());
+        }
+    };
+    let system = json!({"os": std::env::consts::OS, "arch": std::env::consts::ARCH});
+    Ok(Json(json!({"vllm_config": config, "system_env": system})).into_response())
 }
 
 /// `GET /load`: the number of completions requests this gateway has running.
@@ -80,6 +105,8 @@ struct Health {
     message: String,
     epoch: u32,
     version: String,
+    /// An operator holds the engine still; that is no illness.
+    paused: bool,
     ranks: Vec<Rank>,
 }
 
@@ -101,6 +128,7 @@ impl Health {
             message: message.into(),
             epoch: 0,
             version: String::new(),
+            paused: false,
             ranks: Vec::new(),
         }
     }
@@ -118,6 +146,7 @@ impl Health {
             message: status.message,
             epoch: status.epoch,
             version: status.version,
+            paused: status.paused,
             ranks: status.ranks.into_iter().map(Rank::of).collect(),
         }
     }

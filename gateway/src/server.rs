@@ -18,12 +18,14 @@ use tokio::{
 };
 
 use crate::{
+    auth::Keys,
     backend::Backend,
     config::{GatewayConfig, GatewayError},
     lifecycle::Lifecycle,
     limits::{HttpLimits, MAX_HEAD_BYTES, MAX_HEADERS},
     metrics::HttpMetrics,
-    routes::{Service, router},
+    openapi::Document,
+    routes::{Service, router, table},
     stall::StallGuard,
 };
 
@@ -48,13 +50,20 @@ impl Gateway {
     /// A [`GatewayError`] that names the address or the field.
     pub async fn bind(config: GatewayConfig) -> Result<Self, GatewayError> {
         check(&config.limits)?;
+        let options = config.routes.checked()?;
+        let keys = Keys {
+            clients: config.api_keys,
+            admins: config.admin_keys,
+        };
+        let routes = table(&options);
         let lifecycle = Arc::new(Lifecycle::new(config.limits.running_prompts));
         let service = Service {
-            backend: Backend::new(&config.coordinator, &config.api_keys)?,
+            backend: Backend::new(&config.coordinator, &keys)?,
             lifecycle: Arc::clone(&lifecycle),
             metrics: Arc::new(HttpMetrics::new()),
             limits: config.limits.clone(),
             prompt_tokens_details: config.prompt_tokens_details,
+            document: Arc::new(Document::of(&routes, &options.root_path)),
         };
         let mut listeners = Vec::new();
         let mut local_addrs = Vec::new();
@@ -78,7 +87,7 @@ impl Gateway {
             local_addrs,
             lifecycle,
             front: Front {
-                router: router(service, config.api_keys),
+                router: router(service, routes, &options, keys),
                 permits: Arc::new(Semaphore::new(config.limits.connections)),
                 limits: config.limits,
             },

@@ -5,13 +5,16 @@ use std::sync::Arc;
 use phalanx_proto::v1::{self, admin_server::Admin};
 use tonic::{Request, Response, Status};
 
-use super::{StatusHandle, registry::Registry};
+use super::{EngineSlot, StatusHandle, registry::Registry};
 use crate::metrics::{self, Metrics};
 
 pub(super) struct AdminService {
     pub(super) status: StatusHandle,
     pub(super) metrics: Arc<Metrics>,
     pub(super) registry: Registry,
+    pub(super) engine: EngineSlot,
+    /// A JSON object.
+    pub(super) server_info: String,
 }
 
 #[tonic::async_trait]
@@ -20,7 +23,10 @@ impl Admin for AdminService {
         &self,
         _: Request<v1::GetStatusRequest>,
     ) -> Result<Response<v1::GetStatusResponse>, Status> {
-        Ok(Response::new(self.status.get()))
+        Ok(Response::new(v1::GetStatusResponse {
+            paused: self.engine.is_paused(),
+            ..self.status.get()
+        }))
     }
 
     async fn get_metrics(
@@ -39,5 +45,13 @@ impl Admin for AdminService {
     ) -> Result<Response<v1::AbortRequestResponse>, Status> {
         let found = self.registry.abort(&request.get_ref().request_id);
         Ok(Response::new(v1::AbortRequestResponse { found }))
+    }
+
+    async fn get_server_info(
+        &self,
+        _: Request<v1::GetServerInfoRequest>,
+    ) -> Result<Response<v1::GetServerInfoResponse>, Status> {
+        let json = self.server_info.clone();
+        Ok(Response::new(v1::GetServerInfoResponse { json }))
     }
 }

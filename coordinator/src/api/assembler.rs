@@ -166,6 +166,7 @@ impl ChoiceAssembler {
                 token: String::from_utf8_lossy(bytes).into_owned(),
                 logprob,
                 bytes: bytes.to_vec(),
+                special: self.table.is_special(token_id),
             }
         };
         let top = sampled.top_logprobs.iter();

@@ -40,25 +40,17 @@ impl InferenceService {
     }
 
     async fn generate(&self, mut request: v1::GenerateRequest) -> Result<RequestStream, RpcError> {
-        self.check_model(&request.model)?;
+        check_model(&self.parts.models, &request.model)?;
         let registration = self.register(std::mem::take(&mut request.request_id), "cmpl")?;
         let prepared = self.parts.text.prepare(request).await?;
         self.start(prepared, registration)
     }
 
     async fn chat(&self, mut request: v1::ChatRequest) -> Result<RequestStream, RpcError> {
-        self.check_model(&request.model)?;
+        check_model(&self.parts.models, &request.model)?;
         let registration = self.register(std::mem::take(&mut request.request_id), "chatcmpl")?;
         let prepared = self.parts.text.prepare_chat(request).await?;
         self.start(prepared, registration)
-    }
-
-    fn check_model(&self, name: &str) -> Result<(), RpcError> {
-        if name.is_empty() || self.parts.models.iter().any(|model| model.id == name) {
-            return Ok(());
-        }
-        let message = format!("The model `{name}` does not exist.");
-        Err(RpcError::new(ErrorKind::NotFound, message).with_param("model"))
     }
 
     fn register(&self, id: String, prefix: &str) -> Result<Registration, RpcError> {
@@ -81,6 +73,15 @@ impl InferenceService {
         };
         RequestStream::start(prepared, envelope, registration, &self.parts)
     }
+}
+
+/// Errors: `NotFound` for a name that none of `models` has.
+pub(super) fn check_model(models: &[v1::ModelCard], name: &str) -> Result<(), RpcError> {
+    if name.is_empty() || models.iter().any(|model| model.id == name) {
+        return Ok(());
+    }
+    let message = format!("The model `{name}` does not exist.");
+    Err(RpcError::new(ErrorKind::NotFound, message).with_param("model"))
 }
 
 type ChunkStream = BoxStream<'static, Result<v1::GenerateChunk, Status>>;

@@ -9,6 +9,7 @@ mod block_pool;
 mod config;
 mod core;
 mod kv_cache_manager;
+mod pause;
 mod request;
 mod scheduler;
 mod sequence;
@@ -18,6 +19,7 @@ mod types;
 
 pub use self::core::{EngineCore, EngineFailure, Progress, StepStats};
 pub use config::{ConfigError, EngineConfig, SchedulingPolicy};
+pub use pause::PauseMode;
 pub use request::RequestError;
 pub use scheduler::Snapshot;
 pub use types::{

@@ -11,6 +11,7 @@ use phalanx_proto::step::{SampledToken, SequenceId, StepOutput, StepPlan};
 use super::{
     Command, EngineConfig, EngineRequest, Event, FinishReason, SchedulingPolicy,
     kv_cache_manager::KvCacheManager,
+    pause::Pause,
     sequence::{Sequence, Urgency},
 };
 
@@ -32,6 +33,8 @@ pub struct Snapshot {
     pub num_preemptions: u64,
     /// Plans made, including those that failed.
     pub num_steps: u64,
+    /// Nothing new is started.
+    pub paused: bool,
 }
 
 impl Snapshot {
@@ -43,18 +46,19 @@ impl Snapshot {
 
 pub(super) struct Scheduler {
     config: EngineConfig,
-    kv: KvCacheManager,
-    sequences: BTreeMap<SequenceId, Sequence>,
+    pub(super) kv: KvCacheManager,
+    pub(super) sequences: BTreeMap<SequenceId, Sequence>,
     /// Every sequence is in exactly one of these two.
     waiting: BTreeMap<Urgency, SequenceId>,
-    running: BTreeMap<Urgency, SequenceId>,
+    pub(super) running: BTreeMap<Urgency, SequenceId>,
+    pub(super) pause: Option<Pause>,
     num_arrivals: u64,
     epoch: u32,
     /// Number of the last plan. It goes on across epochs, so no late output can be taken for a newer one.
     step: u64,
     prefix_cache_queries: u64,
     prefix_cache_hits: u64,
-    num_preemptions: u64,
+    pub(super) num_preemptions: u64,
 }
 
 /// A step in the making.
@@ -83,6 +87,7 @@ impl Scheduler {
             sequences: BTreeMap::new(),
             waiting: BTreeMap::new(),
             running: BTreeMap::new(),
+            pause: None,
             num_arrivals: 0,
             epoch: config.epoch,
             step: 0,
@@ -108,6 +113,7 @@ impl Scheduler {
             prefix_cache_hits: self.prefix_cache_hits,
             num_preemptions: self.num_preemptions,
             num_steps: self.step,
+            paused: self.pause.is_some(),
         }
     }
 
@@ -118,6 +124,9 @@ impl Scheduler {
                 self.finish(id, reason, events)
             }
             Command::Finish(..) => {}
+            Command::Pause { mode, clear_cache } => self.pause(mode, clear_cache, events),
+            Command::Resume => self.resume(events),
+            Command::ResetPrefixCache { reset_running } => self.reset_prefix_cache(reset_running, events),
         }
     }
 
@@ -140,8 +149,11 @@ impl Scheduler {
         assert!(replaced.is_none(), "{id:?} was submitted twice");
     }
 
-    /// The next step; none if there is no sequence.
+    /// The next step; none if there is no sequence that may run.
     pub(super) fn schedule(&mut self, events: &mut Vec<Event>) -> Option<StepPlan> {
+        if !self.has_work() {
+            return None;
+        }
         let mut draft = Draft {
             budget: self.config.max_num_batched_tokens as usize,
             chosen: BTreeMap::new(),
@@ -156,10 +168,7 @@ impl Scheduler {
             self.admit_waiting(&mut draft);
         }
         let chosen = draft.chosen;
-        if chosen.is_empty() {
-            assert!(self.is_idle(), "sequences are live but none can run");
-            return None;
-        }
+        assert!(!chosen.is_empty(), "sequences are live but none can run");
         self.step += 1;
         let rows = chosen.iter().map(|(urgency, &num_tokens)| {
             let sequence = &self.sequences[&self.running[urgency]];
@@ -208,7 +217,7 @@ impl Scheduler {
     }
 
     /// Back to waiting, with nothing computed and in its old place of the order.
-    fn requeue(&mut self, urgency: Urgency, id: SequenceId) {
+    pub(super) fn requeue(&mut self, urgency: Urgency, id: SequenceId) {
         if let Some(sequence) = self.sequences.get_mut(&id) {
             self.kv.free(&mut sequence.kv);
             sequence.num_computed_tokens = 0;
@@ -219,7 +228,7 @@ impl Scheduler {
     /// Admits in order: nobody overtakes a sequence that does not fit yet, or a large one might never run.
     fn admit_waiting(&mut self, draft: &mut Draft<'_>) {
         while draft.budget > 0 && self.running.len() < self.config.max_num_seqs as usize {
-            let Some((&urgency, &id)) = self.waiting.first_key_value() else {
+            let Some((urgency, id)) = self.next_waiting() else {
                 return;
             };
             let Some(sequence) = self.sequences.get_mut(&id) else {
@@ -252,6 +261,15 @@ impl Scheduler {
             self.waiting.remove(&urgency);
             self.running.insert(urgency, id);
             draft.choose(urgency, num_tokens);
+        }
+    }
+
+    /// The most urgent waiting sequence; in a pause, of those that have started and were preempted.
+    fn next_waiting(&self) -> Option<(Urgency, SequenceId)> {
+        let mut waiting = self.waiting.iter().map(|(&urgency, &id)| (urgency, id));
+        match self.pause {
+            None => waiting.next(),
+            Some(_) => waiting.find(|(_, id)| self.sequences[id].started),
         }
     }
 
@@ -289,7 +307,7 @@ impl Scheduler {
         }
     }
 
-    fn finish(&mut self, id: SequenceId, reason: FinishReason, events: &mut Vec<Event>) {
+    pub(super) fn finish(&mut self, id: SequenceId, reason: FinishReason, events: &mut Vec<Event>) {
         self.remove(id);
         events.push(Event::Finished { sequence: id, reason });
     }

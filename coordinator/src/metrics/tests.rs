@@ -40,6 +40,7 @@ fn recorded() -> Metrics {
         prefix_cache_hits: 16,
         num_preemptions: 5,
         num_steps: 9,
+        paused: false,
     };
     metrics.engine_turned(&Snapshot::default(), &now);
     metrics.engine_turned(&now, &now);

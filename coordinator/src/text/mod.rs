@@ -7,6 +7,7 @@ mod pool;
 mod processor;
 mod sampling;
 mod stop;
+mod tokenize;
 mod tokenizer;
 
 pub use chat::{ChatTemplate, Conversation, MAX_KWARGS_BYTES};

@@ -9,6 +9,7 @@ use super::{
     ChatTemplate, Conversation, GenerationDefaults, GgufVocab, HfFiles, ModelLimits, StopMatcher, TextError,
     TextPool, Tokenizer,
     sampling::{self, CheckedParams, Rules},
+    tokenize,
 };
 use crate::engine_thread::NewSequence;
 
@@ -21,14 +22,18 @@ pub struct TextModel {
     pub tokenizer: Tokenizer,
     pub chat_template: Option<String>,
     pub defaults: GenerationDefaults,
+    /// What tokenizer_config.json says; of a GGUF file, what its metadata says in those terms.
+    pub tokenizer_config: serde_json::Value,
 }
 
 impl TextModel {
     /// From a GGUF file's metadata, which has no generation defaults.
     pub fn from_gguf<B: AsRef<[u8]>>(file: &Gguf<B>) -> Result<Self, TextError> {
         let vocab = GgufVocab::from_metadata(file)?;
+        let tokenizer = Tokenizer::from_gguf(&vocab)?;
         Ok(Self {
-            tokenizer: Tokenizer::from_gguf(&vocab)?,
+            tokenizer_config: tokenize::config_of(tokenizer.special_tokens()),
+            tokenizer,
             chat_template: vocab.chat_template,
             defaults: GenerationDefaults::default(),
         })
@@ -41,6 +46,7 @@ impl TextModel {
             tokenizer: files.tokenizer()?,
             chat_template: files.chat_template()?,
             defaults: GenerationDefaults::from_json(&files.generation_config)?,
+            tokenizer_config: files.tokenizer_config,
         })
     }
 }
@@ -60,12 +66,13 @@ pub struct TextOptions {
 /// Turns requests into sequences. Cheap to share; needs a Tokio runtime.
 #[derive(Debug)]
 pub struct TextProcessor {
-    tokenizer: Arc<Tokenizer>,
+    pub(super) tokenizer: Arc<Tokenizer>,
     template: Option<Arc<ChatTemplate>>,
     defaults: GenerationDefaults,
-    limits: ModelLimits,
+    pub(super) limits: ModelLimits,
     seed: Option<u64>,
-    pool: TextPool,
+    pub(super) pool: TextPool,
+    pub(super) tokenizer_info: String,
 }
 
 /// A checked, tokenized request.
@@ -95,9 +102,9 @@ impl TextProcessor {
                 });
             }
         }
-        let template = options
-            .chat_template
-            .or(model.chat_template)
+        let template = options.chat_template.or(model.chat_template);
+        let tokenizer_info = tokenize::info(model.tokenizer_config, template.as_deref());
+        let template = template
             .map(|source| ChatTemplate::new(&source, special))
             .transpose()?;
         let threads = options
@@ -110,6 +117,7 @@ impl TextProcessor {
             limits: options.limits,
             seed: options.seed,
             pool: TextPool::new(threads, MAX_WAITING_PROMPTS),
+            tokenizer_info,
         })
     }
 
@@ -155,6 +163,17 @@ impl TextProcessor {
         let output = request.output.take().unwrap_or_default();
         let place = Place::checked(request.priority, request.cache_salt.take())?;
         let params = self.check(&request.sampling.take().unwrap_or_default(), &output)?;
+        let (prompt, request) = self.render(request, false).await?;
+        let echo = output.echo.then(|| echoed(request)).flatten();
+        self.assemble(params, prompt, place, (echo, output))
+    }
+
+    /// The conversation of a request as the model's tokens. Gives the request back.
+    pub(super) async fn render(
+        &self,
+        request: v1::ChatRequest,
+        add_special_tokens: bool,
+    ) -> Result<(Vec<u32>, v1::ChatRequest), RpcError> {
         let Some(template) = self.template.clone() else {
             let message = "the model has no chat template, and there is no default one; start the server with \
                            --chat-template, or use completions";
@@ -164,9 +183,7 @@ impl TextProcessor {
         let given = request.messages.iter().map(|message| message.content.len());
         self.check_bytes(given.fold(0, usize::saturating_add), "messages")?;
         let tokenizer = self.tokenizer.clone();
-        let echo_last = output.echo;
-        let (prompt, echo) = self
-            .pool
+        self.pool
             .run(move || {
                 let text = template.render(&Conversation {
                     messages: &request.messages,
@@ -174,12 +191,10 @@ impl TextProcessor {
                     template_kwargs_json: &request.template_kwargs_json,
                     max_bytes,
                 })?;
-                // The template writes the special tokens itself.
-                let prompt = encode(&tokenizer, &text, false)?;
-                Ok((prompt, echoed(request).filter(|_| echo_last)))
+                // The template writes the special tokens itself, so that mostly none are added.
+                Ok((encode(&tokenizer, &text, add_special_tokens)?, request))
             })
-            .await?;
-        self.assemble(params, prompt, place, (echo, output))
+            .await
     }
 
     fn check(
@@ -212,7 +227,7 @@ impl TextProcessor {
         (self.limits.max_model_len as usize).saturating_mul(self.tokenizer.table().longest_token())
     }
 
-    fn check_bytes(&self, bytes: usize, param: &str) -> Result<(), RpcError> {
+    pub(super) fn check_bytes(&self, bytes: usize, param: &str) -> Result<(), RpcError> {
         if bytes <= self.max_prompt_bytes() {
             return Ok(());
         }
@@ -225,17 +240,21 @@ impl TextProcessor {
     }
 
     fn check_ids(&self, ids: &[u32]) -> Result<(), RpcError> {
+        self.check_vocabulary(ids, "prompt")
+    }
+
+    pub(super) fn check_vocabulary(&self, ids: &[u32], param: &str) -> Result<(), RpcError> {
         let vocab_size = self.limits.vocab_size;
         match ids.iter().find(|&&id| id >= vocab_size) {
             None => Ok(()),
             Some(id) => Err(RpcError::invalid(
-                "prompt",
+                param,
                 format!("Token id {id} is out of vocabulary; token ids are below {vocab_size}."),
             )),
         }
     }
 
-    async fn encode(&self, text: String, add_special_tokens: bool) -> Result<Vec<u32>, RpcError> {
+    pub(super) async fn encode(&self, text: String, add_special_tokens: bool) -> Result<Vec<u32>, RpcError> {
         let tokenizer = self.tokenizer.clone();
         self.pool
             .run(move || encode(&tokenizer, &text, add_special_tokens))

@@ -1,8 +1,10 @@
 //! The services over a real gRPC server on a unix socket and the real engine; only the ranks are scripted.
 
+mod control;
 mod operations;
 mod ranks;
 mod requests;
 mod server;
 #[path = "../support/mod.rs"]
 mod support;
+mod tokenizer;

@@ -29,7 +29,7 @@ const ROLE: &str = "assistant";
 
 /// The fields that only this route has.
 #[derive(Debug, Deserialize)]
-struct ChatFields {
+pub(crate) struct ChatFields {
     messages: Option<Messages>,
     max_tokens: Option<u32>,
     max_completion_tokens: Option<u32>,
@@ -101,7 +101,7 @@ fn prepare(body: &[u8], id: &str, prompt_tokens_details: bool) -> Result<Call, R
     })
 }
 
-fn template_kwargs(kwargs: Option<Box<RawValue>>) -> Result<String, RpcError> {
+pub(crate) fn template_kwargs(kwargs: Option<Box<RawValue>>) -> Result<String, RpcError> {
     let text = kwargs
         .map(|kwargs| String::from(Box::<str>::from(kwargs)))
         .unwrap_or_default();

@@ -13,7 +13,7 @@ use super::body::{Bounded, Object};
 const ROLES: [&str; 5] = ["system", "developer", "user", "assistant", "tool"];
 
 #[derive(Debug, Deserialize)]
-pub(super) struct Message {
+pub(crate) struct Message {
     role: Option<String>,
     content: Option<Content>,
     name: Option<String>,
@@ -23,15 +23,15 @@ pub(super) struct Message {
 }
 
 /// The messages of one request, in order.
-pub(super) type Messages = Bounded<Object<Message>, MAX_MESSAGES>;
+pub(crate) type Messages = Bounded<Object<Message>, MAX_MESSAGES>;
 
 /// Text, from a string or from a list of text parts.
 #[derive(Debug)]
-struct Content(String);
+pub(crate) struct Content(pub(crate) String);
 
 /// # Errors
 /// `InvalidArgument` naming the field of the message at fault.
-pub(super) fn to_grpc(messages: Option<Messages>) -> Result<Vec<ChatMessage>, RpcError> {
+pub(crate) fn to_grpc(messages: Option<Messages>) -> Result<Vec<ChatMessage>, RpcError> {
     let Bounded(messages) = messages.unwrap_or_default();
     if messages.is_empty() {
         return Err(RpcError::invalid("messages", "messages: at least one is needed"));

@@ -1,16 +1,16 @@
 //! OpenAI's HTTP API in vLLM's dialect, over the coordinator's gRPC.
 
 mod bias;
-mod body;
+pub(crate) mod body;
 pub(crate) mod chat;
 pub(crate) mod completions;
 pub(crate) mod error;
 mod logprobs;
-mod messages;
+pub(crate) mod messages;
 pub(crate) mod models;
-mod params;
+pub(crate) mod params;
 mod prompt;
-mod reply;
-mod sse;
-mod unoffered;
-mod usage;
+pub(crate) mod reply;
+pub(crate) mod sse;
+pub(crate) mod unoffered;
+pub(crate) mod usage;

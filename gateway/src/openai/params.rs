@@ -19,9 +19,9 @@ use super::{
 
 /// Sampling and streaming. `null` and absent are the same: the model's default.
 #[derive(Debug, Deserialize)]
-pub(super) struct Params {
-    pub(super) model: Option<String>,
-    pub(super) stream: Option<bool>,
+pub(crate) struct Params {
+    pub(crate) model: Option<String>,
+    pub(crate) stream: Option<bool>,
     stream_options: Option<Object<StreamOptions>>,
     n: Option<u32>,
     temperature: Option<f32>,
@@ -41,7 +41,7 @@ pub(super) struct Params {
     skip_special_tokens: Option<bool>,
     logit_bias: Option<LogitBias>,
     priority: Option<i32>,
-    pub(super) cache_salt: Option<String>,
+    pub(crate) cache_salt: Option<String>,
 }
 
 #[derive(Clone, Copy, Debug, Default, Deserialize)]
@@ -51,17 +51,17 @@ struct StreamOptions {
 }
 
 impl Params {
-    pub(super) fn streams(&self) -> bool {
+    pub(crate) fn streams(&self) -> bool {
         self.stream == Some(true)
     }
 
     /// Completions per prompt, within its limit once [`Self::sampling`] has passed.
-    pub(super) fn n(&self) -> u32 {
+    pub(crate) fn n(&self) -> u32 {
         self.n.unwrap_or(1)
     }
 
     /// Smaller is more urgent.
-    pub(super) fn priority(&self) -> i32 {
+    pub(crate) fn priority(&self) -> i32 {
         self.priority.unwrap_or(0)
     }
 
@@ -69,7 +69,7 @@ impl Params {
     ///
     /// # Errors
     /// `InvalidArgument` for what gRPC could not carry; ranges are the coordinator's to judge.
-    pub(super) fn sampling(&mut self, max_tokens: Option<u32>) -> Result<SamplingParams, RpcError> {
+    pub(crate) fn sampling(&mut self, max_tokens: Option<u32>) -> Result<SamplingParams, RpcError> {
         if !(1..=MAX_N).contains(&self.n()) {
             return Err(RpcError::invalid(
                 "n",
@@ -98,7 +98,7 @@ impl Params {
     }
 
     /// The output options with `logprobs` and `echo`, which the two routes spell differently.
-    pub(super) fn output(&self, logprobs: Option<u32>, echo: bool) -> Result<OutputOptions, RpcError> {
+    pub(crate) fn output(&self, logprobs: Option<u32>, echo: bool) -> Result<OutputOptions, RpcError> {
         if self.stream_options.is_some() && !self.streams() {
             let message = "stream_options can only be given together with stream: true";
             return Err(RpcError::invalid("stream_options", message));
@@ -119,7 +119,7 @@ impl Params {
 }
 
 /// A number too large for 32 bits becomes an infinity on the way in.
-fn finite(field: &str, value: Option<f32>) -> Result<Option<f32>, RpcError> {
+pub(crate) fn finite(field: &str, value: Option<f32>) -> Result<Option<f32>, RpcError> {
     match value {
         Some(value) if !value.is_finite() => Err(RpcError::invalid(
             field,
@@ -129,7 +129,7 @@ fn finite(field: &str, value: Option<f32>) -> Result<Option<f32>, RpcError> {
     }
 }
 
-fn top_k(value: i64) -> Result<u32, RpcError> {
+pub(crate) fn top_k(value: i64) -> Result<u32, RpcError> {
     match value {
         -1 => Ok(0),
         _ => u32::try_from(value).map_err(|_| {

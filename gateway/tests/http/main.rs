@@ -4,10 +4,16 @@
 //! the gateway is tested with the whole cluster.
 
 mod access;
+mod anthropic;
+mod control;
 mod damage;
+mod documents;
 mod errors;
+mod inference;
 mod operator;
 mod shapes;
 mod shutdown;
 mod streams;
 mod support;
+mod tgi;
+mod tokenizer;

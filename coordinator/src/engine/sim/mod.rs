@@ -3,6 +3,7 @@
 //! requeue changes a token, and the oracle, which knows nothing of blocks, notices. No model and no device is needed.
 
 mod executor;
+mod pauses;
 mod scenario;
 mod tests;
 

@@ -66,6 +66,7 @@ impl Scenario {
             }
             requests.insert(request.id, request);
         }
+        super::pauses::add(&mut commands, turn, &mut prng);
         let faults = Faults {
             one_in: if with_faults { 5 + prng.below(20) } else { 0 },
             most: 30,
@@ -95,7 +96,8 @@ impl Scenario {
                 }
             }
             let mut events = Vec::new();
-            let oldest = oldest_live(&heard, &inbox);
+            // A pause keeps it waiting.
+            let oldest = oldest_live(&heard, &inbox).filter(|_| !core.snapshot().paused);
             let progress = core.step(inbox, &mut events);
             let said = format!("{progress:?} {events:?}");
             trace = said.bytes().fold(trace, |hash, byte| mix(hash, byte.into()));
@@ -173,6 +175,7 @@ fn oldest_live(heard: &BTreeMap<SequenceId, Heard>, inbox: &[Command]) -> Option
 
 fn hear(all: &mut BTreeMap<SequenceId, Heard>, event: Event) {
     let id = match &event {
+        Event::Paused | Event::Resumed | Event::PrefixCacheReset => return,
         Event::Token(sampled) => sampled.sequence,
         Event::Started { sequence, .. }
         | Event::Preempted { sequence }

@@ -79,6 +79,11 @@ impl Tokenizer {
         text
     }
 
+    /// The token as the vocabulary spells it, `Ġworld` and not ` world`; none for an id without a token.
+    pub fn spelling(&self, token: u32) -> Option<String> {
+        self.inner.id_to_token(token)
+    }
+
     pub fn table(&self) -> &Arc<TokenTable> {
         &self.table
     }
