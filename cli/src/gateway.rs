@@ -3,7 +3,11 @@
 use std::{pin::pin, time::Duration};
 
 use anyhow::Context;
-use phalanx_gateway::{Gateway, GatewayConfig, RouteOptions};
+use clap::{
+    Args,
+    builder::{PossibleValuesParser, TypedValueParser},
+};
+use phalanx_gateway::{Backends, Gateway, GatewayConfig, RouteOptions, RoutingPolicy};
 use phalanx_proto::secret::ApiKeys;
 use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
 use tokio::sync::oneshot;
@@ -12,6 +16,52 @@ use crate::{
     args::{FrontendArgs, GatewayArgs},
     signals::Signals,
 };
+
+/// The coordinators. All of them serve the same model with the same flags.
+#[derive(Debug, Args)]
+pub(crate) struct BackendArgs {
+    /// `unix:/path` or `http://host:port` of the coordinator.
+    #[arg(
+        long,
+        env = "PHALANX_COORDINATOR",
+        required_unless_present_any = ["backend", "backend_dns"]
+    )]
+    coordinator: Option<String>,
+    /// A replica's coordinator: `host:port`, `http://host:port` or `unix:/path`; for several, repeat it or separate
+    /// them by commas.
+    #[arg(long, env = "PHALANX_BACKEND", value_delimiter = ',')]
+    backend: Vec<String>,
+    /// A name and a port: every address that the name has is a replica's coordinator. For a headless service.
+    #[arg(long, env = "PHALANX_BACKEND_DNS", value_name = "NAME:PORT")]
+    backend_dns: Option<String>,
+    /// Which replica gets a request: the next; the one with the fewest running; the one of its session (X-Session-Id,
+    /// or `user`); the one that has seen the beginning of its prompt.
+    #[arg(
+        long,
+        env = "PHALANX_ROUTING_POLICY",
+        default_value_t = RoutingPolicy::default(),
+        value_parser = PossibleValuesParser::new(RoutingPolicy::NAMES.map(|(name, _)| name))
+            .try_map(|name| name.parse::<RoutingPolicy>())
+    )]
+    routing_policy: RoutingPolicy,
+}
+
+impl BackendArgs {
+    fn resolve(self) -> Backends {
+        let backends = self.backend.into_iter().map(|backend| {
+            if backend.contains('/') {
+                backend
+            } else {
+                format!("http://{backend}")
+            }
+        });
+        Backends {
+            addresses: self.coordinator.into_iter().chain(backends).collect(),
+            dns: self.backend_dns,
+            policy: self.routing_policy,
+        }
+    }
+}
 
 pub(crate) fn run(args: GatewayArgs) -> anyhow::Result<()> {
     if let Some(parent) = args.parent_pid {
@@ -30,7 +80,7 @@ pub(crate) fn run(args: GatewayArgs) -> anyhow::Result<()> {
 async fn serve(args: GatewayArgs) -> anyhow::Result<()> {
     let mut signals = Signals::install()?;
     let drain = Duration::from_secs(args.shutdown_timeout);
-    let mut config = config(args.frontend, args.coordinator, drain);
+    let mut config = config(args.frontend, args.backends.resolve(), drain);
     config.api_keys = ApiKeys::new(args.api_key).context("--api-key")?;
     config.admin_keys = ApiKeys::new(args.admin_api_key).context("--admin-api-key")?;
     let gateway = Gateway::bind(config).await?;
@@ -54,8 +104,8 @@ async fn serve(args: GatewayArgs) -> anyhow::Result<()> {
 }
 
 /// The gateway's settings from the flags.
-fn config(frontend: FrontendArgs, coordinator: String, drain_timeout: Duration) -> GatewayConfig {
-    let mut config = GatewayConfig::new(format!("{}:{}", frontend.host, frontend.port), coordinator);
+fn config(frontend: FrontendArgs, backends: Backends, drain_timeout: Duration) -> GatewayConfig {
+    let mut config = GatewayConfig::new(format!("{}:{}", frontend.host, frontend.port), backends);
     if frontend.uds.is_some() {
         config.listen.clear();
     }

@@ -26,7 +26,7 @@ pub(crate) enum Access {
 }
 
 /// The keys of the two kinds of callers.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Keys {
     pub(crate) clients: ApiKeys,
     pub(crate) admins: ApiKeys,

@@ -12,7 +12,7 @@ use phalanx_proto::{
         GetTokenizerInfoRequest, GetTokenizerInfoResponse, ListModelsRequest, ListModelsResponse,
         PauseRequest, ResetPrefixCacheRequest, ResumeRequest, TokenizeRequest, TokenizeResponse,
         admin_client::AdminClient, control_client::ControlClient, inference_client::InferenceClient,
-        tokenizer_client::TokenizerClient,
+        inference_server::SERVICE_NAME, tokenizer_client::TokenizerClient,
     },
 };
 use tonic::{
@@ -21,6 +21,7 @@ use tonic::{
     service::{Interceptor, interceptor::InterceptedService},
     transport::{Channel, Endpoint},
 };
+use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse, health_client::HealthClient};
 
 use crate::{
     auth::Keys,
@@ -50,6 +51,8 @@ pub(crate) struct Backend {
     /// On a connection of its own, so that probes are answered however busy the other one is.
     admin: AdminClient<Keyed>,
     control: ControlClient<Keyed>,
+    /// On the connection of `admin`.
+    health: HealthClient<Keyed>,
 }
 
 type Keyed = InterceptedService<Channel, Credentials>;
@@ -108,6 +111,7 @@ impl Backend {
             inference: InferenceClient::new(keyed(&work)).max_decoding_message_size(MAX_REPLY_BYTES),
             tokenizer: TokenizerClient::new(keyed(&work)).max_decoding_message_size(MAX_REPLY_BYTES),
             admin: AdminClient::new(keyed(&operation)).max_decoding_message_size(MAX_REPLY_BYTES),
+            health: HealthClient::new(keyed(&operation)),
             control: ControlClient::new(control),
         })
     }
@@ -185,6 +189,15 @@ impl Backend {
     pub(crate) async fn server_info(&self) -> Result<GetServerInfoResponse, RpcError> {
         let request = brief(GetServerInfoRequest {});
         unwrap(self.admin.clone().get_server_info(request).await)
+    }
+
+    /// What the health service says of `Inference`, now and whenever it changes.
+    pub(crate) async fn watch_health(&self) -> Result<Streaming<HealthCheckResponse>, Status> {
+        let request = HealthCheckRequest {
+            service: SERVICE_NAME.to_owned(),
+        };
+        let updates = self.health.clone().watch(request).await?;
+        Ok(updates.into_inner())
     }
 
     pub(crate) async fn metrics(&self) -> Result<GetMetricsResponse, RpcError> {

@@ -4,7 +4,7 @@ use std::{io, path::PathBuf, time::Duration};
 
 use phalanx_proto::secret::ApiKeys;
 
-use crate::limits::HttpLimits;
+use crate::{limits::HttpLimits, router::Backends};
 
 /// A gateway's configuration. All of it is fixed at start.
 #[derive(Clone, Debug)]
@@ -13,9 +13,9 @@ pub struct GatewayConfig {
     pub listen: Vec<String>,
     /// A unix socket to listen on, beside or instead of TCP.
     pub uds: Option<PathBuf>,
-    /// Where the coordinator serves gRPC: `http://host:port` or `unix:/path`.
-    pub coordinator: String,
-    /// Keys of which a client must present one; without any, no key is needed. The coordinator is shown the first.
+    /// Where coordinators serve gRPC, and which of them gets a request.
+    pub backends: Backends,
+    /// Keys of which a client must present one; without any, no key is needed. Coordinators are shown the first.
     pub api_keys: ApiKeys,
     /// Keys of which an operator must present one to control the engine; without any, nobody can. The coordinator is
     /// shown the first.
@@ -31,12 +31,12 @@ pub struct GatewayConfig {
 }
 
 impl GatewayConfig {
-    /// A gateway for the coordinator at `coordinator` that listens on `listen`, with everything else at its default.
-    pub fn new(listen: impl Into<String>, coordinator: impl Into<String>) -> Self {
+    /// A gateway for `backends` that listens on `listen`, with everything else at its default.
+    pub fn new(listen: impl Into<String>, backends: Backends) -> Self {
         Self {
             listen: vec![listen.into()],
             uds: None,
-            coordinator: coordinator.into(),
+            backends,
             api_keys: ApiKeys::default(),
             admin_keys: ApiKeys::default(),
             routes: RouteOptions::default(),
@@ -115,6 +115,23 @@ pub enum GatewayError {
     RootPath {
         /// The path as configured.
         path: String,
+    },
+    /// There is no coordinator to ask.
+    #[error("no coordinator: give the address of at least one, or a name that resolves to them")]
+    NoBackend,
+    /// More coordinators than a gateway watches.
+    #[error("{count} backends are more than {limit}")]
+    TooManyBackends {
+        /// Addresses given.
+        count: usize,
+        /// Most that are allowed.
+        limit: usize,
+    },
+    /// The name that resolves to coordinators has no port, or more than a port.
+    #[error("backend name {name:?} is not of the form name:port")]
+    BackendDns {
+        /// The name as configured.
+        name: String,
     },
     /// A limit of zero would refuse everything.
     #[error("limit {field} must be at least 1")]

@@ -56,8 +56,8 @@ pub(crate) async fn resume(State(service): State<Service>) -> Result<Response, A
 
 /// `GET /is_paused`.
 pub(crate) async fn is_paused(State(service): State<Service>) -> Result<Response, ApiError> {
-    let status = service.backend.status().await?;
-    Ok(Json(json!({"is_paused": status.paused})).into_response())
+    let is_paused = service.backend.is_paused().await?;
+    Ok(Json(json!({"is_paused": is_paused})).into_response())
 }
 
 /// The ids to abort.

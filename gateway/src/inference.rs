@@ -28,6 +28,7 @@ use crate::{
         unoffered,
         usage::Usage,
     },
+    router::Replicas,
     routes::Service,
 };
 
@@ -149,15 +150,16 @@ pub(crate) async fn generate(
     request: Request,
 ) -> Result<Response, ApiError> {
     let mut ticket = service.lifecycle.admit()?;
+    let replicas = service.replicas_for(request.headers());
     let body = body::read(request, &service.limits).await?;
     let call = prepare(&body, &request_id, service.prompt_tokens_details)?;
     drop(body);
     ticket.start(1)?;
     if !call.streams {
-        return whole(&service, call, ticket).await;
+        return whole(&replicas, call, ticket).await;
     }
     let id = call.request.request_id.clone();
-    let chunks = service.backend.generate_stream(call.request).await?;
+    let chunks = replicas.generate_stream(call.request).await?;
     let streaming = Streaming {
         id,
         n: call.n,
@@ -168,10 +170,10 @@ pub(crate) async fn generate(
     streaming.respond().await
 }
 
-async fn whole(service: &Service, call: Call, mut ticket: Ticket) -> Result<Response, ApiError> {
+async fn whole(replicas: &Replicas, call: Call, mut ticket: Ticket) -> Result<Response, ApiError> {
     let id = call.request.request_id.clone();
     let reply = tokio::select! {
-        reply = service.backend.generate(call.request) => reply?,
+        reply = replicas.generate(call.request) => reply?,
         error = ticket.stopped() => return Err(error.into()),
     };
     let whole = Whole::join(id, call.n, vec![reply])?;
@@ -304,7 +306,7 @@ pub(crate) async fn abort_requests(
     let ids = parse::<AbortBody>(&body)?.request_ids;
     let ids = ids.ok_or_else(|| RpcError::invalid(PARAM, format!("{PARAM} is needed")))?;
     for id in ids.0 {
-        service.backend.abort_request(id).await?;
+        service.backend.abort_request(&id).await?;
     }
     Ok(StatusCode::OK.into_response())
 }

@@ -1,6 +1,8 @@
 //! The OpenAI-compatible HTTP front: translates JSON and server-sent events to the gRPC services `Inference`,
 //! `Tokenizer`, `Admin` and `Control` of a coordinator, and back.
 //!
+//! Of several coordinators that serve one model it is the router: see `router`.
+//!
 //! It holds no model file, no tokenizer and no template: text work has one home, the coordinator, and a gateway can be
 //! restarted or doubled at any time. What it does own is everything about HTTP: limits on bodies and connections, API
 //! keys, OpenAI's error objects, the order of events in a stream, draining.
@@ -20,6 +22,7 @@ mod openai;
 mod openapi;
 mod operator;
 mod query;
+mod router;
 mod routes;
 mod sagemaker;
 mod server;
@@ -29,6 +32,7 @@ mod tokenizer;
 
 pub use config::{GatewayConfig, GatewayError, RouteOptions};
 pub use limits::HttpLimits;
+pub use router::{Backends, RoutingPolicy};
 pub use server::Gateway;
 
 /// Binds and serves until `shutdown` resolves and the running requests have ended; see [`Gateway`].

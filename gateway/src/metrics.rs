@@ -16,6 +16,8 @@ use prometheus_client::{
     registry::Registry,
 };
 
+use crate::router::RouterMetrics;
+
 /// The content type of `/metrics`.
 pub(crate) const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 const END: &str = "# EOF\n";
@@ -48,7 +50,8 @@ pub(crate) struct HttpMetrics {
 }
 
 impl HttpMetrics {
-    pub(crate) fn new() -> Self {
+    /// With those of the router in the same exposition.
+    pub(crate) fn new(router: &RouterMetrics) -> Self {
         let requests = Family::default();
         let durations: Durations = Family::new_with_constructor(|| Histogram::new(DURATION_BUCKETS));
         let mut registry = Registry::default();
@@ -62,6 +65,7 @@ impl HttpMetrics {
             "Time from a request's head to the end of its reply",
             durations.clone(),
         );
+        router.register(&mut registry);
         Self {
             registry,
             requests,
@@ -191,7 +195,7 @@ mod tests {
 
     #[test]
     fn expositions_are_merged_under_one_end() {
-        let metrics = Arc::new(HttpMetrics::new());
+        let metrics = Arc::new(HttpMetrics::new(&RouterMetrics::default()));
         let measurement = Measurement::start(Arc::clone(&metrics), &Method::GET, "/health");
         drop(measurement.follow(StatusCode::OK, Body::empty()));
         let theirs = "# HELP a b.\n# TYPE a counter\na_total 1\n# EOF\n";

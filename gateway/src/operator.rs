@@ -17,18 +17,22 @@ use crate::{
     metrics::OPENMETRICS,
     openai::error::{ApiError, broken_reply},
     query,
+    router::Overview,
     routes::Service,
 };
 
 /// `GET /health`, `/ping`: 200 when the coordinator's ranks are ready and this gateway is not draining; otherwise
-/// 503, with how far each rank has come.
+/// 503, with how far each rank has come. Of several coordinators one that serves is enough.
 pub(crate) async fn health(State(service): State<Service>) -> Response {
     let health = if service.lifecycle.is_draining() {
         Health::bare("draining", "the gateway is shutting down")
     } else {
-        match service.backend.status().await {
-            Ok(status) => Health::of(status),
-            Err(error) => Health::bare("unreachable", error.message),
+        match service.backend.sole() {
+            None => Health::of_backends(service.backend.overview()),
+            Some(coordinator) => match coordinator.status().await {
+                Ok(status) => Health::of(status),
+                Err(error) => Health::bare("unreachable", error.message),
+            },
         }
     };
     let status = if health.state == READY {
@@ -75,24 +79,9 @@ pub(crate) async fn load(State(service): State<Service>) -> Response {
     Json(Load { server_load }).into_response()
 }
 
-/// `GET /metrics`: the coordinator's metrics and the gateway's. Without a coordinator, the gateway's alone.
+/// `GET /metrics`: the coordinators' metrics and the gateway's. Without a coordinator, the gateway's alone.
 pub(crate) async fn metrics(State(service): State<Service>) -> Response {
-    let theirs = match service.backend.metrics().await {
-        Ok(reply) if reply.content_type.starts_with("application/openmetrics-text") => {
-            String::from_utf8(reply.body).ok()
-        }
-        Ok(reply) => {
-            tracing::warn!(
-                content_type = reply.content_type,
-                "the coordinator's metrics are not OpenMetrics"
-            );
-            None
-        }
-        Err(error) => {
-            tracing::debug!(%error, "no metrics from the coordinator");
-            None
-        }
-    };
+    let theirs = service.backend.metrics().await;
     let text = service.metrics.exposition(theirs.as_deref());
     ([(header::CONTENT_TYPE, OPENMETRICS)], text).into_response()
 }
@@ -108,6 +97,9 @@ struct Health {
     /// An operator holds the engine still; that is no illness.
     paused: bool,
     ranks: Vec<Rank>,
+    /// Of a router.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    backends: Vec<Overview>,
 }
 
 #[derive(Serialize)]
@@ -130,6 +122,17 @@ impl Health {
             version: String::new(),
             paused: false,
             ranks: Vec::new(),
+            backends: Vec::new(),
+        }
+    }
+
+    fn of_backends(backends: Vec<Overview>) -> Self {
+        let serving = backends.iter().filter(|backend| backend.is_serving()).count();
+        let state = if serving > 0 { READY } else { "unavailable" };
+        let message = format!("{serving} of {} backends serve", backends.len());
+        Self {
+            backends,
+            ..Self::bare(state, message)
         }
     }
 
@@ -148,6 +151,7 @@ impl Health {
             version: status.version,
             paused: status.paused,
             ranks: status.ranks.into_iter().map(Rank::of).collect(),
+            backends: Vec::new(),
         }
     }
 }

@@ -13,13 +13,12 @@ use axum::{
     response::{IntoResponse, Response},
     routing::{MethodRouter, get, post},
 };
-use http::{Method, Uri};
+use http::{HeaderMap, Method, Uri};
 use phalanx_proto::{ErrorKind, RpcError};
 
 use crate::{
     anthropic,
     auth::{Access, Keys, guard},
-    backend::Backend,
     config::RouteOptions,
     control, inference,
     lifecycle::Lifecycle,
@@ -28,18 +27,27 @@ use crate::{
     observe::observe,
     openai::{self, error::ApiError},
     openapi::{self, Document, Operation, operations as docs},
-    operator, sagemaker, tgi, tokenizer,
+    operator,
+    router::{Replicas, X_SESSION_ID, session},
+    sagemaker, tgi, tokenizer,
 };
 
 /// What the handlers share.
 #[derive(Clone)]
 pub(crate) struct Service {
-    pub(crate) backend: Backend,
+    pub(crate) backend: Replicas,
     pub(crate) lifecycle: Arc<Lifecycle>,
     pub(crate) metrics: Arc<HttpMetrics>,
     pub(crate) limits: HttpLimits,
     pub(crate) prompt_tokens_details: bool,
     pub(crate) document: Arc<Document>,
+}
+
+impl Service {
+    /// The replicas for a request whose session only its header can name.
+    pub(crate) fn replicas_for(&self, headers: &HeaderMap) -> Replicas {
+        self.backend.for_session(session(headers.get(X_SESSION_ID), None))
+    }
 }
 
 /// One path: what answers there, who may ask, and its documentation, one operation for each method.

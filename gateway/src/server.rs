@@ -19,12 +19,12 @@ use tokio::{
 
 use crate::{
     auth::Keys,
-    backend::Backend,
     config::{GatewayConfig, GatewayError},
     lifecycle::Lifecycle,
     limits::{HttpLimits, MAX_HEAD_BYTES, MAX_HEADERS},
     metrics::HttpMetrics,
     openapi::Document,
+    router::{Replicas, RouterMetrics},
     routes::{Service, router, table},
     stall::StallGuard,
 };
@@ -57,10 +57,11 @@ impl Gateway {
         };
         let routes = table(&options);
         let lifecycle = Arc::new(Lifecycle::new(config.limits.running_prompts));
+        let router_metrics = RouterMetrics::default();
         let service = Service {
-            backend: Backend::new(&config.coordinator, &keys)?,
+            metrics: Arc::new(HttpMetrics::new(&router_metrics)),
+            backend: Replicas::new(&config.backends, &keys, router_metrics)?,
             lifecycle: Arc::clone(&lifecycle),
-            metrics: Arc::new(HttpMetrics::new()),
             limits: config.limits.clone(),
             prompt_tokens_details: config.prompt_tokens_details,
             document: Arc::new(Document::of(&routes, &options.root_path)),

@@ -4,6 +4,7 @@ mod control;
 mod operations;
 mod ranks;
 mod requests;
+mod resume;
 mod server;
 #[path = "../support/mod.rs"]
 mod support;

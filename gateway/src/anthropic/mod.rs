@@ -24,6 +24,7 @@ use crate::{
     lifecycle::Ticket,
     observe::RequestId,
     openai::{body, error::broken_reply, reply::Whole, sse::Streaming},
+    router::Replicas,
     routes::Service,
 };
 
@@ -34,15 +35,16 @@ pub(crate) async fn messages(
     request: Request,
 ) -> Result<Response, AnthropicError> {
     let mut ticket = service.lifecycle.admit()?;
+    let replicas = service.replicas_for(request.headers());
     let body = body::read(request, &service.limits).await?;
     let id = format!("msg_{}", request_id.0);
     let call = Call::parse(&body, &id)?;
     drop(body);
     ticket.start(1)?;
     if !call.streams {
-        return whole(&service, id, call, ticket).await;
+        return whole(&replicas, id, call, ticket).await;
     }
-    let chunks = service.backend.chat_stream(call.request).await?;
+    let chunks = replicas.chat_stream(call.request).await?;
     let streaming = Streaming {
         id,
         n: 1,
@@ -54,13 +56,13 @@ pub(crate) async fn messages(
 }
 
 async fn whole(
-    service: &Service,
+    replicas: &Replicas,
     id: String,
     call: Call,
     mut ticket: Ticket,
 ) -> Result<Response, AnthropicError> {
     let reply = tokio::select! {
-        reply = service.backend.chat(call.request) => reply?,
+        reply = replicas.chat(call.request) => reply?,
         error = ticket.stopped() => return Err(error.into()),
     };
     let whole = Whole::join(id, 1, vec![reply])?;

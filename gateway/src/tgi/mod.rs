@@ -26,6 +26,7 @@ use crate::{
         reply::Whole,
         sse::Streaming,
     },
+    router::Replicas,
     routes::Service,
 };
 
@@ -74,6 +75,7 @@ async fn answer(
     form: impl FnOnce(&Call) -> Form,
 ) -> Result<Response, TgiError> {
     let mut ticket = service.lifecycle.admit()?;
+    let replicas = service.replicas_for(request.headers());
     let body = body::read(request, &service.limits).await?;
     let mut call = Call::parse(&body)?;
     drop(body);
@@ -81,15 +83,15 @@ async fn answer(
     let form = form(&call);
     let id = format!("tgi-{}", request_id.0);
     match form {
-        Form::Whole => whole(service, id, call, ticket)
+        Form::Whole => whole(&replicas, id, call, ticket)
             .await
             .map(|reply| Json(reply).into_response()),
-        Form::List => whole(service, id, call, ticket)
+        Form::List => whole(&replicas, id, call, ticket)
             .await
             .map(|reply| Json([reply]).into_response()),
         Form::Stream => {
             let request = call.request(&id, true);
-            let chunks = service.backend.generate_stream(request).await?;
+            let chunks = replicas.generate_stream(request).await?;
             let streaming = Streaming {
                 id,
                 n: 1,
@@ -103,7 +105,7 @@ async fn answer(
 }
 
 async fn whole(
-    service: &Service,
+    replicas: &Replicas,
     id: String,
     mut call: Call,
     mut ticket: Ticket,
@@ -111,7 +113,7 @@ async fn whole(
     let tokens = call.details;
     let request = call.request(&id, tokens);
     let reply = tokio::select! {
-        reply = service.backend.generate(request) => reply?,
+        reply = replicas.generate(request) => reply?,
         error = ticket.stopped() => return Err(error.into()),
     };
     let whole = Whole::join(id, 1, vec![reply])?;

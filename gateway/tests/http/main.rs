@@ -11,6 +11,7 @@ mod documents;
 mod errors;
 mod inference;
 mod operator;
+mod router;
 mod shapes;
 mod shutdown;
 mod streams;
