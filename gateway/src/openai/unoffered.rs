@@ -72,10 +72,10 @@ trait Lists {
     const LISTS: [&'static [Field]; 2];
 }
 
-struct Chat;
-struct Completions;
-struct Tokens;
-struct Tokenize;
+enum Chat {}
+enum Completions {}
+enum Tokens {}
+enum Tokenize {}
 
 impl Lists for Chat {
     const LISTS: [&'static [Field]; 2] = [BOTH, CHAT];

@@ -130,7 +130,7 @@ pub(crate) fn chat() -> Operation {
             name: "ChatCompletionRequest",
             accepted: || [fields::of::<Params>(), fields::of::<ChatFields>()].concat(),
             required: &["messages"],
-            tables: &[schemas::CHAT, schemas::SAMPLING, schemas::PLACE],
+            tables: &[schemas::CHAT, schemas::SAMPLING, schemas::PLACE, schemas::USER],
         })
         .replies(&[JSON, EVENTS])
 }
@@ -146,6 +146,7 @@ pub(crate) fn completions() -> Operation {
                 schemas::COMPLETIONS,
                 schemas::SAMPLING,
                 schemas::PLACE,
+                schemas::USER,
             ],
         })
         .replies(&[JSON, EVENTS])
@@ -223,7 +224,7 @@ pub(crate) fn generate_tokens() -> Operation {
             accepted: || {
                 let place = place();
                 let mut names = [fields::of::<Params>(), fields::of::<SamplingFields>()].concat();
-                names.retain(|name| !place.contains(name));
+                names.retain(|name| !place.contains(name) && *name != "user");
                 names
             },
             required: &[],

@@ -105,9 +105,14 @@ pub(super) const PLACE: &[Field] = &[
     ("stream_options", OBJECT, "`include_usage` and `continuous_usage_stats`; only together with `stream`."),
     ("priority", r#"{"type": ["integer", "null"], "minimum": -2147483648, "maximum": 2147483647}"#,
         "Smaller is more urgent; anything but 0 needs a server with `--scheduling-policy priority`."),
-    ("user", TEXT, "Names the session of a request without `X-Session-Id`."),
     ("cache_salt", TEXT, "Prompts share cached prefixes only with prompts of the same salt."),
 ];
+
+pub(super) const USER: &[Field] = &[(
+    "user",
+    TEXT,
+    "Names the session of a request without `X-Session-Id`.",
+)];
 
 #[rustfmt::skip]
 pub(super) const SAMPLING: &[Field] = &[
