@@ -3,6 +3,7 @@
 
 mod args;
 mod bench;
+mod chat_args;
 mod config_file;
 mod gateway;
 mod limits;

@@ -24,6 +24,8 @@ pub struct GatewayConfig {
     pub routes: RouteOptions,
     /// Whether `usage` reports how many prompt tokens came from the prefix cache.
     pub prompt_tokens_details: bool,
+    /// Role of the messages that the model makes.
+    pub response_role: String,
     /// How long running requests may go on after the shutdown signal.
     pub drain_timeout: Duration,
     /// Bounds of the HTTP server.
@@ -41,6 +43,7 @@ impl GatewayConfig {
             admin_keys: ApiKeys::default(),
             routes: RouteOptions::default(),
             prompt_tokens_details: false,
+            response_role: "assistant".to_owned(),
             drain_timeout: Duration::from_secs(30),
             limits: HttpLimits::default(),
         }

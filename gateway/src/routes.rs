@@ -41,6 +41,7 @@ pub(crate) struct Service {
     pub(crate) limits: HttpLimits,
     pub(crate) prompt_tokens_details: bool,
     pub(crate) document: Arc<Document>,
+    pub(crate) response_role: Arc<str>,
 }
 
 impl Service {

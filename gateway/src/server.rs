@@ -65,6 +65,7 @@ impl Gateway {
             limits: config.limits.clone(),
             prompt_tokens_details: config.prompt_tokens_details,
             document: Arc::new(Document::of(&routes, &options.root_path)),
+            response_role: config.response_role.into(),
         };
         let mut listeners = Vec::new();
         let mut local_addrs = Vec::new();

@@ -16,7 +16,7 @@ use serde_json::value::RawValue;
 use crate::{
     openai::{
         body,
-        chat::template_kwargs,
+        chat::raw,
         error::ApiError,
         messages::{self, Messages},
         unoffered,
@@ -33,7 +33,11 @@ pub(crate) struct TokenizeBody {
     add_special_tokens: Option<bool>,
     return_token_strs: Option<bool>,
     add_generation_prompt: Option<bool>,
+    continue_final_message: Option<bool>,
+    chat_template: Option<String>,
+    // Passed on as they are.
     chat_template_kwargs: Option<Box<RawValue>>,
+    tools: Option<Box<RawValue>>,
 }
 
 impl TokenizeBody {
@@ -43,7 +47,10 @@ impl TokenizeBody {
             (None, Some(messages)) => Input::Chat(ChatRequest {
                 messages: messages::to_grpc(Some(messages))?,
                 add_generation_prompt: self.add_generation_prompt,
-                template_kwargs_json: template_kwargs(self.chat_template_kwargs)?,
+                continue_final_message: self.continue_final_message.unwrap_or(false),
+                template_kwargs_json: raw("chat_template_kwargs", '{', self.chat_template_kwargs)?,
+                tools_json: raw("tools", '[', self.tools)?,
+                chat_template: self.chat_template.unwrap_or_default(),
                 ..ChatRequest::default()
             }),
             (None, None) => return Err(RpcError::invalid("prompt", "either prompt or messages is needed")),

@@ -1,5 +1,5 @@
 //! Everything that crosses a process boundary: the gRPC services, the step codec, the error table, and what both sides of
-//! a boundary must treat alike: limits, secrets, sockets.
+//! a boundary must treat alike: limits, secrets, sockets, traces.
 #![forbid(unsafe_code)]
 
 pub mod error;
@@ -7,6 +7,7 @@ pub mod limits;
 pub mod secret;
 pub mod socket;
 pub mod step;
+pub mod trace;
 
 /// Generated from `proto/phalanx/v1/*.proto`.
 pub mod v1 {

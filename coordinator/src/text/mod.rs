@@ -3,6 +3,8 @@
 mod chat;
 mod detokenizer;
 mod error;
+mod json;
+mod output;
 mod pool;
 mod processor;
 mod resume;
@@ -10,10 +12,12 @@ mod sampling;
 mod stop;
 mod tokenize;
 mod tokenizer;
+mod tools;
 
-pub use chat::{ChatTemplate, Conversation, MAX_KWARGS_BYTES};
+pub use chat::{ChatOptions, ChatTemplate, ContentFormat, Conversation, MAX_KWARGS_BYTES};
 pub use detokenizer::Detokenizer;
 pub use error::TextError;
+pub use output::{OutputParser, OutputPlan, Parsed, ReasoningParser, ToolParser};
 pub use pool::TextPool;
 pub use processor::{PreparedRequest, TextModel, TextOptions, TextProcessor};
 pub use sampling::{DEFAULT_MAX_LOGPROBS, GenerationDefaults, ModelLimits};

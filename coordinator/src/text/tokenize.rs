@@ -24,9 +24,9 @@ impl TextProcessor {
                 self.encode(text, request.add_special_tokens.unwrap_or(true))
                     .await?
             }
-            Some(v1::tokenize_request::Input::Chat(chat)) => {
-                let add_special_tokens = request.add_special_tokens.unwrap_or(false);
-                self.render(chat, add_special_tokens).await?.0
+            Some(v1::tokenize_request::Input::Chat(mut chat)) => {
+                chat.add_special_tokens |= request.add_special_tokens.unwrap_or(false);
+                self.render(chat).await?.0
             }
         };
         let spelled = if request.return_token_strs {

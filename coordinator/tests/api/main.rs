@@ -9,3 +9,4 @@ mod server;
 #[path = "../support/mod.rs"]
 mod support;
 mod tokenizer;
+mod tools;

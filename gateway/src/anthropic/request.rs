@@ -10,7 +10,7 @@ use serde_json::value::RawValue;
 
 use crate::openai::{
     body::{Bounded, Object, parse},
-    chat::template_kwargs,
+    chat::raw,
     messages::Content,
     params::{finite, top_k},
 };
@@ -88,11 +88,7 @@ pub(super) fn conversation(body: CountBody) -> Result<(String, ChatRequest), Rpc
     if turns.is_empty() {
         return Err(RpcError::invalid("messages", "messages: at least one is needed"));
     }
-    let system = body.system.map(|content| ChatMessage {
-        role: "system".to_owned(),
-        content: content.0,
-        ..ChatMessage::default()
-    });
+    let system = body.system.map(|content| message("system".to_owned(), content));
     let turns = turns
         .into_iter()
         .enumerate()
@@ -101,10 +97,20 @@ pub(super) fn conversation(body: CountBody) -> Result<(String, ChatRequest), Rpc
     let chat = ChatRequest {
         model: model.clone(),
         messages: messages.collect::<Result<_, _>>()?,
-        template_kwargs_json: template_kwargs(body.chat_template_kwargs)?,
+        template_kwargs_json: raw("chat_template_kwargs", '{', body.chat_template_kwargs)?,
         ..ChatRequest::default()
     };
     Ok((model, chat))
+}
+
+fn message(role: String, content: Content) -> ChatMessage {
+    let (content, text_parts) = content.into_fields();
+    ChatMessage {
+        role,
+        content,
+        text_parts,
+        ..ChatMessage::default()
+    }
 }
 
 impl Turn {
@@ -120,11 +126,7 @@ impl Turn {
             None => return refuse("role", "is needed"),
         };
         match self.content {
-            Some(Content(content)) => Ok(ChatMessage {
-                role,
-                content,
-                ..ChatMessage::default()
-            }),
+            Some(content) => Ok(message(role, content)),
             None => refuse("content", "is needed"),
         }
     }
@@ -191,15 +193,14 @@ mod tests {
             "metadata": {"user_id": "u"}, "thinking": {"type": "disabled"}, "tools": [], "stream": true}"#;
         let call = Call::parse(body, "msg_1").expect("valid");
         let request = call.request;
-        let messages: Vec<_> = request
+        let text = |message: &ChatMessage| format!("{}{}", message.content, message.text_parts.join("|"));
+        let messages: Vec<(&str, String)> = request
             .messages
             .iter()
-            .map(|message| (message.role.as_str(), message.content.as_str()))
+            .map(|message| (message.role.as_str(), text(message)))
             .collect();
-        assert_eq!(
-            messages,
-            [("system", "Be\nbrief"), ("user", "hi"), ("assistant", "yo")]
-        );
+        let expected = [("system", "Be|brief"), ("user", "hi"), ("assistant", "yo")];
+        assert_eq!(messages, expected.map(|(role, text)| (role, text.to_owned())));
         let sampling = request.sampling.expect("given");
         assert_eq!(
             (sampling.max_tokens, sampling.top_k, sampling.stop),

@@ -1,5 +1,6 @@
 //! OpenAI's HTTP API in vLLM's dialect, over the coordinator's gRPC.
 
+mod answer;
 mod bias;
 pub(crate) mod body;
 pub(crate) mod chat;
@@ -12,5 +13,6 @@ pub(crate) mod params;
 mod prompt;
 pub(crate) mod reply;
 pub(crate) mod sse;
+pub(crate) mod tools;
 pub(crate) mod unoffered;
 pub(crate) mod usage;

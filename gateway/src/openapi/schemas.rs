@@ -74,6 +74,9 @@ pub(super) fn shared() -> Map<String, Value> {
                 "role": string,
                 "content": {"type": ["string", "array", "null"], "items": {"type": ["object", "string"]}},
                 "name": {"type": ["string", "null"]},
+                "tool_calls": {"type": ["array", "null"], "items": {"type": "object"}},
+                "tool_call_id": {"type": ["string", "null"]},
+                "reasoning": {"type": ["string", "null"]},
             },
         },
     });
@@ -93,6 +96,7 @@ const SEED: &str =
     r#"{"type": ["integer", "null"], "minimum": -9223372036854775808, "maximum": 18446744073709551615}"#;
 const IDS: &str =
     r#"{"type": ["array", "null"], "items": {"type": "integer", "minimum": 0, "maximum": 4294967295}}"#;
+const LIST: &str = r#"{"type": ["array", "null"], "items": {"type": "object"}}"#;
 const OBJECT: &str = r#"{"type": ["object", "null"]}"#;
 const MESSAGES: &str =
     r##"{"type": "array", "minItems": 1, "items": {"$ref": "#/components/schemas/Message"}}"##;
@@ -146,15 +150,28 @@ pub(super) const CHAT: &[Field] = &[
     ("logprobs", FLAG, "Report the tokens' log-probabilities."),
     ("top_logprobs", COUNT, "Alternatives reported for each token; needs `logprobs`."),
     ("add_generation_prompt", FLAG, "Whether the template opens the assistant's turn; the default."),
+    ("continue_final_message", FLAG, "The answer goes on where the last message ends."),
+    ("chat_template", TEXT, "Jinja instead of the server's template; needs `--trust-request-chat-template`."),
     ("chat_template_kwargs", OBJECT, "More variables for the template."),
+    ("documents", LIST, "The template's `documents`."),
+    ("tools", LIST, "What the model may call."),
+    ("tool_choice", r#"{"type": ["string", "object", "null"]}"#, "`none`, `auto`, `required`, or the function to call."),
+    ("parallel_tool_calls", FLAG, "Whether there may be several calls; the default."),
+    ("include_reasoning", FLAG, "Whether the model's reasoning is told; the default."),
+    ("reasoning_effort", TEXT, "The template's variable of this name."),
 ];
 
 #[rustfmt::skip]
 pub(super) const PROMPT: &[Field] = &[
     ("prompt", r#"{"type": ["string", "array"], "items": {"type": ["string", "integer", "array"]}}"#,
         "A text, token ids, or a list of either."),
-    ("echo", FLAG, "The prompt comes first in the text."),
-    ("add_special_tokens", FLAG, "Whether the tokenizer adds its special tokens; the default."),
+];
+
+/// Of chats and of completions.
+#[rustfmt::skip]
+pub(super) const TEXT_OPTIONS: &[Field] = &[
+    ("echo", FLAG, "The prompt, or the last message, comes first in the text."),
+    ("add_special_tokens", FLAG, "Whether the tokenizer adds its special tokens; true for a prompt, false for a conversation."),
 ];
 
 /// Of completions, and of `sampling_params`.
@@ -211,7 +228,10 @@ pub(super) const TOKENIZE: &[Field] = &[
     ("add_special_tokens", FLAG, "Whether the tokenizer adds its special tokens; true for a text, false for a conversation."),
     ("return_token_strs", FLAG, "Also tell how the vocabulary spells the tokens."),
     ("add_generation_prompt", FLAG, "Whether the template opens the assistant's turn; the default."),
+    ("continue_final_message", FLAG, "The last message is left open."),
+    ("chat_template", TEXT, "Jinja instead of the server's template; needs `--trust-request-chat-template`."),
     ("chat_template_kwargs", OBJECT, "More variables for the template."),
+    ("tools", LIST, "What the model may call."),
 ];
 
 #[rustfmt::skip]

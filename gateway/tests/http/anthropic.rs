@@ -33,7 +33,7 @@ async fn a_message_is_answered() {
     assert_eq!(
         (
             asked.messages[0].role.as_str(),
-            asked.messages[1].content.as_str()
+            asked.messages[1].text_parts[0].as_str()
         ),
         ("system", "hi")
     );

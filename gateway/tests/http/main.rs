@@ -18,3 +18,4 @@ mod streams;
 mod support;
 mod tgi;
 mod tokenizer;
+mod tools;

@@ -13,7 +13,7 @@ use phalanx_proto::{
         GenerateRequest, GenerateResponse, GetMetricsRequest, GetMetricsResponse, GetServerInfoRequest,
         GetServerInfoResponse, GetStatusRequest, GetStatusResponse, GroupState, ListModelsRequest,
         ListModelsResponse, ModelCard, OutputOptions, ResumedChoice, SamplingParams, TokenLogprob,
-        TokenLogprobs, Usage, admin_server, choice::StopReason, control_server, inference_server,
+        TokenLogprobs, ToolCall, Usage, admin_server, choice::StopReason, control_server, inference_server,
         tokenizer_server,
     },
 };
@@ -31,6 +31,8 @@ pub(crate) const CREATED: i64 = 1_700_000_000;
 pub(crate) enum Script {
     /// Every choice says "Hello" and " world", one chunk each, and stops at the string "!".
     Hello,
+    /// Every choice thinks "Hm.", calls `f` with `{}`, one chunk for each brace, and stops.
+    Call,
     /// An error instead of a stream.
     Refuse(RpcError),
     /// An error after the first chunk.
@@ -165,10 +167,15 @@ impl Scripted {
         output: &OutputOptions,
         resume: &[ResumedChoice],
     ) -> Result<Chunks, Status> {
-        let mut chunks = hello(sampling.n.unwrap_or(1), output).into_iter().map(Ok);
+        let n = sampling.n.unwrap_or(1);
+        let chunks = match self.script {
+            Script::Call => call(n, output),
+            _ => hello(n, output),
+        };
+        let mut chunks = chunks.into_iter().map(Ok);
         let first = chunks.next().expect("never empty");
         match &self.script {
-            Script::Hello => Ok(stream::iter([first].into_iter().chain(chunks)).boxed()),
+            Script::Hello | Script::Call => Ok(stream::iter([first].into_iter().chain(chunks)).boxed()),
             Script::Refuse(error) => Err(error.clone().into()),
             Script::Break(error) => Ok(stream::iter([first, Err(error.clone().into())]).boxed()),
             Script::EndEarly => Ok(stream::iter([first]).boxed()),
@@ -243,6 +250,12 @@ impl Scripted {
                     choice.text.push_str(&piece.text);
                     choice.token_ids.extend(piece.token_ids);
                     choice.logprobs.extend(piece.logprobs);
+                    for piece in piece.tool_calls {
+                        match choice.tool_calls.last_mut() {
+                            Some(call) => call.arguments.push_str(&piece.arguments),
+                            None => choice.tool_calls.push(piece),
+                        }
+                    }
                     choice.finish_reason = piece.finish_reason;
                     choice.stop_reason = piece.stop_reason;
                 }
@@ -262,6 +275,39 @@ fn chunk(choice: Choice) -> GenerateChunk {
         choice: Some(choice),
         usage: None,
     }
+}
+
+/// A thought and a call in two pieces of every choice, and the usage if it is asked for.
+fn call(n: u32, output: &OutputOptions) -> Vec<GenerateChunk> {
+    let piece = |index, id: &str, name: &str, arguments: &str| Choice {
+        index,
+        tool_calls: vec![ToolCall {
+            index: 0,
+            id: id.to_owned(),
+            name: name.to_owned(),
+            arguments: arguments.to_owned(),
+        }],
+        ..Choice::default()
+    };
+    let mut chunks = Vec::new();
+    for index in 0..n {
+        let thought = Choice {
+            index,
+            reasoning: Some("Hm.".to_owned()),
+            ..Choice::default()
+        };
+        let mut end = piece(index, "", "", "}");
+        end.set_finish_reason(FinishReason::ToolCalls);
+        chunks.extend([thought, piece(index, "call-1", "f", "{"), end].map(chunk));
+    }
+    if output.include_usage {
+        chunks.push(GenerateChunk {
+            choice: None,
+            usage: Some(usage(3 * n)),
+            ..chunk(Choice::default())
+        });
+    }
+    chunks
 }
 
 /// What is still to be counted, a token of each choice in turn.
