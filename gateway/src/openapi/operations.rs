@@ -130,7 +130,13 @@ pub(crate) fn chat() -> Operation {
             name: "ChatCompletionRequest",
             accepted: || [fields::of::<Params>(), fields::of::<ChatFields>()].concat(),
             required: &["messages"],
-            tables: &[schemas::CHAT, schemas::SAMPLING, schemas::PLACE, schemas::USER],
+            tables: &[
+                schemas::CHAT,
+                schemas::TEXT_OPTIONS,
+                schemas::SAMPLING,
+                schemas::PLACE,
+                schemas::USER,
+            ],
         })
         .replies(&[JSON, EVENTS])
 }
@@ -143,6 +149,7 @@ pub(crate) fn completions() -> Operation {
             required: &["prompt"],
             tables: &[
                 schemas::PROMPT,
+                schemas::TEXT_OPTIONS,
                 schemas::COMPLETIONS,
                 schemas::SAMPLING,
                 schemas::PLACE,

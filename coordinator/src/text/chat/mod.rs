@@ -15,7 +15,7 @@ use phalanx_proto::{ErrorKind, RpcError, v1::ChatMessage};
 
 pub use format::ContentFormat;
 pub(super) use messages::message_bytes;
-pub(super) use request::ChatSide;
+pub(super) use request::{ChatSide, Rendered};
 pub use request::{ChatOptions, MAX_KWARGS_BYTES};
 
 use super::{TextError, tokenizer::SpecialTokens};
