@@ -1,9 +1,11 @@
 //! Anthropic's Messages API, for its clients.
 
+mod blocks;
 mod error;
 mod reply;
 mod request;
 mod stream;
+mod tools;
 
 use axum::{
     Extension, Json,

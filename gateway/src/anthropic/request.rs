@@ -2,12 +2,16 @@
 
 use phalanx_proto::{
     RpcError,
-    limits::{MAX_MESSAGES, MAX_STOP_STRINGS},
-    v1::{ChatMessage, ChatRequest, OutputOptions, SamplingParams},
+    limits::{MAX_MESSAGES, MAX_STOP_STRINGS, MAX_TOOLS},
+    v1::{ChatRequest, OutputOptions, SamplingParams},
 };
 use serde::{Deserialize, de::IgnoredAny};
 use serde_json::value::RawValue;
 
+use super::{
+    blocks::{Turn, message},
+    tools::{Tool, ToolChoice, to_json},
+};
 use crate::openai::{
     body::{Bounded, Object, parse},
     chat::raw,
@@ -39,14 +43,8 @@ pub(crate) struct CountBody {
     system: Option<Content>,
     chat_template_kwargs: Option<Box<RawValue>>,
     thinking: Option<Object<Thinking>>,
-    tools: Option<Vec<IgnoredAny>>,
-    tool_choice: Option<IgnoredAny>,
-}
-
-#[derive(Debug, Deserialize)]
-struct Turn {
-    role: Option<String>,
-    content: Option<Content>,
+    tools: Option<Bounded<Object<Tool>, MAX_TOOLS>>,
+    tool_choice: Option<Object<ToolChoice>>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -59,21 +57,11 @@ impl CountBody {
     /// `InvalidArgument` naming what this server does not offer.
     pub(super) fn refuse_unoffered(&self) -> Result<(), RpcError> {
         let thinks = |thinking: &Object<Thinking>| thinking.0.r#type.as_deref() != Some("disabled");
-        let asked = [
-            ("thinking", self.thinking.as_ref().is_some_and(thinks)),
-            (
-                "tools",
-                self.tools.as_ref().is_some_and(|tools| !tools.is_empty()),
-            ),
-            ("tool_choice", self.tool_choice.is_some()),
-        ];
-        match asked.into_iter().find(|(_, asked)| *asked) {
-            Some((field, _)) => Err(RpcError::invalid(
-                field,
-                format!("{field} is not offered by this server"),
-            )),
-            None => Ok(()),
+        if self.thinking.as_ref().is_some_and(thinks) {
+            let message = "thinking: this server cannot turn it on or off; its --reasoning-parser does";
+            return Err(RpcError::invalid("thinking", message));
         }
+        Ok(())
     }
 }
 
@@ -88,48 +76,26 @@ pub(super) fn conversation(body: CountBody) -> Result<(String, ChatRequest), Rpc
     if turns.is_empty() {
         return Err(RpcError::invalid("messages", "messages: at least one is needed"));
     }
-    let system = body.system.map(|content| message("system".to_owned(), content));
-    let turns = turns
+    let mut messages: Vec<_> = body
+        .system
+        .map(|content| message("system", content))
         .into_iter()
-        .enumerate()
-        .map(|(index, Object(turn))| turn.into_grpc(index));
-    let messages = system.map(Ok).into_iter().chain(turns);
+        .collect();
+    for (index, Object(turn)) in turns.into_iter().enumerate() {
+        messages.extend(turn.into_messages(index)?);
+    }
+    let choice = body.tool_choice.map(|Object(choice)| choice.into_grpc());
+    let (tool_choice, parallel_tool_calls) = choice.transpose()?.unzip();
     let chat = ChatRequest {
         model: model.clone(),
-        messages: messages.collect::<Result<_, _>>()?,
+        messages,
+        tools_json: to_json(&body.tools.unwrap_or_default())?,
+        tool_choice,
+        parallel_tool_calls: parallel_tool_calls.flatten(),
         template_kwargs_json: raw("chat_template_kwargs", '{', body.chat_template_kwargs)?,
         ..ChatRequest::default()
     };
     Ok((model, chat))
-}
-
-fn message(role: String, content: Content) -> ChatMessage {
-    let (content, text_parts) = content.into_fields();
-    ChatMessage {
-        role,
-        content,
-        text_parts,
-        ..ChatMessage::default()
-    }
-}
-
-impl Turn {
-    fn into_grpc(self, index: usize) -> Result<ChatMessage, RpcError> {
-        let refuse = |field: &str, why: &str| {
-            let field = format!("messages[{index}].{field}");
-            let message = format!("{field}: {why}");
-            Err(RpcError::invalid(field, message))
-        };
-        let role = match self.role.as_deref() {
-            Some(role @ ("user" | "assistant" | "system")) => role.to_owned(),
-            Some(_) => return refuse("role", "must be user or assistant"),
-            None => return refuse("role", "is needed"),
-        };
-        match self.content {
-            Some(content) => Ok(message(role, content)),
-            None => refuse("content", "is needed"),
-        }
-    }
 }
 
 /// A checked request.
@@ -183,6 +149,8 @@ impl MessagesBody {
 
 #[cfg(test)]
 mod tests {
+    use phalanx_proto::v1::ChatMessage;
+
     use super::*;
 
     #[test]
@@ -210,6 +178,36 @@ mod tests {
     }
 
     #[test]
+    fn calls_of_tools_and_their_results_are_messages() {
+        let body =
+            br#"{"model": "m", "max_tokens": 9, "tool_choice": {"type": "any"}, "tools": [{"name": "add"}],
+            "messages": [
+                {"role": "user", "content": "1 + 2?"},
+                {"role": "assistant", "content": [{"type": "thinking", "thinking": "Hm.", "signature": ""},
+                    {"type": "tool_use", "id": "c1", "name": "add", "input": {"a": 1}}]},
+                {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c1", "content": "3"},
+                    {"type": "text", "text": "Well?"}]}
+            ]}"#;
+        let request = Call::parse(body, "msg_1").expect("valid").request;
+        let roles: Vec<&str> = request
+            .messages
+            .iter()
+            .map(|message| message.role.as_str())
+            .collect();
+        assert_eq!(roles, ["user", "assistant", "tool", "user"]);
+        let called = &request.messages[1];
+        assert_eq!(called.reasoning.as_deref(), Some("Hm."));
+        assert_eq!(called.tool_calls[0].arguments, r#"{"a": 1}"#);
+        let result = &request.messages[2];
+        assert_eq!(
+            (result.tool_call_id.as_deref(), result.content.as_str()),
+            (Some("c1"), "3")
+        );
+        assert!(request.tools_json.contains("\"add\""));
+        assert!(request.tool_choice.is_some());
+    }
+
+    #[test]
     fn refusals_name_the_field() {
         let ask = |fields: &str| format!(r#"{{"model": "m", "max_tokens": 1, {fields}}}"#);
         let hi = r#""messages": [{"role": "user", "content": "hi"}]"#;
@@ -230,8 +228,13 @@ mod tests {
             (ask(r#""messages": [{"role": "user"}]"#), "messages[0].content"),
             (
                 ask(r#""messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]"#),
-                "messages[0].content[0]",
+                "messages[0].content[0].type",
             ),
+            (
+                ask(r#""messages": [{"role": "user", "content": [{"type": "tool_result"}]}]"#),
+                "messages[0].content[0].tool_use_id",
+            ),
+            (ask(&format!(r#"{hi}, "tools": [{{}}]"#)), "tools[0].name"),
             (
                 ask(&format!(r#"{hi}, "thinking": {{"type": "enabled"}}"#)),
                 "thinking",

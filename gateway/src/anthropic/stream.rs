@@ -1,4 +1,4 @@
-//! Anthropic's stream: named events, one block of text within one message.
+//! Anthropic's stream: named events, one block after the other within one message.
 
 use phalanx_proto::{
     RpcError,
@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use super::{
     error::AnthropicError,
-    reply::{Message, Stop, TextBlock, Usage},
+    reply::{Block, Message, Stop, Usage},
 };
 use crate::openai::{
     reply::Head,
@@ -18,25 +18,20 @@ use crate::openai::{
 #[derive(Serialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
 enum Event<'a> {
-    MessageStart {
-        message: Message<'a>,
-    },
-    ContentBlockStart {
-        index: u32,
-        content_block: TextBlock<'a>,
-    },
-    ContentBlockDelta {
-        index: u32,
-        delta: TextDelta<'a>,
-    },
-    ContentBlockStop {
-        index: u32,
-    },
-    MessageDelta {
-        delta: Stop<'a>,
-        usage: Usage,
-    },
+    MessageStart { message: Message<'a> },
+    ContentBlockStart { index: u32, content_block: Block<'a> },
+    ContentBlockDelta { index: u32, delta: Delta<'a> },
+    ContentBlockStop { index: u32 },
+    MessageDelta { delta: Stop<'a>, usage: Usage },
     MessageStop,
+}
+
+#[derive(Serialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+enum Delta<'a> {
+    ThinkingDelta { thinking: &'a str },
+    TextDelta { text: &'a str },
+    InputJsonDelta { partial_json: &'a str },
 }
 
 impl Event<'_> {
@@ -56,15 +51,6 @@ impl Event<'_> {
     }
 }
 
-#[derive(Serialize)]
-struct TextDelta<'a> {
-    r#type: &'static str,
-    text: &'a str,
-}
-
-/// The one block there is.
-const INDEX: u32 = 0;
-
 fn named<T: Serialize>(out: &mut Vec<u8>, name: &str, data: &T) {
     out.extend_from_slice(b"event: ");
     out.extend_from_slice(name.as_bytes());
@@ -72,25 +58,57 @@ fn named<T: Serialize>(out: &mut Vec<u8>, name: &str, data: &T) {
     sse::event(out, data);
 }
 
+/// What the open block holds.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Thinking,
+    Text,
+    /// The call with this index.
+    Call(u32),
+}
+
 #[derive(Default)]
 pub(super) struct MessageEvents {
-    opened: bool,
+    begun: bool,
+    open: Option<Kind>,
+    /// Number of the open block, or of the next one.
+    index: u32,
 }
 
 impl MessageEvents {
-    fn open(out: &mut Vec<u8>, head: &Head, usage: v1::Usage) {
+    fn begin(&mut self, out: &mut Vec<u8>, head: &Head, usage: v1::Usage) {
+        if std::mem::replace(&mut self.begun, true) {
+            return;
+        }
         let begun = v1::Usage {
             completion_tokens: 0,
             ..usage
         };
         let message = Message::begun(head, begun);
         Event::MessageStart { message }.write(out);
-        let content_block = TextBlock::of("");
-        Event::ContentBlockStart {
-            index: INDEX,
-            content_block,
+    }
+
+    /// Makes the open block one of this kind.
+    fn turn_to(&mut self, out: &mut Vec<u8>, kind: Kind, content_block: Block<'_>) {
+        if self.open == Some(kind) {
+            return;
         }
-        .write(out);
+        self.close(out);
+        self.open = Some(kind);
+        let index = self.index;
+        Event::ContentBlockStart { index, content_block }.write(out);
+    }
+
+    fn delta(&self, out: &mut Vec<u8>, delta: Delta<'_>) {
+        let index = self.index;
+        Event::ContentBlockDelta { index, delta }.write(out);
+    }
+
+    fn close(&mut self, out: &mut Vec<u8>) {
+        if self.open.take().is_some() {
+            Event::ContentBlockStop { index: self.index }.write(out);
+            self.index += 1;
+        }
     }
 }
 
@@ -103,21 +121,31 @@ impl Events for MessageEvents {
         usage: Option<v1::Usage>,
     ) -> Result<(), RpcError> {
         let usage = usage.unwrap_or_default();
-        if !std::mem::replace(&mut self.opened, true) {
-            Self::open(out, head, usage);
+        self.begin(out, head, usage);
+        if let Some(thinking) = choice.reasoning.as_deref().filter(|text| !text.is_empty()) {
+            self.turn_to(out, Kind::Thinking, Block::thinking(""));
+            self.delta(out, Delta::ThinkingDelta { thinking });
         }
         if !choice.text.is_empty() {
-            let delta = TextDelta {
-                r#type: "text_delta",
-                text: &choice.text,
-            };
-            Event::ContentBlockDelta { index: INDEX, delta }.write(out);
+            self.turn_to(out, Kind::Text, Block::Text { text: "" });
+            self.delta(out, Delta::TextDelta { text: &choice.text });
+        }
+        for call in &choice.tool_calls {
+            self.turn_to(out, Kind::Call(call.index), Block::call(call, None));
+            if !call.arguments.is_empty() {
+                let partial_json = &call.arguments;
+                self.delta(out, Delta::InputJsonDelta { partial_json });
+            }
         }
         if choice.finish_reason() == FinishReason::Unspecified {
             return Ok(());
         }
         let delta = Stop::of(choice)?;
-        Event::ContentBlockStop { index: INDEX }.write(out);
+        if self.open.is_none() && self.index == 0 {
+            // Clients look at the first block.
+            self.turn_to(out, Kind::Text, Block::Text { text: "" });
+        }
+        self.close(out);
         let usage = Usage::of(usage);
         Event::MessageDelta { delta, usage }.write(out);
         Event::MessageStop.write(out);

@@ -13,6 +13,6 @@ pub(crate) mod params;
 mod prompt;
 pub(crate) mod reply;
 pub(crate) mod sse;
-pub(crate) mod tools;
+mod tools;
 pub(crate) mod unoffered;
 pub(crate) mod usage;

@@ -278,7 +278,14 @@ const INVOCATION: Schema = Schema {
         names
     },
     required: &[],
-    tables: &[schemas::CHAT, schemas::PROMPT, schemas::SAMPLING, schemas::PLACE],
+    tables: &[
+        schemas::CHAT,
+        schemas::PROMPT,
+        schemas::TEXT_OPTIONS,
+        schemas::SAMPLING,
+        schemas::PLACE,
+        schemas::USER,
+    ],
 };
 
 fn tgi(summary: &'static str, replies: &'static [&'static str]) -> Operation {

@@ -189,8 +189,8 @@ pub(super) const CONVERSATION: &[Field] = &[
     ("system", r#"{"type": ["string", "array", "null"], "items": {"type": ["object", "string"]}}"#, "The system prompt."),
     ("chat_template_kwargs", OBJECT, "More variables for the template."),
     ("thinking", OBJECT, "Not offered but as disabled."),
-    ("tools", r#"{"type": ["array", "null"]}"#, "Not offered but as an empty list."),
-    ("tool_choice", OBJECT, "Not offered."),
+    ("tools", LIST, "What the model may call."),
+    ("tool_choice", OBJECT, "Whether it may, must or must not call: `type` is auto, any, tool or none."),
 ];
 
 #[rustfmt::skip]
