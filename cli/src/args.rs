@@ -8,6 +8,8 @@ use clap::{
     parser::ValueSource, value_parser,
 };
 
+use crate::output_args::{GenerationArgs, ReplyArgs};
+
 /// A distributed tensor-parallel LLM serving cluster.
 #[derive(Debug, Parser)]
 #[command(
@@ -107,6 +109,9 @@ pub(crate) struct ModelArgs {
     /// Most tokens in one step; longer prompts are computed in chunks.
     #[arg(long, env = "PHALANX_MAX_NUM_BATCHED_TOKENS", default_value_t = 512)]
     pub(crate) max_num_batched_tokens: usize,
+    /// Most alternatives per token that a request may ask log-probabilities of.
+    #[arg(long, env = "PHALANX_MAX_LOGPROBS", default_value_t = 20)]
+    pub(crate) max_logprobs: usize,
     /// Tokens per KV block.
     #[arg(long, env = "PHALANX_BLOCK_SIZE", default_value_t = 16)]
     pub(crate) block_size: usize,
@@ -213,6 +218,8 @@ pub(crate) struct EngineArgs {
     pub(crate) max_num_queued_reqs: usize,
     #[command(flatten)]
     pub(crate) chat: crate::chat_args::ChatArgs,
+    #[command(flatten)]
+    pub(crate) generation: GenerationArgs,
     /// Seed of requests that bring none; default: a new one for every request.
     #[arg(long, env = "PHALANX_SEED")]
     pub(crate) seed: Option<u64>,
@@ -284,6 +291,8 @@ pub(crate) struct FrontendArgs {
     /// Serve neither /openapi.json nor /docs.
     #[arg(long, env = "PHALANX_DISABLE_FASTAPI_DOCS", value_parser = BoolishValueParser::new())]
     pub(crate) disable_fastapi_docs: bool,
+    #[command(flatten)]
+    pub(crate) reply: ReplyArgs,
     /// Role of the messages that the model makes.
     #[arg(long, env = "PHALANX_RESPONSE_ROLE", default_value = "assistant")]
     pub(crate) response_role: String,

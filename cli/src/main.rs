@@ -8,6 +8,7 @@ mod config_file;
 mod gateway;
 mod limits;
 mod logging;
+mod output_args;
 mod plan;
 mod progress;
 mod resolve;

@@ -49,6 +49,7 @@ pub(crate) fn model(args: &ModelArgs) -> anyhow::Result<ModelOptions> {
         max_model_len: args.max_model_len,
         max_num_seqs: args.max_num_seqs,
         max_num_batched_tokens: args.max_num_batched_tokens,
+        max_logprobs: args.max_logprobs,
         block_size: args.block_size,
         kv_cache,
         kv_dtype: args.kv_cache_dtype.into(),
@@ -92,6 +93,7 @@ pub(crate) fn engine(args: &EngineArgs, model: &ModelOptions) -> anyhow::Result<
         max_num_queued_reqs: args.max_num_queued_reqs,
         chat_template: args.chat.chat_template.clone(),
         chat: args.chat.resolve()?,
+        generation: args.generation.options(),
         seed: args.seed,
         step_timeout: Duration::from_secs(args.execute_model_timeout_seconds),
     })

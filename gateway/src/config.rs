@@ -4,7 +4,7 @@ use std::{io, path::PathBuf, time::Duration};
 
 use phalanx_proto::secret::ApiKeys;
 
-use crate::{limits::HttpLimits, router::Backends};
+use crate::{limits::HttpLimits, openai::output::ReplyOptions, router::Backends};
 
 /// A gateway's configuration. All of it is fixed at start.
 #[derive(Clone, Debug)]
@@ -22,8 +22,8 @@ pub struct GatewayConfig {
     pub admin_keys: ApiKeys,
     /// Which routes there are, and where.
     pub routes: RouteOptions,
-    /// Whether `usage` reports how many prompt tokens came from the prefix cache.
-    pub prompt_tokens_details: bool,
+    /// What replies contain.
+    pub reply: ReplyOptions,
     /// Role of the messages that the model makes.
     pub response_role: String,
     /// How long running requests may go on after the shutdown signal.
@@ -42,7 +42,7 @@ impl GatewayConfig {
             api_keys: ApiKeys::default(),
             admin_keys: ApiKeys::default(),
             routes: RouteOptions::default(),
-            prompt_tokens_details: false,
+            reply: ReplyOptions::default(),
             response_role: "assistant".to_owned(),
             drain_timeout: Duration::from_secs(30),
             limits: HttpLimits::default(),

@@ -22,9 +22,10 @@ use crate::{
     openai::{
         body::{self, parse},
         error::ApiError,
+        output::ReplyOptions,
         params::Params,
         reply::{Head, Whole, finish_reason},
-        sse::{self, Events, Streaming},
+        sse::{self, Events, Piece, Streaming},
         unoffered,
         usage::Usage,
     },
@@ -75,7 +76,7 @@ struct Style {
     prompt_tokens_details: bool,
 }
 
-fn prepare(body: &[u8], id: &RequestId, prompt_tokens_details: bool) -> Result<Call, RpcError> {
+fn prepare(body: &[u8], id: &RequestId, options: ReplyOptions) -> Result<Call, RpcError> {
     let mut params: Params = parse(body)?;
     let fields: GenerateBody = parse(body)?;
     unoffered::refuse_for_tokens(body)?;
@@ -90,11 +91,11 @@ fn prepare(body: &[u8], id: &RequestId, prompt_tokens_details: bool) -> Result<C
             "token_ids: at least one is needed",
         ));
     }
-    let output = params.output(logprobs, false)?;
+    let output = params.output(logprobs, false, options.force_include_usage)?;
     let style = Style {
         logprobs: logprobs.is_some(),
         include_usage: output.include_usage,
-        prompt_tokens_details,
+        prompt_tokens_details: options.prompt_tokens_details,
     };
     let n = sampling.n.unwrap_or(1);
     let request = GenerateRequest {
@@ -119,7 +120,7 @@ fn prepare(body: &[u8], id: &RequestId, prompt_tokens_details: bool) -> Result<C
 fn sampling(json: &[u8]) -> Result<(v1::SamplingParams, Option<u32>), RpcError> {
     let mut params: Params = parse(json)?;
     let fields: SamplingFields = parse(json)?;
-    unoffered::refuse_for_completions(json)?;
+    unoffered::refuse_for_sampling(json)?;
     Ok((params.sampling(fields.max_tokens)?, fields.logprobs))
 }
 
@@ -152,7 +153,7 @@ pub(crate) async fn generate(
     let mut ticket = service.lifecycle.admit()?;
     let replicas = service.replicas_for(request.headers());
     let body = body::read(request, &service.limits).await?;
-    let call = prepare(&body, &request_id, service.prompt_tokens_details)?;
+    let call = prepare(&body, &request_id, service.reply)?;
     drop(body);
     ticket.start(1)?;
     if !call.streams {
@@ -279,15 +280,9 @@ impl TokenEvents {
 }
 
 impl Events for TokenEvents {
-    fn piece(
-        &mut self,
-        out: &mut Vec<u8>,
-        head: &Head,
-        choice: &Choice,
-        usage: Option<v1::Usage>,
-    ) -> Result<(), RpcError> {
-        let choice = TokenChoice::of(choice, self.style)?;
-        self.write(out, head, &[choice], usage);
+    fn piece(&mut self, out: &mut Vec<u8>, head: &Head, piece: Piece<'_>) -> Result<(), RpcError> {
+        let choice = TokenChoice::of(piece.choice, self.style)?;
+        self.write(out, head, &[choice], piece.usage);
         Ok(())
     }
 
@@ -316,7 +311,11 @@ mod tests {
     use super::*;
 
     fn call(body: &str) -> Result<Call, RpcError> {
-        prepare(body.as_bytes(), &RequestId("trace".into()), false)
+        prepare(
+            body.as_bytes(),
+            &RequestId("trace".into()),
+            ReplyOptions::default(),
+        )
     }
 
     #[test]

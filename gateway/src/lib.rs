@@ -32,6 +32,7 @@ mod tokenizer;
 
 pub use config::{GatewayConfig, GatewayError, RouteOptions};
 pub use limits::HttpLimits;
+pub use openai::output::ReplyOptions;
 pub use router::{Backends, RoutingPolicy};
 pub use server::Gateway;
 

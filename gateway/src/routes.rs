@@ -25,7 +25,7 @@ use crate::{
     limits::HttpLimits,
     metrics::HttpMetrics,
     observe::observe,
-    openai::{self, error::ApiError},
+    openai::{self, error::ApiError, output::ReplyOptions},
     openapi::{self, Document, Operation, operations as docs},
     operator,
     router::{Replicas, X_SESSION_ID, session},
@@ -39,8 +39,8 @@ pub(crate) struct Service {
     pub(crate) lifecycle: Arc<Lifecycle>,
     pub(crate) metrics: Arc<HttpMetrics>,
     pub(crate) limits: HttpLimits,
-    pub(crate) prompt_tokens_details: bool,
     pub(crate) document: Arc<Document>,
+    pub(crate) reply: ReplyOptions,
     pub(crate) response_role: Arc<str>,
 }
 

@@ -63,8 +63,8 @@ impl Gateway {
             backend: Replicas::new(&config.backends, &keys, router_metrics)?,
             lifecycle: Arc::clone(&lifecycle),
             limits: config.limits.clone(),
-            prompt_tokens_details: config.prompt_tokens_details,
             document: Arc::new(Document::of(&routes, &options.root_path)),
+            reply: config.reply,
             response_role: config.response_role.into(),
         };
         let mut listeners = Vec::new();

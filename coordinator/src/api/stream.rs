@@ -9,6 +9,7 @@ use super::{
     Envelope,
     choice::{Choice, Queued},
     inference::Parts,
+    prompt::PromptReport,
     registry::Registration,
 };
 use crate::{engine::FinishReason, engine_thread::StreamEvent, metrics::Metrics, text::PreparedRequest};
@@ -21,6 +22,7 @@ pub(super) struct RequestStream {
     envelope: Envelope,
     registration: Registration,
     choices: Vec<Choice>,
+    prompt: PromptReport,
     /// The choice that is looked at first, so that a fast one does not starve the others.
     turn: usize,
     prompt_tokens: u32,
@@ -54,21 +56,28 @@ impl RequestStream {
             .zip(std::mem::take(&mut request.ended_after))
             .map(|(sequence, ended_after)| Queued::submit(sequence, ended_after, &parts.engine));
         let queued = queued.collect::<Result<Vec<_>, RpcError>>()?;
+        let prompt = PromptReport::new(&mut request, parts.text.tokenizer());
         let choices = queued.into_iter().enumerate();
         let choices =
             choices.map(|(index, queued)| Choice::new(&request, index, queued, parts.text.tokenizer()));
-        Ok(Self {
+        let mut stream = Self {
             choices: choices.collect(),
             metrics: Some(parts.metrics.clone()),
             envelope,
             registration,
+            prompt,
             turn: 0,
             prompt_tokens: request.prompt_tokens,
             cached_tokens: 0,
             continuous_usage: request.output.continuous_usage,
             final_usage: request.output.include_usage,
             failure: None,
-        })
+        };
+        // A prompt of one token has nothing to be scored.
+        if stream.prompt.is_complete() {
+            stream.echo();
+        }
+        Ok(stream)
     }
 
     /// The next chunk; none after the last. An error is the last; what was made before it comes first.
@@ -107,12 +116,18 @@ impl RequestStream {
                 ..v1::Choice::default()
             })
             .collect();
+        let mut prompt = None;
         while let Some(chunk) = self.next().await {
-            let Some(piece) = chunk?.choice else { continue };
+            let chunk = chunk?;
+            prompt = prompt.or(chunk.prompt);
+            let Some(piece) = chunk.choice else { continue };
             append(&mut choices[piece.index as usize], piece);
         }
         let usage = self.usage();
-        Ok(self.envelope.response(choices, usage))
+        Ok(v1::GenerateResponse {
+            prompt,
+            ..self.envelope.response(choices, usage)
+        })
     }
 
     async fn wake(&mut self) -> Wake {
@@ -144,6 +159,13 @@ impl RequestStream {
                     self.cached_tokens = cached_tokens;
                 }
                 Some(StreamEvent::Started { .. }) => {}
+                Some(StreamEvent::PromptLogprobs(scored)) => {
+                    self.prompt.extend(scored);
+                    if self.prompt.is_complete() {
+                        self.echo();
+                        return Ok(());
+                    }
+                }
                 Some(StreamEvent::Token(sampled)) => choice.assembler.token(&sampled),
                 Some(StreamEvent::Finished(reason)) => choice.assembler.finish(reason),
                 Some(StreamEvent::Failed(error)) => return Err(error),
@@ -171,7 +193,19 @@ impl RequestStream {
         }
     }
 
+    /// The prompt's scores are complete: every choice begins with them, if it echoes.
+    fn echo(&mut self) {
+        let echoed = self.prompt.echoed();
+        for choice in &mut self.choices {
+            choice.assembler.echo(echoed.iter().cloned());
+        }
+    }
+
     fn abort(&mut self) {
+        if !self.prompt.is_complete() {
+            self.prompt.give_up();
+            self.echo();
+        }
         for choice in &mut self.choices {
             if choice.submission.take().is_some() {
                 choice.assembler.finish(FinishReason::Abort);
@@ -188,12 +222,18 @@ impl RequestStream {
     }
 
     fn take_piece(&mut self) -> Option<v1::GenerateChunk> {
+        if !self.prompt.is_complete() {
+            return None;
+        }
         let piece = self
             .choices
             .iter_mut()
             .find_map(|choice| choice.assembler.take())?;
         let usage = self.continuous_usage.then(|| self.usage());
-        Some(self.envelope.chunk(Some(piece), usage))
+        Some(v1::GenerateChunk {
+            prompt: self.prompt.take(),
+            ..self.envelope.chunk(Some(piece), usage)
+        })
     }
 
     fn usage(&self) -> v1::Usage {

@@ -227,6 +227,7 @@ impl Blueprint {
             block_size: options.block_size.max(1) as u32,
             max_num_seqs: options.max_num_seqs as u32,
             max_num_batched_tokens: options.max_num_batched_tokens as u32,
+            max_logprobs: options.max_logprobs as u32,
             ..EngineConfig::new(num_blocks, self.max_model_len as u32, vocab_size)
         }
         .step_limits()

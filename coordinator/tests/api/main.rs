@@ -2,6 +2,7 @@
 
 mod control;
 mod operations;
+mod prompts;
 mod ranks;
 mod requests;
 mod resume;

@@ -12,7 +12,7 @@ use super::{
 };
 use crate::openai::{
     reply::Head,
-    sse::{self, Events},
+    sse::{self, Events, Piece},
 };
 
 #[derive(Serialize)]
@@ -113,14 +113,9 @@ impl MessageEvents {
 }
 
 impl Events for MessageEvents {
-    fn piece(
-        &mut self,
-        out: &mut Vec<u8>,
-        head: &Head,
-        choice: &Choice,
-        usage: Option<v1::Usage>,
-    ) -> Result<(), RpcError> {
-        let usage = usage.unwrap_or_default();
+    fn piece(&mut self, out: &mut Vec<u8>, head: &Head, piece: Piece<'_>) -> Result<(), RpcError> {
+        let choice = piece.choice;
+        let usage = piece.usage.unwrap_or_default();
         self.begin(out, head, usage);
         if let Some(thinking) = choice.reasoning.as_deref().filter(|text| !text.is_empty()) {
             self.turn_to(out, Kind::Thinking, Block::thinking(""));

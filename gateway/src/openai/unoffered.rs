@@ -29,12 +29,8 @@ const BOTH: &[Field] = &[
     ("guided_regex", &[]),
     ("kv_transfer_params", &[]),
     ("logits_processors", &["[]"]),
-    ("prompt_logprobs", &[]),
     ("response_format", &[r#"{"type":"text"}"#]),
-    ("return_token_ids", &["false"]),
-    ("return_tokens_as_token_ids", &["false"]),
     ("structured_outputs", &[]),
-    ("truncate_prompt_tokens", &[]),
     ("use_beam_search", &["false"]),
 ];
 
@@ -53,6 +49,9 @@ const COMPLETIONS: &[Field] = &[("prompt_embeds", &["[]"]), ("suffix", &[r#""""#
 /// Of `/inference/v1/generate`, beside its `sampling_params`.
 const TOKENS: &[Field] = &[("features", &[]), ("kv_transfer_params", &[])];
 
+/// Of `sampling_params`.
+const SAMPLING: &[Field] = &[("prompt_logprobs", &[]), ("truncate_prompt_tokens", &[])];
+
 const TOKENIZE: &[Field] = &[("mm_processor_kwargs", &["{}"])];
 
 /// The lists of a route, as a type that serde can be given.
@@ -63,6 +62,7 @@ trait Lists {
 enum Chat {}
 enum Completions {}
 enum Tokens {}
+enum Sampling {}
 enum Tokenize {}
 
 impl Lists for Chat {
@@ -77,6 +77,10 @@ impl Lists for Tokens {
     const LISTS: [&'static [Field]; 2] = [&[], TOKENS];
 }
 
+impl Lists for Sampling {
+    const LISTS: [&'static [Field]; 2] = [BOTH, SAMPLING];
+}
+
 impl Lists for Tokenize {
     const LISTS: [&'static [Field]; 2] = [&[], TOKENIZE];
 }
@@ -89,7 +93,7 @@ pub(super) fn refuse_for_chat(body: &[u8]) -> Result<(), RpcError> {
 
 /// # Errors
 /// `InvalidArgument` naming the first field of a completions request that is not offered.
-pub(crate) fn refuse_for_completions(body: &[u8]) -> Result<(), RpcError> {
+pub(super) fn refuse_for_completions(body: &[u8]) -> Result<(), RpcError> {
     refuse::<Completions>(body)
 }
 
@@ -97,6 +101,12 @@ pub(crate) fn refuse_for_completions(body: &[u8]) -> Result<(), RpcError> {
 /// `InvalidArgument` naming the first field of a request for tokens that is not offered.
 pub(crate) fn refuse_for_tokens(body: &[u8]) -> Result<(), RpcError> {
     refuse::<Tokens>(body)
+}
+
+/// # Errors
+/// `InvalidArgument` naming the first of the sampling parameters that is not offered.
+pub(crate) fn refuse_for_sampling(body: &[u8]) -> Result<(), RpcError> {
+    refuse::<Sampling>(body)
 }
 
 /// # Errors

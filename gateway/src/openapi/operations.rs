@@ -11,7 +11,7 @@ use crate::{
     auth::Access,
     control::AbortBody,
     inference::{GenerateBody, SamplingFields},
-    openai::{chat::ChatFields, completions::CompletionFields, params::Params},
+    openai::{chat::ChatFields, completions::CompletionFields, output::OutputFields, params::Params},
     routes::Route,
     tgi,
     tokenizer::{DetokenizeBody, TokenizeBody},
@@ -128,11 +128,19 @@ pub(crate) fn chat() -> Operation {
     Operation::new("OpenAI", "Answers a conversation.")
         .reads(Schema {
             name: "ChatCompletionRequest",
-            accepted: || [fields::of::<Params>(), fields::of::<ChatFields>()].concat(),
+            accepted: || {
+                [
+                    fields::of::<Params>(),
+                    fields::of::<OutputFields>(),
+                    fields::of::<ChatFields>(),
+                ]
+                .concat()
+            },
             required: &["messages"],
             tables: &[
                 schemas::CHAT,
                 schemas::TEXT_OPTIONS,
+                schemas::OUTPUT,
                 schemas::SAMPLING,
                 schemas::PLACE,
                 schemas::USER,
@@ -145,11 +153,19 @@ pub(crate) fn completions() -> Operation {
     Operation::new("OpenAI", "Completes prompts.")
         .reads(Schema {
             name: "CompletionRequest",
-            accepted: || [fields::of::<Params>(), fields::of::<CompletionFields>()].concat(),
+            accepted: || {
+                [
+                    fields::of::<Params>(),
+                    fields::of::<OutputFields>(),
+                    fields::of::<CompletionFields>(),
+                ]
+                .concat()
+            },
             required: &["prompt"],
             tables: &[
                 schemas::PROMPT,
                 schemas::TEXT_OPTIONS,
+                schemas::OUTPUT,
                 schemas::COMPLETIONS,
                 schemas::SAMPLING,
                 schemas::PLACE,
@@ -271,7 +287,7 @@ const INVOCATION: Schema = Schema {
     name: "Invocation",
     accepted: || {
         let own = [fields::of::<ChatFields>(), fields::of::<CompletionFields>()].concat();
-        let mut names = [fields::of::<Params>(), own].concat();
+        let mut names = [fields::of::<Params>(), fields::of::<OutputFields>(), own].concat();
         // Two have a meaning in both, of which the chat's is documented.
         names.sort_unstable();
         names.dedup();
@@ -282,6 +298,7 @@ const INVOCATION: Schema = Schema {
         schemas::CHAT,
         schemas::PROMPT,
         schemas::TEXT_OPTIONS,
+        schemas::OUTPUT,
         schemas::SAMPLING,
         schemas::PLACE,
         schemas::USER,

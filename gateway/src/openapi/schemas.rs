@@ -167,6 +167,16 @@ pub(super) const PROMPT: &[Field] = &[
         "A text, token ids, or a list of either."),
 ];
 
+/// vLLM's own of chats and of completions.
+#[rustfmt::skip]
+pub(super) const OUTPUT: &[Field] = &[
+    ("prompt_logprobs", COUNT, "Alternatives reported for each token of the prompt; not in streams."),
+    ("return_token_ids", FLAG, "Report the token ids of prompt and completion."),
+    ("return_tokens_as_token_ids", FLAG, "Log-probabilities name tokens as `token_id:7`."),
+    ("truncate_prompt_tokens", r#"{"type": ["integer", "null"], "minimum": -1, "maximum": 2147483647}"#,
+        "Keep so many of the prompt's last tokens; -1: as many as leave room for the completion."),
+];
+
 /// Of chats and of completions.
 #[rustfmt::skip]
 pub(super) const TEXT_OPTIONS: &[Field] = &[

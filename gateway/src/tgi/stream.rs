@@ -13,7 +13,7 @@ use super::{
 };
 use crate::openai::{
     reply::Head,
-    sse::{self, Events},
+    sse::{self, Events, Piece},
 };
 
 #[derive(Serialize)]
@@ -116,13 +116,8 @@ impl TgiEvents {
 }
 
 impl Events for TgiEvents {
-    fn piece(
-        &mut self,
-        out: &mut Vec<u8>,
-        _: &Head,
-        choice: &Choice,
-        _: Option<v1::Usage>,
-    ) -> Result<(), RpcError> {
+    fn piece(&mut self, out: &mut Vec<u8>, _: &Head, piece: Piece<'_>) -> Result<(), RpcError> {
+        let choice = piece.choice;
         self.text.push_str(&choice.text);
         let mut events = self.events_of(choice);
         if choice.finish_reason() != FinishReason::Unspecified {

@@ -11,6 +11,7 @@ mod documents;
 mod errors;
 mod inference;
 mod operator;
+mod outputs;
 mod router;
 mod shapes;
 mod shutdown;

@@ -20,11 +20,11 @@ use super::launch::{Arg, Grid, Kernels};
 use super::library::{Library, require};
 use super::memory::{Arena, Pinned, Region, Staging};
 use super::weight::CudaWeight;
-use super::{activation, candidates, embedding, linear, norm, rotary};
+use super::{activation, candidates, count, embedding, linear, norm, rotary};
 use crate::error::check;
 use crate::{
     Backend, BatchInput, CandidateRequest, Candidates, Columns, DecodeShape, Heads, KernelError, KvSpec,
-    Linear, Norm, Result, Rope, WeightSource,
+    Linear, Norm, Result, Rope, Threshold, WeightSource,
 };
 
 /// Weights and activations are cut from allocations of so many bytes.
@@ -382,5 +382,9 @@ impl Backend for CudaBackend {
 
     fn candidates(&self, logits: &CudaBuffer, requests: &[CandidateRequest<'_>]) -> Result<Vec<Candidates>> {
         candidates::candidates(self, logits, requests)
+    }
+
+    fn count_at_least(&self, x: &CudaBuffer, columns: usize, thresholds: &[Threshold]) -> Result<Vec<u32>> {
+        count::count_at_least(self, x, columns, thresholds)
     }
 }
