@@ -378,6 +378,7 @@ fn prompt(output: &OutputOptions) -> Option<PromptOutput> {
         logprob,
         bytes: text.as_bytes().to_vec(),
         rank,
+        special: false,
     };
     let first = TokenLogprobs {
         chosen: Some(token(7, "a", f32::NAN, None)),
