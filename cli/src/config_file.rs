@@ -32,6 +32,7 @@ pub(crate) fn normalize(argument: OsString) -> OsString {
     match argument.to_str() {
         Some("-tp") => "--tensor-parallel-size".into(),
         Some("--no-enable-prefix-caching") => "--enable-prefix-caching=false".into(),
+        Some("--no-scheduler-reserve-full-isl") => "--scheduler-reserve-full-isl=false".into(),
         Some(text) if text.starts_with("-tp=") => format!("--tensor-parallel-size={}", &text[4..]).into(),
         _ => argument,
     }

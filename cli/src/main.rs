@@ -6,6 +6,7 @@ mod bench;
 mod chat_args;
 mod config_file;
 mod gateway;
+mod kv_events;
 mod limits;
 mod logging;
 mod output_args;
@@ -15,6 +16,8 @@ mod resolve;
 mod runtime_dir;
 mod serve;
 mod signals;
+mod speculative;
+mod values;
 mod warm_kernels;
 mod worker;
 

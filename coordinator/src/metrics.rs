@@ -2,6 +2,7 @@
 //! of our own (`phalanx_*`) for what vLLM has no name for.
 
 mod families;
+mod speculation;
 #[cfg(test)]
 mod tests;
 
@@ -9,7 +10,10 @@ use std::time::Duration;
 
 use prometheus_client::{encoding::text, registry::Registry};
 
-use self::families::{ByLabel, EngineMetrics, GroupMetrics, RequestMetrics, RequestTimes, TokenMetrics, add};
+use self::{
+    families::{ByLabel, EngineMetrics, GroupMetrics, RequestMetrics, RequestTimes, TokenMetrics, add},
+    speculation::SpeculationMetrics,
+};
 use crate::engine::{EngineConfig, ExecutorError, FinishReason, Snapshot, StepStats};
 
 /// Content type of [`Metrics::encode`].
@@ -42,6 +46,7 @@ pub struct Metrics {
     request: RequestMetrics,
     times: RequestTimes,
     group: GroupMetrics,
+    speculation: SpeculationMetrics,
     admission_rejections: ByLabel,
 }
 
@@ -56,6 +61,9 @@ impl Metrics {
             "Requests refused because a queue was full",
             ByLabel::default(),
         );
+        for limit in ["max_num_queued_reqs", "max_num_queued_tokens"] {
+            let _zero = admission_rejections.get_or_create(&[("reason", limit)]);
+        }
         let labelled = registry.sub_registry_with_label(label("engine", "0"));
         let request = RequestMetrics::new(labelled, max_model_len);
         // A rate over a counter that appears only with its first event misses that event.
@@ -68,6 +76,7 @@ impl Metrics {
             request,
             times: RequestTimes::new(labelled),
             group: GroupMetrics::new(labelled),
+            speculation: SpeculationMetrics::new(labelled),
             admission_rejections,
             registry,
         }
@@ -90,6 +99,7 @@ impl Metrics {
             ("enable_prefix_caching", config.enable_prefix_caching.to_string()),
         ];
         self.engine.cache_config_info.get_or_create(&labels).set(1);
+        self.speculation.started(config.speculative.as_ref());
         self.group.epoch.set(config.epoch.into());
     }
 
@@ -112,6 +122,7 @@ impl Metrics {
             .inc_by(now.prefix_cache_queries - before.prefix_cache_queries);
         m.prefix_cache_hits
             .inc_by(now.prefix_cache_hits - before.prefix_cache_hits);
+        self.speculation.grew(&before.speculation, &now.speculation);
         self.group.epoch.set(now.epoch.into());
     }
 

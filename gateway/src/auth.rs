@@ -1,6 +1,8 @@
 //! Who may ask for what. Everything but the probes and the metrics needs an API key when any is configured, unknown
 //! routes included; what operators do needs an admin key always.
 
+use std::sync::Arc;
+
 use axum::{
     extract::{Request, State},
     middleware::Next,
@@ -59,14 +61,32 @@ impl Keys {
     }
 }
 
+/// Whose request it is: a name made of the key it came with, which tells nothing of it. An extension of the request.
+#[derive(Clone, Debug)]
+pub(crate) struct Tenant(pub(crate) Arc<str>);
+
+impl Tenant {
+    /// None without a key.
+    fn of(headers: &HeaderMap) -> Option<Self> {
+        let authorization = headers.get(header::AUTHORIZATION).map(HeaderValue::as_bytes);
+        let bare = headers.get(X_API_KEY).map(HeaderValue::as_bytes);
+        let tenant = ApiKeys::tenant(authorization)
+            .or_else(|| ApiKeys::tenant(Some(&[b"Bearer ", bare?].concat())))?;
+        Some(Self(tenant.into()))
+    }
+}
+
 /// Middleware: refuses who may not use the route.
 pub(crate) async fn guard(
     State((table, keys)): State<(RouteTable, Keys)>,
-    request: Request,
+    mut request: Request,
     next: Next,
 ) -> Response {
     let access = table.find(&request).map_or(Access::Client, |route| route.access);
     let Err(error) = keys.admit(access, request.headers()) else {
+        if let Some(tenant) = Tenant::of(request.headers()).filter(|_| !keys.clients.is_empty()) {
+            request.extensions_mut().insert(tenant);
+        }
         return next.run(request).await;
     };
     let challenge = error.kind == ErrorKind::Unauthenticated;

@@ -21,6 +21,7 @@ use crate::{
     observe::RequestId,
     openai::{
         body::{self, parse},
+        caller::Caller,
         error::ApiError,
         output::ReplyOptions,
         params::Params,
@@ -106,6 +107,7 @@ fn prepare(body: &[u8], id: &RequestId, options: ReplyOptions) -> Result<Call, R
         output: Some(output),
         priority: params.priority(),
         cache_salt: params.cache_salt.take(),
+        timeout_ms: params.timeout_ms()?,
         ..GenerateRequest::default()
     };
     Ok(Call {
@@ -152,8 +154,10 @@ pub(crate) async fn generate(
 ) -> Result<Response, ApiError> {
     let mut ticket = service.lifecycle.admit()?;
     let replicas = service.replicas_for(request.headers());
+    let caller = Caller::of(&request);
     let body = body::read(request, &service.limits).await?;
-    let call = prepare(&body, &request_id, service.reply)?;
+    let mut call = prepare(&body, &request_id, service.reply)?;
+    caller.sign(&mut call.request.tenant, &mut call.request.timeout_ms);
     drop(body);
     ticket.start(1)?;
     if !call.streams {

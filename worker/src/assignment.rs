@@ -100,6 +100,7 @@ impl TryFrom<&v1::Assign> for Assignment {
             v1::KvDtype::F16 => KvDtype::F16,
             v1::KvDtype::Bf16 => KvDtype::BF16,
             v1::KvDtype::E4m3 => KvDtype::E4M3,
+            v1::KvDtype::Int8 => KvDtype::INT8,
             v1::KvDtype::Unspecified => return Err(AssignmentError::Missing("kv_dtype")),
         };
         let device = match assign.device() {

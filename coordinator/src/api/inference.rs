@@ -11,6 +11,7 @@ use tonic::{Request, Response, Status};
 
 use super::{
     EngineSlot, Envelope,
+    caller::{Caller, Claims},
     registry::{Registration, Registry},
     request_id,
     stream::RequestStream,
@@ -39,18 +40,30 @@ impl InferenceService {
         Self { parts }
     }
 
-    async fn generate(&self, mut request: v1::GenerateRequest) -> Result<RequestStream, RpcError> {
+    async fn generate(&self, request: Request<v1::GenerateRequest>) -> Result<RequestStream, RpcError> {
+        let claims = Claims {
+            tenant: &request.get_ref().tenant,
+            timeout_ms: request.get_ref().timeout_ms,
+        };
+        let caller = Caller::of(&request, claims)?;
+        let mut request = request.into_inner();
         check_model(&self.parts.models, &request.model)?;
         let registration = self.register(std::mem::take(&mut request.request_id), "cmpl")?;
-        let prepared = self.parts.text.prepare(request).await?;
-        self.start(prepared, registration)
+        let prepared = caller.in_time(self.parts.text.prepare(request)).await?;
+        self.start(prepared, registration, caller)
     }
 
-    async fn chat(&self, mut request: v1::ChatRequest) -> Result<RequestStream, RpcError> {
+    async fn chat(&self, request: Request<v1::ChatRequest>) -> Result<RequestStream, RpcError> {
+        let claims = Claims {
+            tenant: &request.get_ref().tenant,
+            timeout_ms: request.get_ref().timeout_ms,
+        };
+        let caller = Caller::of(&request, claims)?;
+        let mut request = request.into_inner();
         check_model(&self.parts.models, &request.model)?;
         let registration = self.register(std::mem::take(&mut request.request_id), "chatcmpl")?;
-        let prepared = self.parts.text.prepare_chat(request).await?;
-        self.start(prepared, registration)
+        let prepared = caller.in_time(self.parts.text.prepare_chat(request)).await?;
+        self.start(prepared, registration, caller)
     }
 
     fn register(&self, id: String, prefix: &str) -> Result<Registration, RpcError> {
@@ -59,8 +72,9 @@ impl InferenceService {
 
     fn start(
         &self,
-        prepared: PreparedRequest,
-        registration: Registration,
+        mut prepared: PreparedRequest,
+        mut registration: Registration,
+        caller: Caller,
     ) -> Result<RequestStream, RpcError> {
         let envelope = Envelope {
             request_id: registration.id.clone(),
@@ -71,6 +85,10 @@ impl InferenceService {
                 .map_or_else(String::new, |model| model.id.clone()),
             created: unix_seconds(),
         };
+        for sequence in &mut prepared.sequences {
+            sequence.tenant = caller.tenant;
+        }
+        registration.deadline = caller.deadline;
         RequestStream::start(prepared, envelope, registration, &self.parts)
     }
 }
@@ -104,7 +122,7 @@ impl Inference for InferenceService {
         &self,
         request: Request<v1::GenerateRequest>,
     ) -> Result<Response<v1::GenerateResponse>, Status> {
-        let stream = self.generate(request.into_inner()).await?;
+        let stream = self.generate(request).await?;
         Ok(Response::new(stream.collect().await?))
     }
 
@@ -112,26 +130,33 @@ impl Inference for InferenceService {
         &self,
         request: Request<v1::GenerateRequest>,
     ) -> Result<Response<ChunkStream>, Status> {
-        Ok(into_stream(self.generate(request.into_inner()).await?))
+        Ok(into_stream(self.generate(request).await?))
     }
 
     async fn chat(
         &self,
         request: Request<v1::ChatRequest>,
     ) -> Result<Response<v1::GenerateResponse>, Status> {
-        let stream = self.chat(request.into_inner()).await?;
+        let stream = self.chat(request).await?;
         Ok(Response::new(stream.collect().await?))
     }
 
     async fn chat_stream(&self, request: Request<v1::ChatRequest>) -> Result<Response<ChunkStream>, Status> {
-        Ok(into_stream(self.chat(request.into_inner()).await?))
+        Ok(into_stream(self.chat(request).await?))
     }
 
     async fn list_models(
         &self,
         _: Request<v1::ListModelsRequest>,
     ) -> Result<Response<v1::ListModelsResponse>, Status> {
-        let models = self.parts.models.clone();
-        Ok(Response::new(v1::ListModelsResponse { models }))
+        let max_model_len = self.parts.text.limits().max_model_len;
+        let models = self.parts.models.iter().cloned();
+        let models = models.map(|model| v1::ModelCard {
+            max_model_len,
+            ..model
+        });
+        Ok(Response::new(v1::ListModelsResponse {
+            models: models.collect(),
+        }))
     }
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use phalanx_proto::step::{StepOutput, StepPlan};
 
 use super::{
-    Clock, Command, ConfigError, EngineConfig, Event, Executor, ExecutorError, Instant, Snapshot,
+    Clock, Command, ConfigError, EngineConfig, Event, Executor, ExecutorError, Instant, KvEvent, Snapshot,
     scheduler::Scheduler,
 };
 
@@ -32,7 +32,7 @@ pub struct StepStats {
     pub step: u64,
     /// Tokens computed.
     pub num_tokens: usize,
-    /// Sequences that were part of it.
+    /// Rows of the plan: the sequences that were part of it, and guesses.
     pub num_rows: usize,
     /// Time from handing the plan to the executor to its output.
     pub took: Duration,
@@ -126,6 +126,16 @@ impl<E: Executor, C: Clock> EngineCore<E, C> {
     /// Whether the next [`EngineCore::step`] would do more than apply commands.
     pub fn has_work(&self) -> bool {
         self.scheduler.has_work()
+    }
+
+    /// What has changed in the prefix cache since the last call; nothing unless the configuration asks for it.
+    pub fn take_kv_events(&mut self) -> Vec<KvEvent> {
+        self.scheduler.take_kv_events()
+    }
+
+    #[cfg(test)]
+    pub(crate) fn cached_blocks(&self) -> std::collections::BTreeSet<super::BlockHash> {
+        self.scheduler.cached_blocks()
     }
 
     pub fn snapshot(&self) -> Snapshot {

@@ -1,6 +1,13 @@
 //! A request's way from text to sequences.
 
-use std::{path::Path, sync::Arc, thread};
+use std::{
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    thread,
+};
 
 use phalanx_model::gguf::Gguf;
 use phalanx_proto::{ErrorKind, RpcError, limits::MAX_CACHE_SALT_BYTES, v1};
@@ -12,7 +19,7 @@ use super::{
     sampling::{self, CheckedParams, Rules},
     tokenize,
 };
-use crate::engine_thread::NewSequence;
+use crate::{engine::TenantId, engine_thread::NewSequence};
 
 /// Prompts that may wait for a thread to tokenize them.
 const MAX_WAITING_PROMPTS: usize = 1024;
@@ -22,6 +29,8 @@ const MAX_WAITING_PROMPTS: usize = 1024;
 pub struct TextModel {
     pub tokenizer: Tokenizer,
     pub chat_template: Option<String>,
+    /// The template of conversations with tools, if they have one of their own.
+    pub tool_template: Option<String>,
     pub defaults: GenerationDefaults,
     /// What tokenizer_config.json says; of a GGUF file, what its metadata says in those terms.
     pub tokenizer_config: serde_json::Value,
@@ -36,6 +45,7 @@ impl TextModel {
             tokenizer_config: tokenize::config_of(tokenizer.special_tokens()),
             tokenizer,
             chat_template: vocab.chat_template,
+            tool_template: vocab.tool_template,
             defaults: GenerationDefaults::from_gguf(file)?,
         })
     }
@@ -46,6 +56,7 @@ impl TextModel {
         Ok(Self {
             tokenizer: files.tokenizer()?,
             chat_template: files.chat_template()?,
+            tool_template: files.tool_template()?,
             defaults: GenerationDefaults::from_json(&files.generation_config)?,
             tokenizer_config: files.tokenizer_config,
         })
@@ -71,7 +82,9 @@ pub struct TextProcessor {
     pub(super) tokenizer: Arc<Tokenizer>,
     chat: Arc<ChatSide>,
     defaults: GenerationDefaults,
-    pub(super) limits: ModelLimits,
+    limits: ModelLimits,
+    /// Takes the place of the limits' own, which may have to give way to the memory there turns out to be.
+    max_model_len: AtomicU32,
     seed: Option<u64>,
     pub(super) pool: TextPool,
     pub(super) tokenizer_info: String,
@@ -112,9 +125,11 @@ impl TextProcessor {
                 });
             }
         }
+        let tool_template = model.tool_template.filter(|_| options.chat_template.is_none());
         let template = options.chat_template.or(model.chat_template);
         let tokenizer_info = tokenize::info(model.tokenizer_config, template.as_deref());
-        let chat = ChatSide::new(template.as_deref(), &model.tokenizer, options.chat)?;
+        let templates = (template.as_deref(), tool_template.as_deref());
+        let chat = ChatSide::new(templates, &model.tokenizer, options.chat)?;
         let threads = options
             .threads
             .unwrap_or_else(|| thread::available_parallelism().map_or(1, |cores| cores.get() / 2));
@@ -122,6 +137,7 @@ impl TextProcessor {
             chat: Arc::new(chat),
             tokenizer: Arc::new(model.tokenizer),
             defaults: model.defaults,
+            max_model_len: AtomicU32::new(options.limits.max_model_len),
             limits: options.limits,
             seed: options.seed,
             pool: TextPool::new(threads, MAX_WAITING_PROMPTS),
@@ -132,8 +148,16 @@ impl TextProcessor {
     pub fn tokenizer(&self) -> &Arc<Tokenizer> {
         &self.tokenizer
     }
-    pub fn limits(&self) -> &ModelLimits {
-        &self.limits
+    pub fn limits(&self) -> ModelLimits {
+        ModelLimits {
+            // A number by itself: nothing else is published through it.
+            max_model_len: self.max_model_len.load(Ordering::Relaxed),
+            ..self.limits
+        }
+    }
+    /// The memory has room for sequences of so many tokens. Before the first request.
+    pub fn set_max_model_len(&self, tokens: u32) {
+        self.max_model_len.store(tokens, Ordering::Relaxed);
     }
 
     /// Checks and tokenizes a completion request. Errors name the field to blame; `QueueFull` when too many prompts
@@ -208,8 +232,9 @@ impl TextProcessor {
         params: &v1::SamplingParams,
         output: &v1::OutputOptions,
     ) -> Result<CheckedParams, RpcError> {
+        let limits = self.limits();
         let rules = Rules {
-            limits: &self.limits,
+            limits: &limits,
             defaults: &self.defaults,
             special: self.tokenizer.special_tokens(),
         };
@@ -226,7 +251,7 @@ impl TextProcessor {
 
     /// Text longer than this has more tokens than the context, whatever they are.
     fn max_prompt_bytes(&self) -> usize {
-        (self.limits.max_model_len as usize).saturating_mul(self.tokenizer.table().longest_token())
+        (self.limits().max_model_len as usize).saturating_mul(self.tokenizer.table().longest_token())
     }
 
     pub(super) fn check_bytes(&self, bytes: usize, param: &str) -> Result<(), RpcError> {
@@ -236,7 +261,7 @@ impl TextProcessor {
         let message = format!(
             "This model's maximum context length is {} tokens. However, your request has {bytes} bytes of text, which \
              cannot fit. Please reduce the length of the input.",
-            self.limits.max_model_len
+            self.limits().max_model_len
         );
         Err(RpcError::new(ErrorKind::ContextLengthExceeded, message).with_param(param))
     }
@@ -275,7 +300,7 @@ impl TextProcessor {
         }
         // A tokenizer may know tokens that the model's embedding has no row for.
         self.check_ids(&prompt)?;
-        let stop = params.stop_rules(prompt.len(), &self.limits)?;
+        let stop = params.stop_rules(prompt.len(), &self.limits())?;
         let prompt_tokens = prompt.len() as u32;
         let sequences = (0..params.n).map(|index| NewSequence {
             prompt: prompt.clone(),
@@ -284,6 +309,7 @@ impl TextProcessor {
             stop: stop.clone(),
             priority: place.priority,
             cache_salt: place.cache_salt.clone(),
+            tenant: TenantId::default(),
         });
         let sequences = sequences.collect();
         let tells_of_prompt = output.return_prompt_token_ids || params.sampling.prompt_logprobs.is_some();

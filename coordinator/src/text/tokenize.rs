@@ -38,7 +38,7 @@ impl TextProcessor {
         Ok(v1::TokenizeResponse {
             token_strs: spelled.iter().map(spelling).collect(),
             token_ids,
-            max_model_len: self.limits.max_model_len,
+            max_model_len: self.limits().max_model_len,
         })
     }
 
@@ -46,7 +46,7 @@ impl TextProcessor {
     /// has tokens; `QueueFull`.
     pub async fn detokenize(&self, token_ids: Vec<u32>) -> Result<String, RpcError> {
         const PARAM: &str = "tokens";
-        let limit = self.limits.max_model_len as usize;
+        let limit = self.limits().max_model_len as usize;
         if token_ids.len() > limit {
             let message = format!(
                 "This model's maximum context length is {limit} tokens. However, your request has {} tokens.",

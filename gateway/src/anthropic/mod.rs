@@ -25,7 +25,7 @@ use self::{
 use crate::{
     lifecycle::Ticket,
     observe::RequestId,
-    openai::{body, error::broken_reply, reply::Whole, sse::Streaming},
+    openai::{body, caller::Caller, error::broken_reply, reply::Whole, sse::Streaming},
     router::Replicas,
     routes::Service,
 };
@@ -38,9 +38,11 @@ pub(crate) async fn messages(
 ) -> Result<Response, AnthropicError> {
     let mut ticket = service.lifecycle.admit()?;
     let replicas = service.replicas_for(request.headers());
+    let caller = Caller::of(&request);
     let body = body::read(request, &service.limits).await?;
     let id = format!("msg_{}", request_id.0);
-    let call = Call::parse(&body, &id)?;
+    let mut call = Call::parse(&body, &id)?;
+    caller.sign(&mut call.request.tenant, &mut call.request.timeout_ms);
     drop(body);
     ticket.start(1)?;
     if !call.streams {

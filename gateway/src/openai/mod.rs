@@ -3,6 +3,7 @@
 mod answer;
 mod bias;
 pub(crate) mod body;
+pub(crate) mod caller;
 pub(crate) mod chat;
 pub(crate) mod completions;
 pub(crate) mod error;

@@ -109,6 +109,7 @@ pub(super) const PLACE: &[Field] = &[
     ("stream_options", OBJECT, "`include_usage` and `continuous_usage_stats`; only together with `stream`."),
     ("priority", r#"{"type": ["integer", "null"], "minimum": -2147483648, "maximum": 2147483647}"#,
         "Smaller is more urgent; anything but 0 needs a server with `--scheduling-policy priority`."),
+    ("timeout", r#"{"type": ["number", "null"], "exclusiveMinimum": 0, "maximum": 86400}"#, "Seconds that the client waits."),
     ("cache_salt", TEXT, "Prompts share cached prefixes only with prompts of the same salt."),
 ];
 

@@ -22,6 +22,7 @@ use crate::{
     observe::RequestId,
     openai::{
         body,
+        caller::Caller,
         error::{ApiError, broken_reply},
         reply::Whole,
         sse::Streaming,
@@ -76,8 +77,9 @@ async fn answer(
 ) -> Result<Response, TgiError> {
     let mut ticket = service.lifecycle.admit()?;
     let replicas = service.replicas_for(request.headers());
+    let caller = Caller::of(&request);
     let body = body::read(request, &service.limits).await?;
-    let mut call = Call::parse(&body)?;
+    let mut call = Call::parse(&body, caller)?;
     drop(body);
     ticket.start(1)?;
     let form = form(&call);

@@ -9,6 +9,7 @@ use serde::{Deserialize, de::IgnoredAny};
 
 use crate::openai::{
     body::{Bounded, Object, parse},
+    caller::Caller,
     params::finite,
 };
 
@@ -55,6 +56,7 @@ fn default_max_new_tokens() -> Option<u32> {
 
 /// A checked request.
 pub(super) struct Call {
+    caller: Caller,
     inputs: String,
     sampling: SamplingParams,
     /// The body's own wish.
@@ -70,7 +72,7 @@ pub(super) struct Call {
 impl Call {
     /// # Errors
     /// `InvalidArgument` naming the field; ranges that TGI shares are the coordinator's to judge.
-    pub(super) fn parse(body: &[u8]) -> Result<Self, RpcError> {
+    pub(super) fn parse(body: &[u8], caller: Caller) -> Result<Self, RpcError> {
         let body: GenerateBody = parse(body)?;
         let inputs = body
             .inputs
@@ -86,6 +88,7 @@ impl Call {
         parameters.refuse_unoffered()?;
         let full_text = parameters.return_full_text.unwrap_or(false);
         Ok(Self {
+            caller,
             sampling: parameters.sampling()?,
             streams: body.stream.unwrap_or(false),
             details: parameters.details.unwrap_or(false),
@@ -98,7 +101,7 @@ impl Call {
 
     /// The request, which takes prompt and parameters out; `tokens`: with each token's id, text and probability.
     pub(super) fn request(&mut self, id: &str, tokens: bool) -> GenerateRequest {
-        GenerateRequest {
+        let mut request = GenerateRequest {
             request_id: id.to_owned(),
             prompt: Some(Prompt::Text(std::mem::take(&mut self.inputs))),
             sampling: Some(std::mem::take(&mut self.sampling)),
@@ -109,7 +112,9 @@ impl Call {
                 ..OutputOptions::default()
             }),
             ..GenerateRequest::default()
-        }
+        };
+        self.caller.sign(&mut request.tenant, &mut request.timeout_ms);
+        request
     }
 }
 
@@ -181,7 +186,7 @@ mod tests {
 
     fn sampling(parameters: &str) -> Result<SamplingParams, RpcError> {
         let body = format!(r#"{{"inputs": "hi", "parameters": {parameters}}}"#);
-        Ok(Call::parse(body.as_bytes())?.sampling)
+        Ok(Call::parse(body.as_bytes(), Caller::default())?.sampling)
     }
 
     #[test]
@@ -243,7 +248,11 @@ mod tests {
             "grammar": null, "truncate": null, "adapter_id": null}"#;
         assert!(sampling(harmless).is_ok());
         assert_eq!(
-            Call::parse(b"{}").err().expect("refused").param.as_deref(),
+            Call::parse(b"{}", Caller::default())
+                .err()
+                .expect("refused")
+                .param
+                .as_deref(),
             Some("inputs")
         );
     }

@@ -154,10 +154,11 @@ impl Events for TgiEvents {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::openai::caller::Caller;
 
     #[test]
     fn characters_come_whole() {
-        let call = Call::parse(br#"{"inputs": "hi"}"#).expect("valid");
+        let call = Call::parse(br#"{"inputs": "hi"}"#, Caller::default()).expect("valid");
         let mut events = TgiEvents::new(call);
         let (first, rest) = "é!".as_bytes().split_at(1);
         assert_eq!(events.complete(first), "");

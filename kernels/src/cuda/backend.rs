@@ -169,12 +169,13 @@ impl CudaBackend {
             KvDtype::F16 => "f16",
             KvDtype::BF16 => "bf16",
             KvDtype::E4M3 => "e4m3",
+            KvDtype::INT8 => "int8",
         };
         let key = (spec.head_dim, dtype);
         if let Some(kernels) = self.kv_kernels.borrow().get(&key) {
             return Ok(Arc::clone(kernels));
         }
-        let variants = Variant::of_kv(spec.head_dim, spec.dtype);
+        let variants = Variant::of_kv(spec.head_dim, spec.dtype)?;
         let kernels = Arc::new(self.load_kernels(variants)?);
         self.kv_kernels.borrow_mut().insert(key, Arc::clone(&kernels));
         Ok(kernels)
