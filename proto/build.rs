@@ -4,7 +4,8 @@ use std::{env, error::Error, fs, path::PathBuf};
 use prost::Message;
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let files = ["inference", "cluster", "admin"].map(|name| format!("proto/phalanx/v1/{name}.proto"));
+    let files = ["inference", "cluster", "admin", "control", "tokenizer"]
+        .map(|name| format!("proto/phalanx/v1/{name}.proto"));
     for file in &files {
         println!("cargo:rerun-if-changed={file}");
     }

@@ -289,6 +289,15 @@ pub(crate) struct EngineArgs {
     /// Keys of which clients over HTTP and over gRPC's port must bring one as a bearer token; probes need none.
     #[arg(long, env = "PHALANX_API_KEY", value_delimiter = ',', hide_env_values = true)]
     pub(crate) api_key: Vec<String>,
+    /// Keys of which an operator must bring one to pause, resume, abort or reset, over HTTP as a bearer token; without
+    /// any, nobody can.
+    #[arg(
+        long,
+        env = "PHALANX_ADMIN_API_KEY",
+        value_delimiter = ',',
+        hide_env_values = true
+    )]
+    pub(crate) admin_api_key: Vec<String>,
     /// Unix socket of the gRPC API; default: one in a private directory.
     #[arg(long, env = "PHALANX_GRPC_UDS")]
     pub(crate) grpc_uds: Option<PathBuf>,
@@ -333,6 +342,15 @@ pub(crate) struct FrontendArgs {
     /// Unix socket to listen on instead of host and port.
     #[arg(long, env = "PHALANX_UDS")]
     pub(crate) uds: Option<PathBuf>,
+    /// Path under which a proxy serves the gateway, e.g. `/llm`: every route answers there, too.
+    #[arg(long, env = "PHALANX_ROOT_PATH", default_value = "")]
+    pub(crate) root_path: String,
+    /// Serve /tokenizer_info, which shows the tokenizer's configuration and the chat template.
+    #[arg(long, env = "PHALANX_ENABLE_TOKENIZER_INFO_ENDPOINT", value_parser = BoolishValueParser::new())]
+    pub(crate) enable_tokenizer_info_endpoint: bool,
+    /// Serve neither /openapi.json nor /docs.
+    #[arg(long, env = "PHALANX_DISABLE_FASTAPI_DOCS", value_parser = BoolishValueParser::new())]
+    pub(crate) disable_fastapi_docs: bool,
     #[command(flatten)]
     pub(crate) reply: ReplyArgs,
     /// Role of the messages that the model makes.
@@ -412,6 +430,15 @@ pub(crate) struct GatewayArgs {
     /// Keys of which every request but probes must bring one as a bearer token. Coordinators are shown the first.
     #[arg(long, env = "PHALANX_API_KEY", value_delimiter = ',', hide_env_values = true)]
     pub(crate) api_key: Vec<String>,
+    /// Keys of which an operator must bring one as a bearer token to control the engine; without any, nobody can. The
+    /// coordinator is shown the first.
+    #[arg(
+        long,
+        env = "PHALANX_ADMIN_API_KEY",
+        value_delimiter = ',',
+        hide_env_values = true
+    )]
+    pub(crate) admin_api_key: Vec<String>,
     /// Seconds that running streams may take to end after SIGTERM.
     #[arg(long, env = "PHALANX_SHUTDOWN_TIMEOUT", default_value_t = 30)]
     pub(crate) shutdown_timeout: u64,

@@ -7,7 +7,7 @@ use clap::{
     Args,
     builder::{PossibleValuesParser, TypedValueParser},
 };
-use phalanx_gateway::{Backends, Gateway, GatewayConfig, RoutingPolicy};
+use phalanx_gateway::{Backends, Gateway, GatewayConfig, RouteOptions, RoutingPolicy};
 use phalanx_proto::secret::ApiKeys;
 use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
 use tokio::sync::oneshot;
@@ -81,7 +81,8 @@ async fn serve(args: GatewayArgs) -> anyhow::Result<()> {
     let mut signals = Signals::install()?;
     let drain = Duration::from_secs(args.shutdown_timeout);
     let mut config = config(args.frontend, args.backends.resolve(), drain);
-    config.api_keys = ApiKeys::new(args.api_key)?;
+    config.api_keys = ApiKeys::new(args.api_key).context("--api-key")?;
+    config.admin_keys = ApiKeys::new(args.admin_api_key).context("--admin-api-key")?;
     let gateway = Gateway::bind(config).await?;
     for address in gateway.local_addrs() {
         tracing::info!(%address, "HTTP gateway listening");
@@ -112,6 +113,11 @@ fn config(frontend: FrontendArgs, backends: Backends, drain_timeout: Duration) -
     config.reply = frontend.reply.options();
     config.response_role = frontend.response_role;
     config.drain_timeout = drain_timeout;
+    config.routes = RouteOptions {
+        root_path: frontend.root_path,
+        tokenizer_info: frontend.enable_tokenizer_info_endpoint,
+        docs: !frontend.disable_fastapi_docs,
+    };
     config
 }
 

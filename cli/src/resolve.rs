@@ -153,6 +153,7 @@ pub(crate) fn api(args: &EngineArgs, default_uds: PathBuf) -> anyhow::Result<Api
     Ok(ApiOptions {
         tcp: tcp.transpose()?,
         api_keys: ApiKeys::new(args.api_key.iter().cloned()).context("--api-key")?,
+        admin_keys: ApiKeys::new(args.admin_api_key.iter().cloned()).context("--admin-api-key")?,
         uds: Some(args.grpc_uds.clone().unwrap_or(default_uds)),
     })
 }

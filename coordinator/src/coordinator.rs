@@ -30,6 +30,7 @@ use crate::{
     executor::{ShmExecutor, TracedExecutor},
     kv_events::{KvEventHub, ZmqError, ZmqPublisher},
     metrics::Metrics,
+    server_info::describe,
     text::{ModelLimits, TextError, TextModel, TextOptions, TextProcessor},
 };
 
@@ -165,6 +166,8 @@ impl Coordinator {
             served_model_names: self.config.engine.served_model_names.clone(),
             model_root: self.config.model.path.to_string_lossy().into_owned(),
             api_keys: self.config.api.api_keys.clone(),
+            admin_keys: self.config.api.admin_keys.clone(),
+            server_info: describe(&self.config, self.proposal.blueprint.max_model_len).to_string(),
         };
         let attach = ClusterServer::new(AttachService(self.cluster.clone()));
         let routes = api.routes().add_service(attach);

@@ -13,7 +13,7 @@ use phalanx_proto::secret;
 use crate::{
     limits::MAX_REQUEST_ID,
     metrics::{HttpMetrics, Measurement},
-    routes::handler_label,
+    routes::RouteTable,
 };
 
 const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -42,11 +42,13 @@ fn random_hex() -> String {
 
 /// Middleware: gives the request its id, answers with it, measures and logs.
 pub(crate) async fn observe(
-    State(metrics): State<Arc<HttpMetrics>>,
+    State((table, metrics)): State<(RouteTable, Arc<HttpMetrics>)>,
     mut request: Request,
     next: Next,
 ) -> Response {
-    let (method, handler) = (request.method().clone(), handler_label(request.uri().path()));
+    let method = request.method().clone();
+    // A client's own path is no label: labels must not grow with what clients send.
+    let handler = table.find(&request).map_or("none", |route| route.path);
     let measurement = Measurement::start(metrics, &method, handler);
     let id = RequestId::of(request.headers());
     request.extensions_mut().insert(id.clone());

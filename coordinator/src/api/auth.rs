@@ -5,14 +5,16 @@ use tonic::{Request, Status, service::Interceptor, transport::server::UdsConnect
 
 use super::caller::Credentials;
 
-/// Admits whoever presents a key (`authorization: Bearer <key>`), and whoever comes over a unix socket: its file has
-/// mode 0600, so that is this server's own user, like the gateway beside it.
+/// Metadata with the key of an operator.
+const ADMIN_KEY: &str = "phalanx-admin-key";
+
+/// Admits whoever presents a key (`authorization: Bearer <key>`), and whoever comes over a unix socket.
 #[derive(Clone, Debug)]
 pub(super) struct KeyCheck(pub(super) ApiKeys);
 
 impl Interceptor for KeyCheck {
     fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
-        let local = request.extensions().get::<UdsConnectInfo>().is_some();
+        let local = is_local(&request);
         let authorization = request.metadata().get("authorization");
         let authorization = authorization.map(|value| value.as_bytes());
         if local || self.0.admit(authorization) {
@@ -27,4 +29,34 @@ impl Interceptor for KeyCheck {
         let message = "this server needs an API key: authorization: Bearer <key>";
         Err(RpcError::new(ErrorKind::Unauthenticated, message).into())
     }
+}
+
+/// Admits operators: whoever presents an admin key, and whoever comes over a unix socket. Without an admin key nobody
+/// else is one.
+#[derive(Clone, Debug)]
+pub(super) struct AdminCheck(pub(super) ApiKeys);
+
+impl Interceptor for AdminCheck {
+    fn call(&mut self, request: Request<()>) -> Result<Request<()>, Status> {
+        let given = request.metadata().get(ADMIN_KEY);
+        if is_local(&request) || given.is_some_and(|value| self.0.contains(value.as_bytes())) {
+            return Ok(request);
+        }
+        let (kind, message) = if self.0.is_empty() {
+            let message =
+                "this server was started without --admin-api-key, so nobody may control it from afar";
+            (ErrorKind::PermissionDenied, message.to_owned())
+        } else {
+            (
+                ErrorKind::Unauthenticated,
+                format!("this call needs the admin key: {ADMIN_KEY}: <key>"),
+            )
+        };
+        Err(RpcError::new(kind, message).into())
+    }
+}
+
+/// A unix socket's file has mode 0600: who comes over it is this server's own user, like the gateway beside it.
+fn is_local(request: &Request<()>) -> bool {
+    request.extensions().get::<UdsConnectInfo>().is_some()
 }

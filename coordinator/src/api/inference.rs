@@ -47,7 +47,7 @@ impl InferenceService {
         };
         let caller = Caller::of(&request, claims)?;
         let mut request = request.into_inner();
-        self.check_model(&request.model)?;
+        check_model(&self.parts.models, &request.model)?;
         let registration = self.register(std::mem::take(&mut request.request_id), "cmpl")?;
         let prepared = caller.in_time(self.parts.text.prepare(request)).await?;
         self.start(prepared, registration, caller)
@@ -60,18 +60,10 @@ impl InferenceService {
         };
         let caller = Caller::of(&request, claims)?;
         let mut request = request.into_inner();
-        self.check_model(&request.model)?;
+        check_model(&self.parts.models, &request.model)?;
         let registration = self.register(std::mem::take(&mut request.request_id), "chatcmpl")?;
         let prepared = caller.in_time(self.parts.text.prepare_chat(request)).await?;
         self.start(prepared, registration, caller)
-    }
-
-    fn check_model(&self, name: &str) -> Result<(), RpcError> {
-        if name.is_empty() || self.parts.models.iter().any(|model| model.id == name) {
-            return Ok(());
-        }
-        let message = format!("The model `{name}` does not exist.");
-        Err(RpcError::new(ErrorKind::NotFound, message).with_param("model"))
     }
 
     fn register(&self, id: String, prefix: &str) -> Result<Registration, RpcError> {
@@ -99,6 +91,15 @@ impl InferenceService {
         registration.deadline = caller.deadline;
         RequestStream::start(prepared, envelope, registration, &self.parts)
     }
+}
+
+/// Errors: `NotFound` for a name that none of `models` has.
+pub(super) fn check_model(models: &[v1::ModelCard], name: &str) -> Result<(), RpcError> {
+    if name.is_empty() || models.iter().any(|model| model.id == name) {
+        return Ok(());
+    }
+    let message = format!("The model `{name}` does not exist.");
+    Err(RpcError::new(ErrorKind::NotFound, message).with_param("model"))
 }
 
 type ChunkStream = BoxStream<'static, Result<v1::GenerateChunk, Status>>;

@@ -1,10 +1,11 @@
-//! The gRPC services clients and operators talk to: Inference, Admin, health and reflection.
+//! The gRPC services clients and operators talk to: Inference, Tokenizer, Admin, Control, health and reflection.
 
 mod admin;
 mod assembler;
 mod auth;
 mod caller;
 mod choice;
+mod control;
 mod engine;
 mod inference;
 mod kv_events;
@@ -14,12 +15,16 @@ mod prompt;
 mod registry;
 mod status;
 mod stream;
+mod tokenizer;
 
 use std::{sync::Arc, time::SystemTime};
 
 use phalanx_proto::{
     secret::ApiKeys,
-    v1::{self, ModelCard, admin_server::AdminServer, inference_server::InferenceServer},
+    v1::{
+        self, ModelCard, admin_server::AdminServer, control_server::ControlServer,
+        inference_server::InferenceServer, tokenizer_server::TokenizerServer,
+    },
 };
 use tonic::service::{Routes, interceptor::InterceptedService};
 
@@ -48,11 +53,15 @@ pub struct Api {
     pub model_root: String,
     /// What clients of Inference and Admin must present, unless they come over a unix socket.
     pub api_keys: ApiKeys,
+    /// What operators must present to Control, unless they come over a unix socket. Without any, nobody else may.
+    pub admin_keys: ApiKeys,
+    /// What `GetServerInfo` tells: a JSON object without secrets.
+    pub server_info: String,
 }
 
 impl Api {
-    /// Inference, Admin, grpc.health.v1 and reflection; others add their own services. Must be called within a Tokio
-    /// runtime: health follows [`Api::status`] until its last handle is gone.
+    /// Inference, Tokenizer, Admin, Control, grpc.health.v1 and reflection; others add their own services. Must be called
+    /// within a Tokio runtime: health follows [`Api::status`] until its last handle is gone.
     pub fn routes(self) -> Routes {
         let created = unix_seconds();
         let models = self.served_model_names.into_iter().map(|id| ModelCard {
@@ -61,19 +70,30 @@ impl Api {
             max_model_len: self.text.limits().max_model_len,
             root: self.model_root.clone(),
         });
+        let models: Vec<ModelCard> = models.collect();
         let registry = registry::Registry::default();
+        let tokenizer = tokenizer::TokenizerService {
+            text: self.text.clone(),
+            models: models.clone(),
+        };
+        let control = control::ControlService {
+            engine: self.engine.clone(),
+            registry: registry.clone(),
+        };
         let inference = inference::InferenceService::new(inference::Parts {
             text: self.text.clone(),
-            engine: self.engine,
+            engine: self.engine.clone(),
             registry: registry.clone(),
             metrics: self.metrics.clone(),
-            models: models.collect(),
+            models,
         });
         let admin = admin::AdminService {
             status: self.status.clone(),
             metrics: self.metrics,
             kv_events: self.kv_events,
             registry,
+            engine: self.engine,
+            server_info: self.server_info,
         };
         let (reporter, health) = tonic_health::server::health_reporter();
         tokio::spawn(status::follow(self.status.subscribe(), reporter));
@@ -83,10 +103,18 @@ impl Api {
         let admin = AdminServer::new(admin)
             .max_decoding_message_size(MAX_REQUEST_BYTES)
             .max_encoding_message_size(MAX_RESPONSE_BYTES);
+        let tokenizer = TokenizerServer::new(tokenizer)
+            .max_decoding_message_size(MAX_REQUEST_BYTES)
+            .max_encoding_message_size(MAX_RESPONSE_BYTES);
         // Probes and reflection tell nothing that the contract does not; they need no key.
         let check = auth::KeyCheck(self.api_keys);
         let routes = Routes::new(InterceptedService::new(inference, check.clone()))
+            .add_service(InterceptedService::new(tokenizer, check.clone()))
             .add_service(InterceptedService::new(admin, check))
+            .add_service(InterceptedService::new(
+                ControlServer::new(control),
+                auth::AdminCheck(self.admin_keys),
+            ))
             .add_service(health);
         let reflection = tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(phalanx_proto::FILE_DESCRIPTOR_SET)

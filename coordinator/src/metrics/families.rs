@@ -78,7 +78,7 @@ impl EngineMetrics {
             num_requests_waiting_by_reason: add(
                 r,
                 "vllm:num_requests_waiting_by_reason",
-                "Waiting sequences by what they wait for",
+                "Waiting sequences by what they wait for: blocks (capacity), or the end of a pause (deferred)",
                 Family::default(),
             ),
             kv_cache_usage_perc: add(
@@ -298,6 +298,7 @@ pub(super) struct GroupMetrics {
     pub(super) step_seconds: Histogram,
     pub(super) recovery_seconds: Histogram,
     pub(super) epoch: Gauge,
+    pub(super) paused: Gauge,
     pub(super) ranks_lost: Counter,
 }
 
@@ -320,6 +321,12 @@ impl GroupMetrics {
                 r,
                 "phalanx_epoch",
                 "Incarnation of the rank group",
+                Gauge::default(),
+            ),
+            paused: add(
+                r,
+                "phalanx_paused",
+                "Whether an operator holds the engine still",
                 Gauge::default(),
             ),
             ranks_lost: add(

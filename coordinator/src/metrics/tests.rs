@@ -47,6 +47,7 @@ fn recorded() -> Metrics {
             num_accepted_tokens: 4,
             num_accepted_per_position: [3, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
         },
+        paused: false,
     };
     metrics.engine_turned(&Snapshot::default(), &now);
     metrics.engine_turned(&now, &now);
@@ -106,6 +107,7 @@ fn names_are_those_that_dashboards_know() {
         "vllm:spec_decode_num_accepted_tokens_total",
         "vllm:spec_decode_num_accepted_tokens_per_pos_total",
         "phalanx_epoch",
+        "phalanx_paused",
         "phalanx_ranks_lost_total",
     ];
     let histograms = [

@@ -13,6 +13,7 @@ mod resume;
 mod sampling;
 mod stop;
 mod structured;
+mod tokenize;
 mod tokenizer;
 mod tools;
 

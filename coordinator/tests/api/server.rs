@@ -83,6 +83,8 @@ pub(crate) fn api(engine: EngineSlot, status: StatusHandle) -> Api {
         served_model_names: vec!["demo".into(), "alias".into()],
         model_root: "/models/demo.gguf".into(),
         api_keys: ApiKeys::default(),
+        admin_keys: ApiKeys::default(),
+        server_info: r#"{"version": "1"}"#.into(),
     }
 }
 

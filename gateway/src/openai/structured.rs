@@ -15,7 +15,7 @@ use serde_json::value::RawValue;
 use super::body::{Bounded, Object, parse};
 
 #[derive(Debug, Deserialize)]
-struct Fields {
+pub(crate) struct StructuredFields {
     response_format: Option<Box<RawValue>>,
     structured_outputs: Option<Object<Structured>>,
     guided_json: Option<Box<RawValue>>,
@@ -48,6 +48,7 @@ struct ResponseFormat {
     json_schema: Option<Object<JsonSchema>>,
 }
 
+/// A schema and its name, which means nothing here.
 #[derive(Debug, Deserialize)]
 struct JsonSchema {
     schema: Option<Box<RawValue>>,
@@ -57,8 +58,8 @@ struct JsonSchema {
 ///
 /// # Errors
 /// `InvalidArgument` naming the field: of the wrong type, without a constraint, or one constraint too many.
-pub(super) fn restrict(body: &[u8], sampling: &mut SamplingParams) -> Result<(), RpcError> {
-    let fields: Fields = parse(body)?;
+pub(crate) fn restrict(body: &[u8], sampling: &mut SamplingParams) -> Result<(), RpcError> {
+    let fields: StructuredFields = parse(body)?;
     sampling.bad_words = fields.bad_words.map(|words| words.0).unwrap_or_default();
     if let Some(ids) = fields.allowed_token_ids {
         if ids.0.is_empty() {
@@ -179,7 +180,7 @@ impl Found {
 }
 
 /// JSON as it is, or the JSON within a string.
-fn text_of(field: &str, raw: &RawValue) -> Result<String, RpcError> {
+pub(crate) fn text_of(field: &str, raw: &RawValue) -> Result<String, RpcError> {
     let text = raw.get();
     if !text.starts_with('"') {
         return Ok(text.to_owned());

@@ -2,10 +2,8 @@
 
 use std::sync::{Arc, PoisonError, RwLock};
 
-use phalanx_proto::secret::ApiKeys;
-
 use super::{Backends, RouterMetrics, replica::Replica};
-use crate::{backend::Backend, config::GatewayError};
+use crate::{auth::Keys, backend::Backend, config::GatewayError};
 
 pub(super) type List = Arc<[Arc<Replica>]>;
 
@@ -14,7 +12,7 @@ pub(super) struct Pool {
     sole: Option<Backend>,
     fixed: Vec<Arc<Replica>>,
     all: RwLock<List>,
-    keys: ApiKeys,
+    keys: Keys,
     metrics: RouterMetrics,
 }
 
@@ -22,7 +20,7 @@ impl Pool {
     /// Errors: an address of neither form.
     pub(super) fn new(
         backends: &Backends,
-        keys: &ApiKeys,
+        keys: &Keys,
         metrics: RouterMetrics,
     ) -> Result<Self, GatewayError> {
         let mut addresses = backends.addresses.clone();
@@ -96,7 +94,7 @@ mod tests {
             dns: dns.then(|| "model:1".to_owned()),
             ..Backends::default()
         };
-        Pool::new(&backends, &ApiKeys::default(), RouterMetrics::default()).expect("good addresses")
+        Pool::new(&backends, &Keys::default(), RouterMetrics::default()).expect("good addresses")
     }
 
     #[tokio::test]

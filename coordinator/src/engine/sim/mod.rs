@@ -6,6 +6,7 @@ mod executor;
 mod fairness;
 mod grammar;
 mod indexer;
+mod pauses;
 mod scenario;
 mod tests;
 

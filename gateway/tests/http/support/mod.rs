@@ -2,10 +2,11 @@
 
 mod client;
 mod coordinator;
+mod services;
 
 use std::net::SocketAddr;
 
-pub(crate) use client::{Connection, Reply, delete, get, post, post_with};
+pub(crate) use client::{Connection, Reply, delete, get, get_with, post, post_with};
 pub(crate) use coordinator::{Coordinator, Script};
 use phalanx_gateway::{Backends, Gateway, GatewayConfig};
 use tokio::{sync::oneshot, task::JoinHandle};
