@@ -122,6 +122,40 @@ def check_forced(client, model):
         assert pieces == call.function.arguments, (pieces, call)
 
 
+def check_strict(client, model):
+    strict = json.loads(json.dumps(WEATHER))
+    strict["function"]["strict"] = True
+    strict["function"]["parameters"] = {
+        "type": "object",
+        "properties": {"city": {"enum": ["Lyon", "Nice"]}},
+        "required": ["city"],
+        "additionalProperties": False,
+    }
+    reply = client.chat.completions.create(model=model, messages=[ASK], tools=[strict], extra_body=CALM, **COMMON)
+    (choice,) = reply.choices
+    assert choice.message.tool_calls, choice
+    call = choice.message.tool_calls[0]
+    assert json.loads(call.function.arguments)["city"] in ("Lyon", "Nice"), call
+
+
+def check_thought_before_json(client, model):
+    schema = {
+        "type": "object",
+        "properties": {"city": {"enum": ["Paris", "Rome"]}, "sunny": {"type": "boolean"}},
+        "required": ["city", "sunny"],
+        "additionalProperties": False,
+    }
+    reply = client.chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": '{"city": "Paris", "weather": "sunny"}'}],
+        response_format={"type": "json_schema", "json_schema": {"name": "weather", "strict": True, "schema": schema}},
+        **COMMON,
+    )
+    (choice,) = reply.choices
+    assert choice.finish_reason == "stop" and choice.message.reasoning_content, choice
+    assert json.loads(choice.message.content).keys() == {"city", "sunny"}, choice
+
+
 def expect(param, call, **arguments):
     try:
         call(**arguments)
@@ -165,6 +199,8 @@ def main():
     check_answer(client, model, message)
     check_choices(client, model)
     check_forced(client, model)
+    check_strict(client, model)
+    check_thought_before_json(client, model)
     check_errors(client, model)
     print(f"openai {openai.__version__}: every check of tools passed against {model}")
 

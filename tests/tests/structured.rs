@@ -1,6 +1,9 @@
 //! Structured outputs on the real model: whatever it would rather say, what comes out is of the language asked for.
 
-use std::thread;
+use std::{
+    thread,
+    time::{Duration, Instant},
+};
 
 use phalanx_tests::{
     http,
@@ -26,6 +29,8 @@ fn completions_are_of_the_language_asked_for() {
     completions_of_one_prompt_differ_and_hold(server);
     many_at_once_keep_apart(server);
     what_cannot_be_compiled_is_refused(server);
+    what_takes_long_to_compile_is_answered_soon(server);
+    other_routes_hold_as_well(server);
     for server in clusters {
         server.wait_idle();
         assert!(server.stop().success());
@@ -381,7 +386,12 @@ fn what_cannot_be_compiled_is_refused(server: &Server) {
         merge(&mut body, fields);
         let reply = http::post(&server.address, CHAT, &body).expect("a reply");
         assert_eq!(reply.status, 400, "{body}: {}", reply.text());
-        assert_eq!(reply.json()["error"]["param"], param, "{body}: {}", reply.text());
+        let error = &reply.json()["error"];
+        assert_eq!(
+            (&error["param"], &error["code"]),
+            (&param.into(), &"invalid_argument".into()),
+            "{body}: {error}"
+        );
     }
     // One token, which the grammar does not have: nothing may be drawn.
     let mut body = chat("x");
@@ -392,4 +402,56 @@ fn what_cannot_be_compiled_is_refused(server: &Server) {
     let reply = http::post(&server.address, CHAT, &body).expect("a reply");
     assert_eq!(reply.status, 400, "{}", reply.text());
     assert!(reply.text().contains("allowed_token_ids"), "{}", reply.text());
+}
+
+/// Each compiles or is refused, and nobody waits for it.
+fn what_takes_long_to_compile_is_answered_soon(server: &Server) {
+    let wide: Vec<String> = (0..5000).map(|i| format!("p{i}")).collect();
+    for fields in [
+        json!({"guided_regex": "(((a{1,100}){1,100}){1,100}){1,100}"}),
+        json!({"guided_regex": "(.*a){40}.*"}),
+        json!({"guided_regex": "x".repeat(20_000)}),
+        json!({"guided_choice": wide}),
+        json!({"guided_json": {"type": "array", "items": {}, "minItems": 1_000_000_000}}),
+        json!({"guided_grammar": format!("start: {}\"a\"{}", "(".repeat(5000), ")".repeat(5000))}),
+    ] {
+        let name = format!("{:.80}", fields.to_string());
+        let mut body = prompt("x", fields);
+        body["max_tokens"] = 1.into();
+        let start = Instant::now();
+        let reply = http::post(&server.address, COMPLETIONS, &body).expect("a reply");
+        assert!(
+            start.elapsed() < Duration::from_secs(2),
+            "{name}: {:?}",
+            start.elapsed()
+        );
+        let text = reply.text();
+        assert!(
+            reply.status == 200 || reply.status == 400 && text.contains("guided_"),
+            "{name}: {text}"
+        );
+    }
+}
+
+/// TGI's grammar, and the token ids of a completion of one of two choices.
+fn other_routes_hold_as_well(server: &Server) {
+    let grammar = json!({"type": "regex", "value": "[0-9]{4}"});
+    let body = json!({"inputs": "The year is", "parameters": {"grammar": grammar, "max_new_tokens": 20}});
+    let reply = http::post(&server.address, "/generate", &body).expect("a reply");
+    let text = reply.json()["generated_text"]
+        .as_str()
+        .unwrap_or_default()
+        .to_owned();
+    assert!(
+        text.len() == 4 && text.bytes().all(|byte| byte.is_ascii_digit()),
+        "{}",
+        reply.text()
+    );
+    let sampling = json!({"temperature": 0, "structured_outputs": {"choice": ["yes", "no"]}});
+    let body = json!({"token_ids": [1, 2, 3], "sampling_params": sampling});
+    let reply = http::post(&server.address, "/inference/v1/generate", &body).expect("a reply");
+    let ids = reply.json()["choices"][0]["token_ids"].clone();
+    let reply = http::post(&server.address, "/detokenize", &json!({"tokens": ids})).expect("a reply");
+    let text = reply.json()["prompt"].as_str().unwrap_or_default().to_owned();
+    assert!(["yes", "no"].contains(&text.as_str()), "{ids} are {text:?}");
 }

@@ -219,10 +219,11 @@ impl TextProcessor {
         let resume = mem::take(&mut request.resume);
         let (mut prompt, rendered) = self.render(request).await?;
         cut.apply(&mut prompt);
-        if let Some(schema) = rendered.constraint {
-            tools::force(&mut sampling, schema)?;
+        if let Some(constraint) = rendered.constraint {
+            tools::restrict(&mut sampling, constraint)?;
         }
-        params.constraint = self.constraint(sampling).await?;
+        let thinks = rendered.plan.begins_with_reasoning();
+        params.constraint = self.constraint(sampling, thinks).await?;
         let prepared = self.assemble(params, prompt, place, (rendered.echo, output))?;
         let plan = rendered.plan;
         PreparedRequest { plan, ..prepared }.resume(resume)
@@ -250,12 +251,12 @@ impl TextProcessor {
         output: &v1::OutputOptions,
     ) -> Result<CheckedParams, RpcError> {
         let mut checked = self.check(&params, output)?;
-        checked.constraint = self.constraint(params).await?;
+        checked.constraint = self.constraint(params, false).await?;
         Ok(checked)
     }
 
-    /// What beside its parameters restricts the tokens of a request.
-    async fn constraint(&self, params: v1::SamplingParams) -> Result<Constraint, RpcError> {
+    /// What beside its parameters restricts the tokens of a request. `thinks`: a grammar begins behind the reasoning.
+    async fn constraint(&self, params: v1::SamplingParams, thinks: bool) -> Result<Constraint, RpcError> {
         let (vocab_size, ignore_eos) = (self.limits.vocab_size, params.ignore_eos);
         let allowed_token_ids = constraint::allowed_token_ids(&params.allowed_token_ids, vocab_size)?;
         constraint::check_bad_words(&params.bad_words)?;
@@ -264,7 +265,10 @@ impl TextProcessor {
             let (grammars, tokenizer) = (self.grammars.clone(), self.tokenizer.clone());
             let work = move || {
                 let spec = params.structured_outputs.as_ref();
-                let grammar = spec.map(|spec| grammars.compile(spec)).transpose()?;
+                let mut grammar = spec.map(|spec| grammars.compile(spec)).transpose()?;
+                if thinks {
+                    grammar = grammar.map(|grammar| grammars.after_reasoning(grammar));
+                }
                 let bad_words = constraint::tokenize_bad_words(&params.bad_words, &tokenizer)?;
                 Ok((grammar, bad_words))
             };

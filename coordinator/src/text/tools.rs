@@ -4,7 +4,7 @@ use minijinja::Value;
 use phalanx_proto::{
     RpcError,
     limits::{MAX_FUNCTION_NAME_BYTES, MAX_TOOLS},
-    v1::{self, tool_choice::Mode},
+    v1::{self, structured_outputs::Constraint, tool_choice::Mode},
 };
 
 use super::json::{Json, object};
@@ -24,6 +24,8 @@ struct Function {
     name: String,
     /// JSON schema of the arguments; none: an object without properties.
     parameters: Option<Json>,
+    /// Arguments follow the schema even where the model need not call.
+    strict: bool,
 }
 
 /// What the model may do with its tools.
@@ -164,6 +166,37 @@ impl ToolSet {
         }
     }
 
+    /// The structural tag of a text with calls as Hermes writes them, if a function is strict: the text is free, but what
+    /// begins as a call is one of a known function, and the arguments of strict ones follow their schemas.
+    pub(crate) fn strict_calls(&self, parallel: bool) -> Option<Json> {
+        if !self.functions.iter().any(|function| function.strict) {
+            return None;
+        }
+        let tags = self.functions.iter().map(|function| {
+            let schema = if function.strict {
+                function.schema()
+            } else {
+                object([("type", "object".into())])
+            };
+            let name = Json::from(function.name.as_str());
+            let begin = format!("<tool_call>\n{{\"name\": {name}, \"arguments\": ");
+            let content = object([("type", "json_schema".into()), ("json_schema", schema)]);
+            object([
+                ("type", "tag".into()),
+                ("begin", begin.as_str().into()),
+                ("content", content),
+                ("end", "}\n</tool_call>".into()),
+            ])
+        });
+        let format = object([
+            ("type", "triggered_tags".into()),
+            ("triggers", Json::Array(vec!["<tool_call>".into()])),
+            ("tags", Json::Array(tags.collect())),
+            ("stop_after_first", Json::Bool(!parallel)),
+        ]);
+        Some(object([("type", "structural_tag".into()), ("format", format)]))
+    }
+
     /// The `$defs` of all functions: references to them start at the root of the schema that joins the functions.
     fn definitions(&self) -> Result<Vec<(String, Json)>, RpcError> {
         let mut all: Vec<(String, Json)> = Vec::new();
@@ -219,9 +252,15 @@ impl Function {
             None | Some(Json::Null | Json::String(_)) => {}
             Some(_) => return Err(must(".function.description", "a text")),
         }
+        let strict = match function.get("strict") {
+            None | Some(Json::Null) => false,
+            Some(Json::Bool(strict)) => *strict,
+            Some(_) => return Err(must(".function.strict", "true or false")),
+        };
         Ok(Self {
             name: name.to_owned(),
             parameters,
+            strict,
         })
     }
 
@@ -236,14 +275,18 @@ impl Function {
     }
 }
 
-/// Makes `schema` all that completions may say. Errors: the request has said already what they must look like.
-pub(crate) fn force(sampling: &mut v1::SamplingParams, schema: String) -> Result<(), RpcError> {
+/// Makes `constraint` all that completions may say. Errors: calls are forced, and the request has said already what
+/// completions must look like; where the model may speak, that goes before.
+pub(crate) fn restrict(sampling: &mut v1::SamplingParams, constraint: Constraint) -> Result<(), RpcError> {
     if sampling.structured_outputs.is_some() {
+        if matches!(constraint, Constraint::StructuralTag(_)) {
+            return Ok(());
+        }
         let message = "tool_choice cannot ask for a call where structured outputs are asked for.";
         return Err(RpcError::invalid("tool_choice", message));
     }
     sampling.structured_outputs = Some(v1::StructuredOutputs {
-        constraint: Some(v1::structured_outputs::Constraint::JsonSchema(schema)),
+        constraint: Some(constraint),
         param: "tools".to_owned(),
         ..v1::StructuredOutputs::default()
     });
@@ -338,6 +381,27 @@ mod tests {
             let error = tools.choice(Some(&bad)).expect_err("refused");
             assert_eq!(error.param.as_deref(), Some("tool_choice"));
         }
+    }
+
+    #[test]
+    fn strict_functions_are_tags_in_free_text() {
+        let tools = |json: &str| ToolSet::parse(json).expect("valid");
+        assert!(tools(&format!("[{NOW}]")).strict_calls(true).is_none());
+        let strict = r#"{"type": "function", "function": {"name": "f\"", "strict": true, "parameters": {"type": "null"}}}"#;
+        let tag = tools(&format!("[{strict}, {NOW}]"))
+            .strict_calls(false)
+            .expect("a tag");
+        assert_eq!(
+            tag.to_string(),
+            concat!(
+                r#"{"type":"structural_tag","format":{"type":"triggered_tags","triggers":["<tool_call>"],"tags":["#,
+                r#"{"type":"tag","begin":"<tool_call>\n{\"name\": \"f\\\"\", \"arguments\": ","#,
+                r#""content":{"type":"json_schema","json_schema":{"type":"null"}},"end":"}\n</tool_call>"},"#,
+                r#"{"type":"tag","begin":"<tool_call>\n{\"name\": \"now\", \"arguments\": ","#,
+                r#""content":{"type":"json_schema","json_schema":{"type":"object"}},"end":"}\n</tool_call>"}],"#,
+                r#""stop_after_first":true}}"#,
+            )
+        );
     }
 
     #[test]

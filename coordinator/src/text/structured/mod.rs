@@ -3,6 +3,7 @@
 //! A request's grammar is compiled before the request enters any queue, on a thread of its own with a limit on time, and
 //! kept for the next request that brings the same. The engine steps a copy of it (`engine::Grammar`).
 
+mod after;
 mod cache;
 mod ebnf;
 mod json_schema;
@@ -29,7 +30,7 @@ use llguidance::{
 };
 use phalanx_proto::{ErrorKind, RpcError, v1};
 
-use self::{cache::GrammarCache, state::LlGrammar};
+use self::{after::AfterReasoning, cache::GrammarCache, state::LlGrammar};
 use super::{SpecialTokens, TokenTable};
 use crate::engine::Grammar;
 
@@ -134,6 +135,12 @@ impl GrammarCompiler {
         let grammar = compiled.fork();
         shared.cache().insert(spec.clone(), compiled);
         Ok(grammar)
+    }
+
+    /// The same language for what comes after a completion's reasoning, which may be anything.
+    pub(crate) fn after_reasoning(&self, grammar: Box<dyn Grammar>) -> Box<dyn Grammar> {
+        let (table, vocab_size) = (Arc::clone(&self.shared.table), self.shared.vocab_size);
+        Box::new(AfterReasoning::new(table, vocab_size, grammar))
     }
 }
 

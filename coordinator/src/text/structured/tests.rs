@@ -16,14 +16,15 @@ use crate::{
 const EOS: u32 = 256;
 const TOOL: u32 = 257;
 const VOCAB_SIZE: u32 = 300;
+/// From [`EOS`] on.
+const WORDS: [&str; 8] = ["<end>", "<tool>", "true", "\"name\"", "ab", "{\"", "  ", ">a"];
 
 /// Printable ASCII by its codes, then an end token, a special token, and words; the rest has no tokens.
 fn compiler() -> GrammarCompiler {
-    let words = ["<end>", "<tool>", "true", "\"name\"", "ab", "{\"", "  "];
     let texts: Vec<Option<String>> = (0..VOCAB_SIZE)
         .map(|id| match id {
             0..128 => Some(char::from(id as u8).to_string()),
-            EOS.. => words.get((id - EOS) as usize).map(ToString::to_string),
+            EOS.. => WORDS.get((id - EOS) as usize).map(ToString::to_string),
             _ => None,
         })
         .collect();
@@ -260,6 +261,30 @@ fn forks_go_their_own_ways() {
         "at its beginning"
     );
     assert!(first.accept(b'z'.into()).is_err());
+}
+
+#[test]
+fn a_grammar_may_begin_behind_the_reasoning() {
+    let compiler = compiler();
+    let grammar = compiler.compile(&spec(choice(&["ab"]))).expect("a choice");
+    let mut grammar = compiler.after_reasoning(grammar);
+    let overshooting = EOS + WORDS.iter().position(|word| *word == ">a").expect("a word") as u32;
+    for byte in "so <</think".bytes() {
+        let allowed = grammar.allowed().expect("anything");
+        assert!(allowed.contains(byte.into()) && allowed.contains(EOS) && allowed.contains(b'a'.into()));
+        assert_eq!(grammar.accept(byte.into()), Ok(GrammarStatus::Open));
+    }
+    let allowed = grammar.allowed().expect("anything");
+    assert!(allowed.contains(b'>'.into()) && !allowed.contains(overshooting));
+    let mut other = grammar.fork();
+    assert_eq!(other.accept(b' '.into()), Ok(GrammarStatus::Open));
+    let allowed = other.allowed().expect("anything");
+    assert!(allowed.contains(overshooting), "the mark is broken off");
+    assert_eq!(grammar.accept(b'>'.into()), Ok(GrammarStatus::Open));
+    let allowed = grammar.allowed().expect("a choice");
+    assert!(allowed.contains(b'a'.into()) && !allowed.contains(b'b'.into()) && !allowed.contains(EOS));
+    assert_eq!(grammar.accept(b'a'.into()), Ok(GrammarStatus::Open));
+    assert_eq!(grammar.accept(b'b'.into()), Ok(GrammarStatus::Complete));
 }
 
 /// What cannot be used is refused soon, with the field and the reason.
