@@ -251,7 +251,7 @@ impl EngineHandle {
             output: request.output,
             sampling: request.sampling,
             stop: request.stop,
-            constraint: request.constraint,
+            constraint: Box::new(request.constraint),
             priority: request.priority,
             cache_salt: request.cache_salt,
             tenant: request.tenant,

@@ -192,7 +192,7 @@ mod tests {
     use phalanx_proto::step::SequenceId;
 
     use super::*;
-    use crate::engine::{Constraint, TenantId};
+    use crate::engine::TenantId;
 
     fn request() -> EngineRequest {
         EngineRequest {
@@ -205,7 +205,7 @@ mod tests {
                 min_tokens: 0,
                 stop_token_ids: vec![],
             },
-            constraint: Constraint::default(),
+            constraint: Box::default(),
             priority: 0,
             cache_salt: None,
             tenant: TenantId::default(),

@@ -69,7 +69,7 @@ impl Sequence {
             tokens: request.prompt,
             sampling: request.sampling,
             stop: request.stop,
-            constraint: request.constraint,
+            constraint: *request.constraint,
             masked_out: None,
             ngrams: None,
             started: false,

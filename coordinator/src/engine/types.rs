@@ -50,7 +50,7 @@ pub struct EngineRequest {
     pub output: Vec<u32>,
     pub sampling: SamplingParams,
     pub stop: StopRules,
-    pub constraint: Constraint,
+    pub constraint: Box<Constraint>,
     /// Smaller is more urgent; only the priority policy looks at it.
     pub priority: i32,
     /// Separates prefix-cache entries of callers who must not see each other's timing.

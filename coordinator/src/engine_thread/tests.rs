@@ -90,7 +90,7 @@ fn expected(id: SequenceId, new: &NewSequence) -> Vec<u32> {
         output: vec![],
         sampling: new.sampling.clone(),
         stop: new.stop.clone(),
-        constraint: new.constraint.clone(),
+        constraint: Box::new(new.constraint.clone()),
         priority: 0,
         cache_salt: None,
         tenant: TenantId::default(),

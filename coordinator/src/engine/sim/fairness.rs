@@ -6,8 +6,8 @@ use phalanx_proto::step::SequenceId;
 
 use super::{Faults, Prng, SimExecutor, VOCAB_SIZE, scenario::SimClock};
 use crate::engine::{
-    Command, Constraint, EngineConfig, EngineCore, EngineRequest, Event, FinishReason, SamplingParams,
-    SchedulingPolicy, StopRules, TenantId,
+    Command, EngineConfig, EngineCore, EngineRequest, Event, FinishReason, SamplingParams, SchedulingPolicy,
+    StopRules, TenantId,
 };
 
 const TENANTS: u64 = 3;
@@ -30,7 +30,7 @@ fn requests(prng: &mut Prng) -> Vec<EngineRequest> {
                 min_tokens: 0,
                 stop_token_ids: Vec::new(),
             },
-            constraint: Constraint::default(),
+            constraint: Box::default(),
             priority: 0,
             cache_salt: None,
             tenant: TenantId(tenant),

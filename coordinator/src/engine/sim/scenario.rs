@@ -331,7 +331,7 @@ fn request(id: SequenceId, shared: &[u32], config: &EngineConfig, prng: &mut Prn
             min_tokens: prng.range(0, max_tokens),
             stop_token_ids,
         },
-        constraint: grammar::constraint(prng),
+        constraint: Box::new(grammar::constraint(prng)),
         priority: prng.range(0, 3) as i32,
         cache_salt: salt(id).map(str::to_owned),
         tenant: TenantId(prng.below(3)),

@@ -7,8 +7,8 @@ use super::{
     scenario::{Scenario, SimClock},
 };
 use crate::engine::{
-    Command, Constraint, EngineConfig, EngineCore, EngineFailure, EngineRequest, Event, ExecutorError,
-    FinishReason, NgramSpeculation, Progress, SamplingParams, SpeculationStats, StopRules, TenantId,
+    Command, EngineConfig, EngineCore, EngineFailure, EngineRequest, Event, ExecutorError, FinishReason,
+    NgramSpeculation, Progress, SamplingParams, SpeculationStats, StopRules, TenantId,
 };
 
 /// Plays many seeds and makes sure that the stories held what they are meant to test.
@@ -74,7 +74,7 @@ pub(super) fn request(id: u64, prompt: Vec<u32>, max_tokens: u32) -> EngineReque
             min_tokens: 0,
             stop_token_ids: vec![],
         },
-        constraint: Constraint::default(),
+        constraint: Box::default(),
         priority: 0,
         cache_salt: super::salt(SequenceId(id)).map(str::to_owned),
         tenant: TenantId::default(),

@@ -172,7 +172,8 @@ impl Rules<'_> {
                 at_least_one,
                 stop_after_first,
             } => {
-                if !last && !(*at_least_one && *stop_after_first) {
+                let ends_with_one = *at_least_one && *stop_after_first;
+                if !last && !ends_with_one {
                     return Err("has triggered_tags that are not the end".into());
                 }
                 self.triggered(triggers, tags, (*at_least_one, *stop_after_first))
