@@ -137,6 +137,7 @@ impl StopRules {
 }
 
 #[derive(Clone, Debug)]
+#[expect(clippy::large_enum_variant, reason = "nearly all commands are submissions")]
 pub enum Command {
     Submit(EngineRequest),
     /// Ends a sequence wherever it is: `Stop` at a stop string, `Abort` for whoever went away. Unknown or finished ids
