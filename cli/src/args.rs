@@ -115,7 +115,13 @@ pub(crate) struct ModelArgs {
     #[arg(long, env = "PHALANX_KV_CACHE_MEMORY_BYTES", value_parser = parse_bytes)]
     pub(crate) kv_cache_memory_bytes: Option<u64>,
     /// The part of a GPU's memory that a rank may take.
-    #[arg(long, env = "PHALANX_GPU_MEMORY_UTILIZATION", default_value_t = 0.9, value_parser = parse_utilization)]
+    #[arg(
+        long,
+        alias = "device-memory-utilization",
+        env = "PHALANX_GPU_MEMORY_UTILIZATION",
+        default_value_t = 0.9,
+        value_parser = parse_utilization
+    )]
     pub(crate) gpu_memory_utilization: f32,
     /// Leave all sums over GPUs to NCCL, also short ones.
     #[arg(long, env = "PHALANX_DISABLE_CUSTOM_ALL_REDUCE", value_parser = BoolishValueParser::new())]
@@ -123,9 +129,6 @@ pub(crate) struct ModelArgs {
     /// Launch every op by itself on GPUs: no CUDA graphs, and a faster start.
     #[arg(long, env = "PHALANX_ENFORCE_EAGER", value_parser = BoolishValueParser::new())]
     pub(crate) enforce_eager: bool,
-    /// Replay decode steps as CUDA graphs, as by default.
-    #[arg(long, conflicts_with = "enforce_eager")]
-    pub(crate) no_enforce_eager: bool,
     /// Rows of the decode steps that are captured as CUDA graphs; others are padded to the next of them, and run
     /// eagerly beyond the last. Default: 1, 2, 4, then every 8th to 256 and every 16th to 512, up to max-num-seqs.
     #[arg(

@@ -3,6 +3,7 @@
 
 mod args;
 mod bench;
+mod command_line;
 mod config_file;
 mod gateway;
 mod limits;
@@ -13,17 +14,21 @@ mod resolve;
 mod runtime_dir;
 mod serve;
 mod signals;
+mod vllm;
 mod warm_kernels;
 mod worker;
 
 use std::{ffi::OsString, process::ExitCode};
 
-use clap::{CommandFactory, FromArgMatches};
+use clap::FromArgMatches;
 
-use crate::args::{Cli, Command};
+use crate::{
+    args::{Cli, Command},
+    command_line::CommandLine,
+};
 
 fn main() -> ExitCode {
-    match run(std::env::args_os().map(config_file::normalize).collect()) {
+    match run(std::env::args_os().collect()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // The last line is the reason, whatever was logged before.
@@ -48,11 +53,12 @@ fn sentence(error: &anyhow::Error) -> String {
 }
 
 fn run(arguments: Vec<OsString>) -> anyhow::Result<()> {
-    let command = config_file::apply(Cli::command(), &arguments)?;
-    let matches = command.get_matches_from(&arguments);
+    let line = CommandLine::read(arguments)?;
+    let matches = line.command.get_matches_from(&line.arguments);
     args::refuse_two_models(&matches)?;
     let cli = Cli::from_arg_matches(&matches)?;
     logging::init(&cli.logging)?;
+    vllm::warn(&line.notices);
     match cli.command {
         Command::Serve(args) => serve::serve(*args, &cli.logging),
         Command::Coordinator(args) => serve::coordinator(*args, &cli.logging),

@@ -60,7 +60,7 @@ pub(crate) fn model(args: &ModelArgs) -> anyhow::Result<ModelOptions> {
         }),
         gpu_memory_utilization: args.gpu_memory_utilization,
         disable_custom_all_reduce: args.disable_custom_all_reduce,
-        enforce_eager: args.enforce_eager && !args.no_enforce_eager,
+        enforce_eager: args.enforce_eager,
         cudagraph_capture_sizes: args.cudagraph_capture_sizes.clone(),
     })
 }

@@ -109,6 +109,10 @@ async fn supervise(
             tracing::info!("{name}: letting running requests end, for at most {} s", drain.as_secs());
             Ok(())
         }
+        () = coordinator.asked_to_stop() => {
+            tracing::info!("asked by a client: letting running requests end, for at most {} s", drain.as_secs());
+            Ok(())
+        }
     };
     let drain = if outcome.is_ok() { drain } else { Duration::ZERO };
     tokio::select! {

@@ -14,7 +14,10 @@ use phalanx_proto::{
     v1::{Assign, GetStatusResponse, GroupState, Phase, cluster_server::ClusterServer},
 };
 use phalanx_shm::{EnginePort, Segment, ShmError, Wait, sweep_orphans};
-use tokio::{sync::watch, task::JoinHandle};
+use tokio::{
+    sync::{Notify, watch},
+    task::JoinHandle,
+};
 
 use crate::{
     api::{Api, EngineSlot, ListenError, Listeners, StatusHandle, serve},
@@ -76,6 +79,8 @@ pub struct Coordinator {
     running: std::sync::OnceLock<EngineHandle>,
     status: StatusHandle,
     metrics: Arc<Metrics>,
+    /// A client has asked for the end.
+    asked_to_stop: Arc<Notify>,
     /// Ends the services.
     shutdown: watch::Sender<bool>,
     services: std::sync::Mutex<Option<JoinHandle<()>>>,
@@ -119,6 +124,7 @@ impl Coordinator {
             engine: EngineSlot::default(),
             running: std::sync::OnceLock::new(),
             launcher: std::sync::Mutex::new(launcher),
+            asked_to_stop: Arc::new(Notify::new()),
             shutdown: watch::Sender::new(false),
             services: std::sync::Mutex::new(None),
             proposal,
@@ -141,7 +147,9 @@ impl Coordinator {
             status: self.status.clone(),
             served_model_names: self.config.engine.served_model_names.clone(),
             model_root: self.config.model.path.to_string_lossy().into_owned(),
+            tensor_parallel_size: self.config.model.tensor_parallel_size as u32,
             api_keys: self.config.api.api_keys.clone(),
+            shutdown: self.asked_to_stop.clone(),
         };
         let attach = ClusterServer::new(AttachService(self.cluster.clone()));
         let routes = api.routes().add_service(attach);
@@ -274,6 +282,11 @@ impl Coordinator {
             // The sender lives in `self`.
             let _ = changes.changed().await;
         }
+    }
+
+    /// Returns once a client has asked the server to shut down, over gRPC.
+    pub async fn asked_to_stop(&self) {
+        self.asked_to_stop.notified().await;
     }
 
     /// Refuses new requests from now on; those that were admitted go on.

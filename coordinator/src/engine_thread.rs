@@ -253,6 +253,11 @@ impl EngineHandle {
         })
     }
 
+    /// What the engine was started with.
+    pub fn config(&self) -> &EngineConfig {
+        &self.shared.config.engine
+    }
+
     pub fn status(&self) -> EngineStatus {
         *self.shared.status.borrow()
     }

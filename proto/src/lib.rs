@@ -20,6 +20,18 @@ pub mod v1 {
     tonic::include_proto!("phalanx.v1");
 }
 
+/// Generated from `proto/vllm/*.proto`.
+pub mod vllm {
+    #![allow(
+        unreachable_pub,
+        unused_qualifications,
+        clippy::all,
+        missing_docs,
+        reason = "generated"
+    )]
+    tonic::include_proto!("vllm");
+}
+
 pub use error::{ErrorKind, RpcError};
 
 /// The encoded `FileDescriptorSet` of every service, for gRPC reflection.

@@ -22,12 +22,13 @@ impl EngineSlot {
 
     /// Queues a sequence without waiting. Errors: `Unavailable` while there is no engine, and the engine's own.
     pub(super) fn submit(&self, sequence: NewSequence) -> Result<Submission, RpcError> {
-        match self.engine.get() {
-            Some(engine) => engine.submit(sequence),
-            None => Err(RpcError::new(
-                ErrorKind::Unavailable,
-                "the model is still being loaded",
-            )),
-        }
+        self.get()?.submit(sequence)
+    }
+
+    /// Errors: `Unavailable` while there is no engine.
+    pub(super) fn get(&self) -> Result<&EngineHandle, RpcError> {
+        self.engine
+            .get()
+            .ok_or_else(|| RpcError::new(ErrorKind::Unavailable, "the model is still being loaded"))
     }
 }

@@ -39,11 +39,19 @@ impl InferenceService {
         Self { parts }
     }
 
-    async fn generate(&self, mut request: v1::GenerateRequest) -> Result<RequestStream, RpcError> {
+    async fn generate(&self, request: v1::GenerateRequest) -> Result<RequestStream, RpcError> {
+        let (prepared, registration) = self.prepare(request).await?;
+        self.start(prepared, registration)
+    }
+
+    /// Checks, registers and tokenizes; [`Self::start`] queues.
+    pub(super) async fn prepare(
+        &self,
+        mut request: v1::GenerateRequest,
+    ) -> Result<(PreparedRequest, Registration), RpcError> {
         self.check_model(&request.model)?;
         let registration = self.register(std::mem::take(&mut request.request_id), "cmpl")?;
-        let prepared = self.parts.text.prepare(request).await?;
-        self.start(prepared, registration)
+        Ok((self.parts.text.prepare(request).await?, registration))
     }
 
     async fn chat(&self, mut request: v1::ChatRequest) -> Result<RequestStream, RpcError> {
@@ -65,7 +73,7 @@ impl InferenceService {
         Ok(self.parts.registry.register(request_id(id, prefix)?))
     }
 
-    fn start(
+    pub(super) fn start(
         &self,
         prepared: PreparedRequest,
         registration: Registration,

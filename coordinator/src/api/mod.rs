@@ -9,13 +9,16 @@ mod listen;
 mod registry;
 mod status;
 mod stream;
+mod vllm;
 
 use std::{sync::Arc, time::SystemTime};
 
 use phalanx_proto::{
     secret::ApiKeys,
     v1::{self, ModelCard, admin_server::AdminServer, inference_server::InferenceServer},
+    vllm::{control_server::ControlServer, inference_server::InferenceServer as VllmInferenceServer},
 };
+use tokio::sync::Notify;
 use tonic::service::{Routes, interceptor::InterceptedService};
 
 pub use engine::EngineSlot;
@@ -39,12 +42,15 @@ pub struct Api {
     pub served_model_names: Vec<String>,
     /// Path or repository of the weights.
     pub model_root: String,
-    /// What clients of Inference and Admin must present, unless they come over a unix socket.
+    pub tensor_parallel_size: u32,
+    /// What clients of all services but health and reflection must present, unless they come over a unix socket.
     pub api_keys: ApiKeys,
+    /// Told when a client asks the server to shut down.
+    pub shutdown: Arc<Notify>,
 }
 
 impl Api {
-    /// Inference, Admin, grpc.health.v1 and reflection; others add their own services. Must be called within a Tokio
+    /// Inference, Admin, vLLM's services, grpc.health.v1 and reflection; others add their own services. Must be called within a Tokio
     /// runtime: health follows [`Api::status`] until its last handle is gone.
     pub fn routes(self) -> Routes {
         let created = unix_seconds();
@@ -54,14 +60,24 @@ impl Api {
             max_model_len: self.text.limits().max_model_len,
             root: self.model_root.clone(),
         });
+        let models: Vec<ModelCard> = models.collect();
         let registry = registry::Registry::default();
-        let inference = inference::InferenceService::new(inference::Parts {
+        let control = vllm::ControlService {
+            engine: self.engine.clone(),
+            registry: registry.clone(),
+            models: models.clone(),
+            tensor_parallel_size: self.tensor_parallel_size,
+            instance_id: format!("{:016x}", phalanx_proto::secret::random_u64()),
+            keys: self.api_keys.clone(),
+            shutdown: self.shutdown,
+        };
+        let inference = Arc::new(inference::InferenceService::new(inference::Parts {
             text: self.text.clone(),
             engine: self.engine,
             registry: registry.clone(),
             metrics: self.metrics.clone(),
-            models: models.collect(),
-        });
+            models,
+        }));
         let admin = admin::AdminService {
             status: self.status.clone(),
             metrics: self.metrics,
@@ -69,16 +85,23 @@ impl Api {
         };
         let (reporter, health) = tonic_health::server::health_reporter();
         tokio::spawn(status::follow(self.status.subscribe(), reporter));
-        let inference = InferenceServer::new(inference)
-            .max_decoding_message_size(MAX_REQUEST_BYTES)
-            .max_encoding_message_size(MAX_RESPONSE_BYTES);
-        let admin = AdminServer::new(admin)
-            .max_decoding_message_size(MAX_REQUEST_BYTES)
-            .max_encoding_message_size(MAX_RESPONSE_BYTES);
         // Probes and reflection tell nothing that the contract does not; they need no key.
         let check = auth::KeyCheck(self.api_keys);
-        let routes = Routes::new(InterceptedService::new(inference, check.clone()))
-            .add_service(InterceptedService::new(admin, check))
+        macro_rules! guarded {
+            ($server:expr) => {
+                InterceptedService::new(
+                    $server
+                        .max_decoding_message_size(MAX_REQUEST_BYTES)
+                        .max_encoding_message_size(MAX_RESPONSE_BYTES),
+                    check.clone(),
+                )
+            };
+        }
+        let vllm = vllm::VllmInference(inference.clone());
+        let routes = Routes::new(guarded!(InferenceServer::from_arc(inference)))
+            .add_service(guarded!(AdminServer::new(admin)))
+            .add_service(guarded!(VllmInferenceServer::new(vllm)))
+            .add_service(guarded!(ControlServer::new(control)))
             .add_service(health);
         let reflection = tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(phalanx_proto::FILE_DESCRIPTOR_SET)

@@ -20,7 +20,7 @@ use phalanx_proto::{
     v1::{self, generate_request::Prompt, inference_client::InferenceClient},
 };
 use tokio::{
-    sync::oneshot,
+    sync::{Notify, oneshot},
     task::JoinHandle,
     time::{sleep, timeout},
 };
@@ -79,7 +79,9 @@ pub(crate) fn api(engine: EngineSlot, status: StatusHandle) -> Api {
         status,
         served_model_names: vec!["demo".into(), "alias".into()],
         model_root: "/models/demo.gguf".into(),
+        tensor_parallel_size: 2,
         api_keys: ApiKeys::default(),
+        shutdown: Arc::new(Notify::new()),
     }
 }
 
