@@ -4,11 +4,7 @@ use std::ffi::OsString;
 
 use clap::{Command, CommandFactory};
 
-use crate::{
-    args::Cli,
-    config_file, vllm,
-    vllm::Notice,
-};
+use crate::{args::Cli, config_file, vllm, vllm::Notice};
 
 /// What clap parses, and what it must not see.
 pub(crate) struct CommandLine {
@@ -29,7 +25,9 @@ impl CommandLine {
         let command = vllm::make_negatable(command);
         let arguments = arguments.into_iter();
         Ok(Self {
-            arguments: arguments.map(|argument| vllm::negate(&command, argument)).collect(),
+            arguments: arguments
+                .map(|argument| vllm::negate(&command, argument))
+                .collect(),
             command,
             notices,
         })

@@ -70,7 +70,10 @@ pub(crate) fn apply(
         };
         let owner = owner.unwrap_or(&command);
         if let (None, Some(judged)) = (flag_of(owner, &id), vllm::judge_key(&key, &words(&value))) {
-            let judged = judged.map_err(|source| ConfigFileError::Flag { path: path.clone(), source })?;
+            let judged = judged.map_err(|source| ConfigFileError::Flag {
+                path: path.clone(),
+                source,
+            })?;
             vllm::note(notices, judged);
             continue;
         }
@@ -296,19 +299,31 @@ mod tests {
 
     #[test]
     fn every_switch_can_be_taken_back() {
-        let args = serve("enforce-eager: true\n", &["--no-enforce-eager", "--no_disable_custom_all_reduce"]);
+        let args = serve(
+            "enforce-eager: true\n",
+            &["--no-enforce-eager", "--no_disable_custom_all_reduce"],
+        );
         assert!(!args.model.enforce_eager && !args.model.disable_custom_all_reduce);
-        let args = serve("enforce-eager: true\n", &["--disable_custom_all_reduce", "m.gguf"]);
+        let args = serve(
+            "enforce-eager: true\n",
+            &["--disable_custom_all_reduce", "m.gguf"],
+        );
         assert!(args.model.enforce_eager && args.model.disable_custom_all_reduce);
         assert_eq!(args.model.model_tag, Some("m.gguf".into()));
     }
 
     #[test]
     fn keys_of_vllm_alone_are_judged_as_its_flags() {
-        let args = serve("trust-remote-code: true\ncompilation-config: {mode: 3}\nport: 1\n", &[]);
+        let args = serve(
+            "trust-remote-code: true\ncompilation-config: {mode: 3}\nport: 1\n",
+            &[],
+        );
         assert_eq!(args.frontend.port, 1);
         let error = parse("enable-lora: true\n", &[]).unwrap_err();
-        assert!(error.contains("--enable-lora is not offered: adapters"), "{error}");
+        assert!(
+            error.contains("--enable-lora is not offered: adapters"),
+            "{error}"
+        );
     }
 
     #[test]

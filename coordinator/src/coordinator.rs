@@ -166,7 +166,7 @@ impl Coordinator {
         *lock(&self.services) = Some(services);
         tokio::spawn(follow(
             self.cluster.clone(),
-            self.status.clone(),
+            (self.status.clone(), self.metrics.clone()),
             self.shutdown.subscribe(),
         ));
     }
@@ -251,6 +251,7 @@ impl Coordinator {
         let segment = Arc::new(segment);
         let port = EnginePort::join(segment.clone(), Wait::ADAPTIVE)?;
         self.cluster.form_group(&segment, JOIN_LIMIT).await?;
+        self.metrics.group_formed(&segment);
         segment.unlink_when_joined(Duration::from_secs(1))?;
         let progress = deployment.counts_collectives().then(|| port.progress()).flatten();
         let executor = ShmExecutor::new(port, self.cluster.clone(), deployment.limits, progress);
@@ -478,7 +479,7 @@ async fn warm_up(engine: &EngineHandle) -> Result<(), RpcError> {
         priority: 0,
         cache_salt: Some("warm-up".into()),
     };
-    let mut submission = engine.submit(sequence)?;
+    let mut submission = engine.probe(sequence)?;
     while let Some(event) = submission.events.recv().await {
         if let StreamEvent::Failed(error) = event {
             return Err(error);
@@ -487,11 +488,16 @@ async fn warm_up(engine: &EngineHandle) -> Result<(), RpcError> {
     Ok(())
 }
 
-/// Copies the ranks' state into the status until the services stop.
-async fn follow(cluster: Cluster, status: StatusHandle, mut stop: watch::Receiver<bool>) {
+/// Copies the ranks' state into the status and the metrics until the services stop.
+async fn follow(
+    cluster: Cluster,
+    (status, metrics): (StatusHandle, Arc<Metrics>),
+    mut stop: watch::Receiver<bool>,
+) {
     let mut changes = cluster.subscribe();
     loop {
         let (ranks, failure) = (cluster.statuses(), cluster.failure());
+        metrics.ranks(&ranks);
         status.update(|status| {
             status.ranks = ranks;
             if let Some(failure) = failure {

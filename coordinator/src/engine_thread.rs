@@ -219,6 +219,17 @@ impl EngineHandle {
     /// Queues a sequence without waiting. Errors: `QueueFull`, `Unavailable` (draining, or the group has failed), and
     /// `InvalidArgument` or `ContextLengthExceeded` for a request that could never run.
     pub fn submit(&self, request: NewSequence) -> Result<Submission, RpcError> {
+        let lifecycle = Lifecycle::new(request.prompt.len(), request.stop.max_tokens);
+        self.queue(request, lifecycle)
+    }
+
+    /// The same for a sequence of the server's own, which is no client's: no metric of requests and tokens counts it.
+    pub fn probe(&self, request: NewSequence) -> Result<Submission, RpcError> {
+        let lifecycle = Lifecycle::new(request.prompt.len(), request.stop.max_tokens);
+        self.queue(request, lifecycle.unmeasured())
+    }
+
+    fn queue(&self, request: NewSequence, lifecycle: Lifecycle) -> Result<Submission, RpcError> {
         let shared = &self.shared;
         check_admits(shared.status.borrow().state)?;
         let id = SequenceId(shared.next_id.fetch_add(1, Ordering::Relaxed));
@@ -237,7 +248,6 @@ impl EngineHandle {
             .take(request.prompt.len())
             .inspect_err(|full| shared.metrics.rejected(full.limit))?;
         let (stream, events) = Stream::new(shared.config.stream_capacity, ticket);
-        let lifecycle = Lifecycle::new(request.prompt.len(), request.stop.max_tokens);
         self.inbox
             .send(Message::Submit(Box::new((request, stream, lifecycle))))
             .map_err(|_| stopped())?;

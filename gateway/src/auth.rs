@@ -1,4 +1,4 @@
-//! API keys. Everything but the probes and the metrics needs one when any is configured, unknown routes included.
+//! API keys. Everything but the probes needs one when any is configured, metrics and unknown routes included.
 
 use axum::{
     extract::{Request, State},
@@ -10,8 +10,8 @@ use phalanx_proto::{ErrorKind, RpcError, secret::ApiKeys};
 
 use crate::openai::error::ApiError;
 
-/// Routes that answer without a key: what a kubelet and a metrics scraper ask.
-const OPEN_ROUTES: [&str; 3] = ["/health", "/ping", "/metrics"];
+/// Routes that answer without a key: what a kubelet and a load balancer ask. A scraper can bring one.
+const OPEN_ROUTES: [&str; 2] = ["/health", "/ping"];
 
 /// Middleware: 401 unless the route is open or a key fits.
 pub(crate) async fn require_key(State(keys): State<ApiKeys>, request: Request, next: Next) -> Response {

@@ -9,6 +9,7 @@
 mod auth;
 mod backend;
 mod config;
+mod exposition;
 mod lifecycle;
 mod limits;
 mod metrics;

@@ -16,13 +16,16 @@ use prometheus_client::{
     registry::Registry,
 };
 
-/// The content type of `/metrics`.
-pub(crate) const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 const END: &str = "# EOF\n";
 
 /// Seconds; from a refused body to a long generation.
 const DURATION_BUCKETS: [f64; 14] = [
     0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0,
+];
+/// Finer, for all routes together.
+const HIGHR_BUCKETS: [f64; 21] = [
+    0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 7.5, 10.0,
+    30.0, 60.0,
 ];
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -45,6 +48,7 @@ pub(crate) struct HttpMetrics {
     registry: Registry,
     requests: Family<RequestLabels, Counter>,
     durations: Durations,
+    highr: Histogram,
 }
 
 impl HttpMetrics {
@@ -62,10 +66,17 @@ impl HttpMetrics {
             "Time from a request's head to the end of its reply",
             durations.clone(),
         );
+        let highr = Histogram::new(HIGHR_BUCKETS);
+        registry.register(
+            "http_request_duration_highr_seconds",
+            "The same over all routes, in finer steps",
+            highr.clone(),
+        );
         Self {
             registry,
             requests,
             durations,
+            highr,
         }
     }
 
@@ -135,6 +146,7 @@ impl Drop for Measurement {
             .durations
             .get_or_create(&self.labels)
             .observe(seconds);
+        self.metrics.highr.observe(seconds);
     }
 }
 

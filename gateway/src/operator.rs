@@ -5,11 +5,11 @@ use axum::{
     extract::State,
     response::{IntoResponse, Response},
 };
-use http::{StatusCode, header};
+use http::{HeaderMap, StatusCode, header};
 use phalanx_proto::v1::{GetStatusResponse, GroupState, Phase, RankStatus};
 use serde::Serialize;
 
-use crate::{metrics::OPENMETRICS, routes::Service};
+use crate::{exposition, routes::Service};
 
 /// `GET /health`, `/ping`: 200 when the coordinator's ranks are ready and this gateway is not draining; otherwise
 /// 503, with how far each rank has come.
@@ -51,7 +51,7 @@ pub(crate) async fn load(State(service): State<Service>) -> Response {
 }
 
 /// `GET /metrics`: the coordinator's metrics and the gateway's. Without a coordinator, the gateway's alone.
-pub(crate) async fn metrics(State(service): State<Service>) -> Response {
+pub(crate) async fn metrics(State(service): State<Service>, headers: HeaderMap) -> Response {
     let theirs = match service.backend.metrics().await {
         Ok(reply) if reply.content_type.starts_with("application/openmetrics-text") => {
             String::from_utf8(reply.body).ok()
@@ -69,7 +69,8 @@ pub(crate) async fn metrics(State(service): State<Service>) -> Response {
         }
     };
     let text = service.metrics.exposition(theirs.as_deref());
-    ([(header::CONTENT_TYPE, OPENMETRICS)], text).into_response()
+    let (content_type, text) = exposition::negotiate(&headers, text);
+    ([(header::CONTENT_TYPE, content_type)], text).into_response()
 }
 
 const READY: &str = "ready";

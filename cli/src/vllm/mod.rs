@@ -199,14 +199,19 @@ fn values_of(flag: &Flag, written: &Written, rest: &mut &[OsString]) -> Result<V
     }
     let (values, tail) = rest.split_at(count);
     *rest = tail;
-    Ok(values.iter().map(|value| value.to_string_lossy().into_owned()).collect())
+    Ok(values
+        .iter()
+        .map(|value| value.to_string_lossy().into_owned())
+        .collect())
 }
 
 /// The same for a key of a configuration file; none if the table does not know it. `values` are those of a list.
 pub(crate) fn judge_key(key: &str, values: &[String]) -> Option<Result<Option<Notice>, FlagError>> {
     let name = format!("--{}", key.trim_start_matches("--").replace('_', "-"));
     let (group, flag, negated) = entries().find_map(|(group, flag)| {
-        let negated = name.strip_prefix("--no-").is_some_and(|rest| flag.name[2..] == *rest);
+        let negated = name
+            .strip_prefix("--no-")
+            .is_some_and(|rest| flag.name[2..] == *rest);
         (flag.name == name || negated).then_some((group, flag, negated))
     })?;
     let asked = match values {
@@ -292,7 +297,10 @@ fn offers(command: &Command, name: &str) -> bool {
 fn is_flag(argument: &OsStr) -> bool {
     let text = argument.to_string_lossy();
     let mut chars = text.chars();
-    chars.next() == Some('-') && chars.next().is_some_and(|next| next == '-' || next.is_alphabetic())
+    chars.next() == Some('-')
+        && chars
+            .next()
+            .is_some_and(|next| next == '-' || next.is_alphabetic())
 }
 
 #[cfg(test)]

@@ -206,5 +206,7 @@ pub(super) const GROUPS: &[Group] = &[
 
 /// Every flag of the table with its group.
 pub(super) fn entries() -> impl Iterator<Item = (&'static Group, &'static Flag)> {
-    GROUPS.iter().flat_map(|group| group.flags.iter().map(move |flag| (group, flag)))
+    GROUPS
+        .iter()
+        .flat_map(|group| group.flags.iter().map(move |flag| (group, flag)))
 }

@@ -12,7 +12,10 @@ fn stripped(flags: &[&str]) -> Result<(Vec<String>, Vec<&'static str>), String> 
     let arguments = ["phalanx", "serve", "m.gguf"].iter().chain(flags);
     let arguments = arguments.map(OsString::from).collect();
     let (kept, notices) = strip(&Cli::command(), arguments).map_err(|error| error.to_string())?;
-    let kept = kept.iter().skip(3).map(|argument| argument.to_string_lossy().into_owned());
+    let kept = kept
+        .iter()
+        .skip(3)
+        .map(|argument| argument.to_string_lossy().into_owned());
     Ok((kept.collect(), notices.iter().map(|notice| notice.flag).collect()))
 }
 
@@ -29,7 +32,10 @@ fn every_flag_of_vllm_is_offered_ignored_or_refused() {
     for name in NAMES.lines() {
         let (offered, listed) = (is_offered(name), table.contains(name));
         assert!(offered || listed, "{name}: neither in args.rs nor in the table");
-        assert!(!(offered && listed), "{name} is offered now: take it out of the table");
+        assert!(
+            !(offered && listed),
+            "{name} is offered now: take it out of the table"
+        );
     }
 }
 
@@ -58,7 +64,11 @@ fn the_document_says_the_same() {
             missing.push(line);
         }
     }
-    assert!(missing.is_empty(), "docs/compatibility.md lacks:\n{}", missing.join("\n"));
+    assert!(
+        missing.is_empty(),
+        "docs/compatibility.md lacks:\n{}",
+        missing.join("\n")
+    );
 }
 
 #[test]
@@ -83,7 +93,13 @@ fn what_means_nothing_is_taken_off_with_its_values() {
     ])
     .expect("accepted");
     assert_eq!(kept, ["--port", "1", "--seed", "7"]);
-    assert_eq!(notices.iter().filter(|flag| **flag == "--compilation-config").count(), 1);
+    assert_eq!(
+        notices
+            .iter()
+            .filter(|flag| **flag == "--compilation-config")
+            .count(),
+        1
+    );
     assert!(notices.contains(&"--optimization-level") && notices.contains(&"--async-scheduling"));
 }
 
@@ -92,9 +108,15 @@ fn what_would_change_replies_is_refused_with_its_reason() {
     for (flags, words) in [
         (&["--enable-lora"][..], "--enable-lora is not offered: adapters"),
         (&["-pp", "2"], "--pipeline-parallel-size is not offered"),
-        (&["--tokenizer=other"], "--tokenizer is not offered: the tokenizer"),
+        (
+            &["--tokenizer=other"],
+            "--tokenizer is not offered: the tokenizer",
+        ),
         (&["--runner"], "--runner needs a value"),
-        (&["--enable-lora=yes"], "--enable-lora takes no value, got \"yes\""),
+        (
+            &["--enable-lora=yes"],
+            "--enable-lora takes no value, got \"yes\"",
+        ),
     ] {
         let error = stripped(flags).expect_err("refused");
         assert!(error.contains(words), "{error}");
@@ -105,7 +127,9 @@ fn what_would_change_replies_is_refused_with_its_reason() {
 
 #[test]
 fn only_vllms_commands_are_looked_at() {
-    let arguments: Vec<OsString> = ["phalanx", "bench", "serve", "--enable-lora"].map(OsString::from).to_vec();
+    let arguments: Vec<OsString> = ["phalanx", "bench", "serve", "--enable-lora"]
+        .map(OsString::from)
+        .to_vec();
     let (kept, notices) = strip(&Cli::command(), arguments.clone()).expect("not looked at");
     assert_eq!((kept, notices), (arguments, Vec::new()));
     let (kept, _) = stripped(&["--", "--enable-lora"]).expect("not looked at");
@@ -115,11 +139,17 @@ fn only_vllms_commands_are_looked_at() {
 #[test]
 fn keys_of_a_file_are_judged_alike() {
     let judge = |key: &str, value: &str| judge_key(key, &[value.to_owned()]);
-    assert_eq!(judge("trust_remote_code", "false"), Some(Ok(Some(Notice {
-        flag: "--trust-remote-code",
-        reason: "no code of a model or a plugin is ever run",
-    }))));
-    assert!(matches!(judge("enable-lora", "true"), Some(Err(FlagError::Refused { .. }))));
+    assert_eq!(
+        judge("trust_remote_code", "false"),
+        Some(Ok(Some(Notice {
+            flag: "--trust-remote-code",
+            reason: "no code of a model or a plugin is ever run",
+        })))
+    );
+    assert!(matches!(
+        judge("enable-lora", "true"),
+        Some(Err(FlagError::Refused { .. }))
+    ));
     assert_eq!(judge("enable-lora", "false"), Some(Ok(None)));
     assert_eq!(judge("no-enable-lora", "true"), Some(Ok(None)));
     assert_eq!(judge("pipeline-parallel-size", "1"), Some(Ok(None)));

@@ -17,6 +17,8 @@ pub(super) struct Lifecycle {
     num_generation_tokens: usize,
     num_preemptions: u32,
     max_tokens: u32,
+    /// False for the server's own sequences.
+    measured: bool,
 }
 
 impl Lifecycle {
@@ -31,7 +33,18 @@ impl Lifecycle {
             num_generation_tokens: 0,
             num_preemptions: 0,
             max_tokens,
+            measured: true,
         }
+    }
+
+    /// Counts in no metric of requests and tokens.
+    pub(super) fn unmeasured(mut self) -> Self {
+        self.measured = false;
+        self
+    }
+
+    pub(super) fn is_measured(&self) -> bool {
+        self.measured
     }
 
     /// `now` is when the turn that planned the first step began.
@@ -47,6 +60,7 @@ impl Lifecycle {
     pub(super) fn token(&mut self, now: Instant, metrics: &Metrics) {
         self.num_generation_tokens += 1;
         match self.last_token.replace(now) {
+            _ if !self.measured => {}
             Some(last) => metrics.next_token(now - last),
             None => {
                 self.first_token = Some(now);

@@ -30,6 +30,13 @@ fn recorded() -> Metrics {
     let metrics = Metrics::new("SmolLM2", 8192);
     let config = EngineConfig::new(100, 8192, 1000);
     metrics.engine_started(&config);
+    let mut serving = RankStatus {
+        rank: 1,
+        rss_bytes: 77,
+        ..RankStatus::default()
+    };
+    serving.set_phase(phalanx_proto::v1::Phase::Serving);
+    metrics.ranks(&[RankStatus::default(), serving]);
     let now = Snapshot {
         epoch: 2,
         num_running: 3,
@@ -90,10 +97,22 @@ fn names_are_those_that_dashboards_know() {
         "vllm:prompt_tokens_total",
         "vllm:prompt_tokens_by_source_total",
         "vllm:prompt_tokens_cached_total",
+        "vllm:prompt_tokens_cached_by_source_total",
+        "vllm:gpu_cache_usage_perc",
+        "vllm:cpu_cache_usage_perc",
+        "vllm:num_requests_swapped",
+        "vllm:num_preemption_total",
+        "vllm:gpu_prefix_cache_queries_total",
+        "vllm:gpu_prefix_cache_hits_total",
         "vllm:generation_tokens_total",
         "vllm:request_success_total",
         "vllm:corrupted_requests_total",
         "vllm:admission_rejections_total",
+        "phalanx_steps_total",
+        "phalanx_segment_bytes",
+        "phalanx_ranks",
+        "phalanx_rank_resident_bytes",
+        "phalanx_rank_loaded_bytes",
         "phalanx_epoch",
         "phalanx_ranks_lost_total",
     ];
@@ -101,6 +120,8 @@ fn names_are_those_that_dashboards_know() {
         "vllm:iteration_tokens_total",
         "vllm:time_to_first_token_seconds",
         "vllm:inter_token_latency_seconds",
+        "vllm:time_per_output_token_seconds",
+        "vllm:time_in_queue_requests",
         "vllm:request_time_per_output_token_seconds",
         "vllm:e2e_request_latency_seconds",
         "vllm:request_queue_time_seconds",
@@ -115,6 +136,8 @@ fn names_are_those_that_dashboards_know() {
         "vllm:request_num_preemptions",
         "vllm:request_prefill_kv_computed_tokens",
         "phalanx_step_seconds",
+        "phalanx_step_forward_seconds",
+        "phalanx_step_rows",
         "phalanx_recovery_seconds",
     ];
     let suffixes = ["_bucket", "_count", "_sum"];
@@ -183,6 +206,14 @@ fn labels_and_values_are_those_recorded() {
     assert_eq!(value("vllm:request_max_num_generation_tokens_sum", None), 7.0);
     assert_eq!(value("vllm:request_inference_time_seconds_sum", None), 0.06);
     assert_eq!(value("phalanx_epoch", None), 2.0);
+    assert_eq!(value("phalanx_ranks", Some(("phase", "serving"))), 1.0);
+    assert_eq!(value("phalanx_ranks", Some(("phase", "warming_up"))), 0.0);
+    assert_eq!(value("phalanx_rank_resident_bytes", Some(("rank", "1"))), 77.0);
+    // The older names are the same metrics.
+    assert_eq!(value("vllm:gpu_cache_usage_perc", None), 0.25);
+    assert_eq!(value("vllm:gpu_prefix_cache_hits_total", None), 16.0);
+    assert_eq!(value("vllm:num_preemption_total", None), 5.0);
+    assert_eq!(value("vllm:time_per_output_token_seconds_count", None), 1.0);
 }
 
 #[test]

@@ -6,3 +6,4 @@ mod requests;
 mod server;
 #[path = "../support/mod.rs"]
 mod support;
+mod vllm;

@@ -29,7 +29,11 @@ pub(in crate::api) struct ControlService {
 }
 
 fn not_offered(what: &str) -> Status {
-    RpcError::new(ErrorKind::Unimplemented, format!("{what} is not offered by this server")).into()
+    RpcError::new(
+        ErrorKind::Unimplemented,
+        format!("{what} is not offered by this server"),
+    )
+    .into()
 }
 
 /// Calls that have no meaning here.
@@ -79,7 +83,10 @@ impl ControlService {
     fn model_info(&self) -> ModelInfo {
         let mut names = self.models.iter().map(|model| model.id.clone());
         ModelInfo {
-            model_id: self.models.first().map_or_else(String::new, |model| model.root.clone()),
+            model_id: self
+                .models
+                .first()
+                .map_or_else(String::new, |model| model.root.clone()),
             served_model_name: names.next().unwrap_or_default(),
             served_model_aliases: names.collect(),
             supports_text_input: true,

@@ -41,7 +41,10 @@ impl Inference for VllmInference {
         request: Request<GenerateRequest>,
     ) -> Result<Response<GenerateResponse>, Status> {
         let request = request.into_inner();
-        let sequences = request.sampling.as_ref().map_or(1, |sampling| sampling.num_sequences);
+        let sequences = request
+            .sampling
+            .as_ref()
+            .map_or(1, |sampling| sampling.num_sequences);
         if sequences > 1 {
             let message = format!("sampling.num_sequences is {sequences}; more than 1 needs GenerateStream.");
             return Err(RpcError::invalid("sampling.num_sequences", message).into());

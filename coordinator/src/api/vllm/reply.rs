@@ -81,10 +81,14 @@ fn output(wanted: Wanted, choice: v1::Choice, finish_info: Option<FinishInfo>) -
     if let Some(candidates) = wanted.logprobs {
         for token in &choice.logprobs {
             let chosen = token.chosen.as_ref();
-            output.logprobs.push(chosen.map_or(f32::NAN, |chosen| chosen.logprob));
-            let rank = token.top.iter().zip(1..).find(|(top, _)| {
-                chosen.is_some_and(|chosen| chosen.token_id == top.token_id)
-            });
+            output
+                .logprobs
+                .push(chosen.map_or(f32::NAN, |chosen| chosen.logprob));
+            let rank = token
+                .top
+                .iter()
+                .zip(1..)
+                .find(|(top, _)| chosen.is_some_and(|chosen| chosen.token_id == top.token_id));
             output.ranks.push(rank.map_or(UNKNOWN_RANK, |(_, rank)| rank));
             let top = token.top.iter().take(candidates as usize);
             let tokens = top.zip(1..).map(|(top, rank)| TokenInfo {

@@ -84,15 +84,27 @@ fn refuse_unoffered(request: &GenerateRequest) -> Result<(), RpcError> {
         ),
         (
             "stopping.thinking_token_budget",
-            request.stopping.as_ref().is_some_and(|it| it.thinking_token_budget.is_some()),
+            request
+                .stopping
+                .as_ref()
+                .is_some_and(|it| it.thinking_token_budget.is_some()),
         ),
-        ("response.prompt_logprobs", response.is_some_and(|it| it.prompt_logprobs)),
+        (
+            "response.prompt_logprobs",
+            response.is_some_and(|it| it.prompt_logprobs),
+        ),
         (
             "response.prompt_candidates",
             response.is_some_and(|it| it.prompt_candidates.is_some()),
         ),
-        ("kv.kv_transfer_params", kv.is_some_and(|it| it.kv_transfer_params.is_some())),
-        ("kv.ec_transfer_params", kv.is_some_and(|it| it.ec_transfer_params.is_some())),
+        (
+            "kv.kv_transfer_params",
+            kv.is_some_and(|it| it.kv_transfer_params.is_some()),
+        ),
+        (
+            "kv.ec_transfer_params",
+            kv.is_some_and(|it| it.ec_transfer_params.is_some()),
+        ),
     ];
     match fields.iter().find(|(_, is_set)| *is_set) {
         Some((field, _)) => Err(not_offered(field)),
@@ -248,7 +260,10 @@ mod tests {
             ..DecodingParameters::default()
         });
         assert_eq!(
-            refused(GenerateRequest { decoding, ..request() }),
+            refused(GenerateRequest {
+                decoding,
+                ..request()
+            }),
             "decoding.structured_output"
         );
         let response = Some(ResponseOptions {
@@ -258,7 +273,10 @@ mod tests {
             ..ResponseOptions::default()
         });
         assert_eq!(
-            refused(GenerateRequest { response, ..request() }),
+            refused(GenerateRequest {
+                response,
+                ..request()
+            }),
             "response.output_candidates"
         );
         let hints = GenerateRequest {

@@ -151,6 +151,15 @@ pub(crate) async fn get(address: impl ToSocketAddrs, path: &str) -> Reply {
     .await
 }
 
+/// GET with extra header lines, each ended by CRLF.
+pub(crate) async fn get_with(address: impl ToSocketAddrs, path: &str, headers: &str) -> Reply {
+    exchange(
+        address,
+        &format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{headers}\r\n"),
+    )
+    .await
+}
+
 pub(crate) async fn delete(address: impl ToSocketAddrs, path: &str) -> Reply {
     exchange(
         address,

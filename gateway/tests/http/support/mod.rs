@@ -5,7 +5,7 @@ mod coordinator;
 
 use std::net::SocketAddr;
 
-pub(crate) use client::{Connection, Reply, delete, get, post, post_with};
+pub(crate) use client::{Connection, Reply, delete, get, get_with, post, post_with};
 pub(crate) use coordinator::{Coordinator, Script};
 use phalanx_gateway::{Gateway, GatewayConfig};
 use tokio::{sync::oneshot, task::JoinHandle};

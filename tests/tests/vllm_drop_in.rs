@@ -1,0 +1,99 @@
+//! What was written for vLLM, unchanged: a command line, a gRPC client, a scraper.
+
+use std::{path::PathBuf, process::Command, time::Duration};
+
+use phalanx_tests::{
+    root,
+    server::{Server, free_port},
+};
+
+fn python() -> PathBuf {
+    let python = root().join(".venv/bin/python");
+    assert!(
+        python.exists(),
+        "{} is missing: run ./scripts/test",
+        python.display()
+    );
+    python
+}
+
+/// Runs a script of `tests/python` to its successful end.
+fn run(script: &str, arguments: &[&str]) {
+    let output = Command::new(python())
+        .arg(root().join("tests/python").join(script))
+        .args(arguments)
+        .output()
+        .expect("python starts");
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    assert!(
+        output.status.success(),
+        "{}\n{}",
+        text(&output.stdout),
+        text(&output.stderr)
+    );
+}
+
+#[test]
+fn a_grpc_client_of_vllm_generates_aborts_and_shuts_down() {
+    let port = free_port().to_string();
+    let flags = [
+        "-tp",
+        "2",
+        "--max-model-len",
+        "2048",
+        "--grpc-port",
+        &port,
+        "--api-key",
+        "sesame",
+    ];
+    let mut server = Server::start(&flags);
+    run("vllm_client.py", &[&format!("127.0.0.1:{port}"), "sesame"]);
+    // The client's last call was Control.Shutdown.
+    assert!(server.wait(Duration::from_secs(30)).success());
+}
+
+#[test]
+fn a_scraper_reads_vllms_names_of_a_server_started_with_vllms_flags() {
+    let flags = "--tensor_parallel_size 2 --max-model-len 2048 --trust-remote-code --dtype auto --disable-log-requests \
+                 --pipeline-parallel-size 1 --compilation-config {\"mode\":3} --no-enforce-eager --generation-config auto";
+    let flags: Vec<&str> = flags.split_whitespace().collect();
+    let server = Server::start(&flags);
+    let log = server.log_text();
+    for flag in [
+        "--trust-remote-code",
+        "--disable-log-requests",
+        "--compilation-config",
+    ] {
+        let warnings = log
+            .lines()
+            .filter(|line| line.contains("accepted and ignored") && line.contains(flag));
+        assert_eq!(warnings.count(), 1, "{flag}:\n{log}");
+    }
+    assert!(
+        !log.contains("--pipeline-parallel-size") && !log.contains("--dtype"),
+        "{log}"
+    );
+    assert_eq!(
+        server.metric("vllm:generation_tokens_total"),
+        Some(0.0),
+        "the warm-up is no request"
+    );
+    server.complete("One, two,", 8);
+    assert_eq!(server.metric("vllm:generation_tokens_total"), Some(8.0));
+    run(
+        "metrics_client.py",
+        &[&format!("http://{}/metrics", server.address)],
+    );
+    assert!(server.stop().success());
+}
+
+#[test]
+fn a_flag_that_would_change_replies_is_refused_with_its_reason() {
+    let mut server = Server::launch("no-such-model.gguf", &["--enable-lora"]);
+    assert!(!server.wait(Duration::from_secs(30)).success());
+    let log = server.log_text();
+    assert!(
+        log.contains("--enable-lora is not offered: adapters are not offered"),
+        "{log}"
+    );
+}
