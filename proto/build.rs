@@ -8,6 +8,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let files: Vec<String> = own
         .into_iter()
         .chain(["inference", "control"].map(|name| format!("proto/vllm/{name}.proto")))
+        .chain(["proto/opentelemetry/trace.proto".to_owned()])
         .collect();
     for file in &files {
         println!("cargo:rerun-if-changed={file}");

@@ -28,6 +28,7 @@ use phalanx_proto::{
 };
 use tokio::sync::{mpsc, watch};
 
+pub(crate) use self::lifecycle::Milestones;
 use self::{admission::AdmissionQueue, lifecycle::Lifecycle, stream::Stream};
 use crate::{
     engine::{
@@ -63,6 +64,7 @@ pub enum StreamEvent {
 pub struct Submission {
     pub id: SequenceId,
     pub events: mpsc::Receiver<StreamEvent>,
+    pub(crate) milestones: Arc<Milestones>,
     end: EndOnDrop,
 }
 
@@ -248,6 +250,7 @@ impl EngineHandle {
             .take(request.prompt.len())
             .inspect_err(|full| shared.metrics.rejected(full.limit))?;
         let (stream, events) = Stream::new(shared.config.stream_capacity, ticket);
+        let milestones = lifecycle.milestones();
         self.inbox
             .send(Message::Submit(Box::new((request, stream, lifecycle))))
             .map_err(|_| stopped())?;
@@ -255,6 +258,7 @@ impl EngineHandle {
         Ok(Submission {
             id,
             events,
+            milestones,
             end: EndOnDrop {
                 id,
                 reason: FinishReason::Abort,

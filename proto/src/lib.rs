@@ -7,6 +7,7 @@ pub mod limits;
 pub mod secret;
 pub mod socket;
 pub mod step;
+pub mod trace;
 
 /// Generated from `proto/phalanx/v1/*.proto`.
 pub mod v1 {
@@ -30,6 +31,18 @@ pub mod vllm {
         reason = "generated"
     )]
     tonic::include_proto!("vllm");
+}
+
+/// Generated from `proto/opentelemetry/*.proto`.
+pub mod otlp {
+    #![allow(
+        unreachable_pub,
+        unused_qualifications,
+        clippy::all,
+        missing_docs,
+        reason = "generated"
+    )]
+    tonic::include_proto!("opentelemetry.proto.collector.trace.v1");
 }
 
 pub use error::{ErrorKind, RpcError};

@@ -5,12 +5,14 @@ use std::sync::Arc;
 use futures_util::stream::{self, BoxStream, StreamExt};
 use phalanx_proto::{
     ErrorKind, RpcError,
+    trace::TraceContext,
     v1::{self, inference_server::Inference},
 };
 use tonic::{Request, Response, Status};
 
 use super::{
-    EngineSlot, Envelope,
+    EngineSlot, Envelope, Observers,
+    observe::{Observation, parent_of},
     registry::{Registration, Registry},
     request_id,
     stream::RequestStream,
@@ -26,6 +28,7 @@ pub(super) struct Parts {
     pub(super) engine: EngineSlot,
     pub(super) registry: Registry,
     pub(super) metrics: Arc<Metrics>,
+    pub(super) observers: Observers,
     /// The first is the one replies name.
     pub(super) models: Vec<v1::ModelCard>,
 }
@@ -39,9 +42,10 @@ impl InferenceService {
         Self { parts }
     }
 
-    async fn generate(&self, request: v1::GenerateRequest) -> Result<RequestStream, RpcError> {
-        let (prepared, registration) = self.prepare(request).await?;
-        self.start(prepared, registration)
+    async fn generate(&self, request: Request<v1::GenerateRequest>) -> Result<RequestStream, RpcError> {
+        let parent = parent_of(request.metadata());
+        let (prepared, registration) = self.prepare(request.into_inner()).await?;
+        self.start(prepared, registration, parent)
     }
 
     /// Checks, registers and tokenizes; [`Self::start`] queues.
@@ -54,11 +58,13 @@ impl InferenceService {
         Ok((self.parts.text.prepare(request).await?, registration))
     }
 
-    async fn chat(&self, mut request: v1::ChatRequest) -> Result<RequestStream, RpcError> {
+    async fn chat(&self, request: Request<v1::ChatRequest>) -> Result<RequestStream, RpcError> {
+        let parent = parent_of(request.metadata());
+        let mut request = request.into_inner();
         self.check_model(&request.model)?;
         let registration = self.register(std::mem::take(&mut request.request_id), "chatcmpl")?;
         let prepared = self.parts.text.prepare_chat(request).await?;
-        self.start(prepared, registration)
+        self.start(prepared, registration, parent)
     }
 
     fn check_model(&self, name: &str) -> Result<(), RpcError> {
@@ -73,10 +79,12 @@ impl InferenceService {
         Ok(self.parts.registry.register(request_id(id, prefix)?))
     }
 
+    /// `parent` is the caller's span.
     pub(super) fn start(
         &self,
         prepared: PreparedRequest,
         registration: Registration,
+        parent: Option<TraceContext>,
     ) -> Result<RequestStream, RpcError> {
         let envelope = Envelope {
             request_id: registration.id.clone(),
@@ -87,7 +95,8 @@ impl InferenceService {
                 .map_or_else(String::new, |model| model.id.clone()),
             created: unix_seconds(),
         };
-        RequestStream::start(prepared, envelope, registration, &self.parts)
+        let observation = Observation::start(&self.parts.observers, parent, &envelope, &prepared);
+        RequestStream::start(prepared, envelope, (registration, observation), &self.parts)
     }
 }
 
@@ -111,7 +120,7 @@ impl Inference for InferenceService {
         &self,
         request: Request<v1::GenerateRequest>,
     ) -> Result<Response<v1::GenerateResponse>, Status> {
-        let stream = self.generate(request.into_inner()).await?;
+        let stream = self.generate(request).await?;
         Ok(Response::new(stream.collect().await?))
     }
 
@@ -119,19 +128,19 @@ impl Inference for InferenceService {
         &self,
         request: Request<v1::GenerateRequest>,
     ) -> Result<Response<ChunkStream>, Status> {
-        Ok(into_stream(self.generate(request.into_inner()).await?))
+        Ok(into_stream(self.generate(request).await?))
     }
 
     async fn chat(
         &self,
         request: Request<v1::ChatRequest>,
     ) -> Result<Response<v1::GenerateResponse>, Status> {
-        let stream = self.chat(request.into_inner()).await?;
+        let stream = self.chat(request).await?;
         Ok(Response::new(stream.collect().await?))
     }
 
     async fn chat_stream(&self, request: Request<v1::ChatRequest>) -> Result<Response<ChunkStream>, Status> {
-        Ok(into_stream(self.chat(request.into_inner()).await?))
+        Ok(into_stream(self.chat(request).await?))
     }
 
     async fn list_models(

@@ -6,6 +6,7 @@ mod auth;
 mod engine;
 mod inference;
 mod listen;
+mod observe;
 mod registry;
 mod status;
 mod stream;
@@ -23,6 +24,7 @@ use tonic::service::{Routes, interceptor::InterceptedService};
 
 pub use engine::EngineSlot;
 pub use listen::{ListenError, Listeners, serve};
+pub use observe::Observers;
 pub use status::StatusHandle;
 
 use crate::{metrics::Metrics, text::TextProcessor};
@@ -45,6 +47,7 @@ pub struct Api {
     pub tensor_parallel_size: u32,
     /// What clients of all services but health and reflection must present, unless they come over a unix socket.
     pub api_keys: ApiKeys,
+    pub observers: Observers,
     /// Told when a client asks the server to shut down.
     pub shutdown: Arc<Notify>,
 }
@@ -76,6 +79,7 @@ impl Api {
             engine: self.engine,
             registry: registry.clone(),
             metrics: self.metrics.clone(),
+            observers: self.observers,
             models,
         }));
         let admin = admin::AdminService {

@@ -5,7 +5,9 @@ use std::{future::poll_fn, pin::Pin, sync::Arc, task::Poll};
 use phalanx_proto::{ErrorKind, RpcError, v1};
 use tokio::sync::mpsc;
 
-use super::{Envelope, assembler::ChoiceAssembler, inference::Parts, registry::Registration};
+use super::{
+    Envelope, assembler::ChoiceAssembler, inference::Parts, observe::Observation, registry::Registration,
+};
 use crate::{
     engine::FinishReason,
     engine_thread::{StreamEvent, Submission},
@@ -30,6 +32,8 @@ pub(super) struct RequestStream {
     final_usage: bool,
     /// Still to be sent, instead of the usage.
     failure: Option<RpcError>,
+    /// Tells the operator of it when it ends.
+    observation: Option<Observation>,
     /// Where its end is still to be recorded.
     metrics: Option<Arc<Metrics>>,
 }
@@ -51,7 +55,7 @@ impl RequestStream {
     pub(super) fn start(
         mut request: PreparedRequest,
         envelope: Envelope,
-        registration: Registration,
+        (registration, mut observation): (Registration, Option<Observation>),
         parts: &Parts,
     ) -> Result<Self, RpcError> {
         // All are submitted before anything is set up for them: a full queue must not cost more than the refusal.
@@ -61,6 +65,9 @@ impl RequestStream {
             Ok((rules, parts.engine.submit(sequence)?))
         });
         let submitted = submitted.collect::<Result<Vec<_>, RpcError>>()?;
+        if let (Some(observation), Some((_, first))) = (&mut observation, submitted.first()) {
+            observation.queued(first.milestones.clone());
+        }
         let choices = submitted.into_iter().enumerate();
         let choices = choices.map(|(index, (rules, submission))| Choice {
             assembler: ChoiceAssembler::new(&request, index, rules, parts.text.tokenizer()),
@@ -69,6 +76,7 @@ impl RequestStream {
         Ok(Self {
             choices: choices.collect(),
             metrics: Some(parts.metrics.clone()),
+            observation,
             envelope,
             registration,
             turn: 0,
@@ -202,6 +210,9 @@ impl RequestStream {
             choice.submission = None;
         }
         self.final_usage = false;
+        if let Some(observation) = &mut self.observation {
+            observation.failed(&error);
+        }
         self.failure = Some(error);
     }
 
@@ -210,6 +221,9 @@ impl RequestStream {
             .choices
             .iter_mut()
             .find_map(|choice| choice.assembler.take())?;
+        if let Some(observation) = &mut self.observation {
+            observation.piece(&piece, self.cached_tokens);
+        }
         let usage = self.continuous_usage.then(|| self.usage());
         Some(self.envelope.chunk(Some(piece), usage))
     }
