@@ -50,6 +50,12 @@ pub(crate) struct LoggingArgs {
     /// How log lines look.
     #[arg(long, global = true, env = "PHALANX_LOG_FORMAT", default_value = "text")]
     pub(crate) log_format: LogFormat,
+    /// Log a line for every request when it ends, without its text.
+    #[arg(long, global = true, env = "PHALANX_ENABLE_LOG_REQUESTS", value_parser = BoolishValueParser::new())]
+    pub(crate) enable_log_requests: bool,
+    /// OpenTelemetry collector that takes spans over gRPC, e.g. `http://localhost:4317`.
+    #[arg(long, global = true, env = "PHALANX_OTLP_TRACES_ENDPOINT")]
+    pub(crate) otlp_traces_endpoint: Option<String>,
 }
 
 impl LoggingArgs {
@@ -59,9 +65,16 @@ impl LoggingArgs {
             LogFormat::Text => "text",
             LogFormat::Json => "json",
         };
-        ["--log-level", &self.log_level, "--log-format", format]
+        let mut arguments = ["--log-level", &self.log_level, "--log-format", format]
             .map(str::to_owned)
-            .to_vec()
+            .to_vec();
+        if self.enable_log_requests {
+            arguments.push("--enable-log-requests".to_owned());
+        }
+        if let Some(endpoint) = &self.otlp_traces_endpoint {
+            arguments.push(format!("--otlp-traces-endpoint={endpoint}"));
+        }
+        arguments
     }
 }
 

@@ -9,11 +9,12 @@ use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
 use tokio::sync::oneshot;
 
 use crate::{
-    args::{FrontendArgs, GatewayArgs},
+    args::{FrontendArgs, GatewayArgs, LoggingArgs},
+    logging::tracer,
     signals::Signals,
 };
 
-pub(crate) fn run(args: GatewayArgs) -> anyhow::Result<()> {
+pub(crate) fn run(args: GatewayArgs, logging: &LoggingArgs) -> anyhow::Result<()> {
     if let Some(parent) = args.parent_pid {
         die_with(parent)?;
     }
@@ -21,17 +22,19 @@ pub(crate) fn run(args: GatewayArgs) -> anyhow::Result<()> {
         .worker_threads(1)
         .enable_all()
         .build()?;
-    let result = runtime.block_on(serve(args));
+    let result = runtime.block_on(serve(args, logging));
     // Drops what still runs, and the listeners with their socket files.
     runtime.shutdown_timeout(Duration::from_secs(1));
     result
 }
 
-async fn serve(args: GatewayArgs) -> anyhow::Result<()> {
+async fn serve(args: GatewayArgs, logging: &LoggingArgs) -> anyhow::Result<()> {
     let mut signals = Signals::install()?;
     let drain = Duration::from_secs(args.shutdown_timeout);
     let mut config = config(args.frontend, args.coordinator, drain);
     config.api_keys = ApiKeys::new(args.api_key)?;
+    config.log_requests = logging.enable_log_requests;
+    config.tracer = tracer(logging)?;
     let gateway = Gateway::bind(config).await?;
     for address in gateway.local_addrs() {
         tracing::info!(%address, "HTTP gateway listening");

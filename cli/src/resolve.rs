@@ -8,6 +8,7 @@ use std::{
 
 use anyhow::{Context, bail, ensure};
 use phalanx_coordinator::{
+    api::Observers,
     config::{
         ApiOptions, DeviceChoice, EngineOptions, GpuEnvironment, KvCacheSize, ModelOptions, WorkerOptions,
         WorkerSource,
@@ -18,8 +19,8 @@ use phalanx_model::{KvDtype, QuantizationMethod, TensorParallelStyle};
 use phalanx_proto::secret::ApiKeys;
 
 use crate::{
-    args::{Device, EngineArgs, KvCacheDtype, ModelArgs, Policy, QuantizationName, Style},
-    limits,
+    args::{Device, EngineArgs, KvCacheDtype, LoggingArgs, ModelArgs, Policy, QuantizationName, Style},
+    limits, logging,
 };
 
 pub(crate) fn model(args: &ModelArgs) -> anyhow::Result<ModelOptions> {
@@ -119,11 +120,19 @@ pub(crate) fn local_workers(program: PathBuf, arguments: Vec<String>, scratch: P
 }
 
 /// `default_uds` is used when no socket was named.
-pub(crate) fn api(args: &EngineArgs, default_uds: PathBuf) -> anyhow::Result<ApiOptions> {
+pub(crate) fn api(
+    args: &EngineArgs,
+    logging: &LoggingArgs,
+    default_uds: PathBuf,
+) -> anyhow::Result<ApiOptions> {
     let tcp = args.grpc_port.map(|port| address(&args.grpc_host, port));
     Ok(ApiOptions {
         tcp: tcp.transpose()?,
         api_keys: ApiKeys::new(args.api_key.iter().cloned()).context("--api-key")?,
+        observers: Observers {
+            log_requests: logging.enable_log_requests,
+            tracer: logging::tracer(logging)?,
+        },
         uds: Some(args.grpc_uds.clone().unwrap_or(default_uds)),
     })
 }

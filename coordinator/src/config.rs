@@ -5,7 +5,7 @@ use std::{ffi::OsString, net::SocketAddr, path::PathBuf, time::Duration};
 use phalanx_model::{KvDtype, QuantizationMethod, TensorParallelStyle};
 use phalanx_proto::secret::ApiKeys;
 
-use crate::engine::SchedulingPolicy;
+use crate::{api::Observers, engine::SchedulingPolicy};
 
 #[derive(Clone, Debug)]
 pub struct CoordinatorConfig {
@@ -100,6 +100,7 @@ pub struct ApiOptions {
     pub uds: Option<PathBuf>,
     /// What clients over TCP must present.
     pub api_keys: ApiKeys,
+    pub observers: Observers,
 }
 
 #[derive(Clone, Debug)]

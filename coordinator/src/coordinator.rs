@@ -149,6 +149,7 @@ impl Coordinator {
             model_root: self.config.model.path.to_string_lossy().into_owned(),
             tensor_parallel_size: self.config.model.tensor_parallel_size as u32,
             api_keys: self.config.api.api_keys.clone(),
+            observers: self.config.api.observers.clone(),
             shutdown: self.asked_to_stop.clone(),
         };
         let attach = ClusterServer::new(AttachService(self.cluster.clone()));

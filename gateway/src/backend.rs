@@ -6,6 +6,7 @@ use futures_util::{StreamExt, stream::BoxStream};
 use phalanx_proto::{
     ErrorKind, RpcError,
     secret::ApiKeys,
+    trace::TRACEPARENT,
     v1::{
         ChatRequest, GenerateChunk, GenerateRequest, GenerateResponse, GetMetricsRequest, GetMetricsResponse,
         GetStatusRequest, GetStatusResponse, ListModelsRequest, ListModelsResponse,
@@ -22,6 +23,7 @@ use tonic::{
 use crate::{
     config::GatewayError,
     limits::{ADMIN_DEADLINE, MAX_REPLY_BYTES},
+    trace,
 };
 
 /// A coordinator on the same host or network answers in microseconds; this is for one that is not there.
@@ -48,7 +50,8 @@ pub(crate) struct Backend {
 
 type Keyed = InterceptedService<Channel, Credentials>;
 
-/// Presents an API key with every call: the coordinator wants the same keys as the gateway.
+/// Presents an API key with every call, as the coordinator wants the same keys as the gateway, and the place in the caller's
+/// trace.
 #[derive(Clone, Debug)]
 struct Credentials(Option<MetadataValue<Ascii>>);
 
@@ -69,6 +72,12 @@ impl Interceptor for Credentials {
     fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
         if let Some(value) = &self.0 {
             request.metadata_mut().insert("authorization", value.clone());
+        }
+        // A context is hexadecimal digits and dashes.
+        if let Some(context) = trace::caller()
+            && let Ok(value) = MetadataValue::try_from(context.to_string())
+        {
+            request.metadata_mut().insert(TRACEPARENT, value);
         }
         Ok(request)
     }

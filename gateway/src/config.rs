@@ -2,7 +2,7 @@
 
 use std::{io, path::PathBuf, time::Duration};
 
-use phalanx_proto::secret::ApiKeys;
+use phalanx_proto::{secret::ApiKeys, trace::Tracer};
 
 use crate::limits::HttpLimits;
 
@@ -19,6 +19,10 @@ pub struct GatewayConfig {
     pub api_keys: ApiKeys,
     /// Whether `usage` reports how many prompt tokens came from the prefix cache.
     pub prompt_tokens_details: bool,
+    /// A log line for every request that is answered.
+    pub log_requests: bool,
+    /// Where the spans of requests go.
+    pub tracer: Tracer,
     /// How long running requests may go on after the shutdown signal.
     pub drain_timeout: Duration,
     /// Bounds of the HTTP server.
@@ -34,6 +38,8 @@ impl GatewayConfig {
             coordinator: coordinator.into(),
             api_keys: ApiKeys::default(),
             prompt_tokens_details: false,
+            log_requests: false,
+            tracer: Tracer::default(),
             drain_timeout: Duration::from_secs(30),
             limits: HttpLimits::default(),
         }

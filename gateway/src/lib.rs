@@ -19,6 +19,7 @@ mod operator;
 mod routes;
 mod server;
 mod stall;
+mod trace;
 
 pub use config::{GatewayConfig, GatewayError};
 pub use limits::HttpLimits;

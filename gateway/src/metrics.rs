@@ -16,6 +16,8 @@ use prometheus_client::{
     registry::Registry,
 };
 
+use crate::trace::HttpSpan;
+
 const END: &str = "# EOF\n";
 
 /// Seconds; from a refused body to a long generation.
@@ -104,6 +106,8 @@ pub(crate) struct Measurement {
     labels: DurationLabels,
     start: Instant,
     status: &'static str,
+    /// Ends with the measurement.
+    pub(crate) span: Option<HttpSpan>,
 }
 
 impl Measurement {
@@ -119,12 +123,16 @@ impl Measurement {
             start: Instant::now(),
             // Stays so when the client leaves before there is a status.
             status: "4xx",
+            span: None,
         }
     }
 
     /// Measures on, to the end of `body`.
     pub(crate) fn follow(mut self, status: StatusCode, body: Body) -> Body {
         self.status = status_label(status);
+        if let Some(span) = &mut self.span {
+            span.status = Some(status.as_u16());
+        }
         Body::new(MeasuredBody {
             body,
             _measurement: self,

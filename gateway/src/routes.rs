@@ -18,7 +18,7 @@ use crate::{
     lifecycle::Lifecycle,
     limits::HttpLimits,
     metrics::HttpMetrics,
-    observe::observe,
+    observe::{Observer, observe},
     openai::{self, error::ApiError},
     operator,
 };
@@ -51,8 +51,7 @@ pub(crate) fn handler_label(path: &str) -> &'static str {
 }
 
 /// Every route, behind the key check, behind the observer.
-pub(crate) fn router(service: Service, keys: ApiKeys) -> Router {
-    let metrics = Arc::clone(&service.metrics);
+pub(crate) fn router(service: Service, keys: ApiKeys, observer: Observer) -> Router {
     Router::new()
         .route(CHAT, post(openai::chat::handle))
         .route(COMPLETIONS, post(openai::completions::handle))
@@ -66,7 +65,7 @@ pub(crate) fn router(service: Service, keys: ApiKeys) -> Router {
         .method_not_allowed_fallback(wrong_method)
         .with_state(service)
         .layer(from_fn_with_state(keys, require_key))
-        .layer(from_fn_with_state(metrics, observe))
+        .layer(from_fn_with_state(observer, observe))
 }
 
 async fn no_route(method: Method, uri: Uri) -> Response {

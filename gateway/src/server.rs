@@ -23,6 +23,7 @@ use crate::{
     lifecycle::Lifecycle,
     limits::{HttpLimits, MAX_HEAD_BYTES, MAX_HEADERS},
     metrics::HttpMetrics,
+    observe::Observer,
     routes::{Service, router},
     stall::StallGuard,
 };
@@ -56,6 +57,11 @@ impl Gateway {
             limits: config.limits.clone(),
             prompt_tokens_details: config.prompt_tokens_details,
         };
+        let observer = Observer {
+            metrics: Arc::clone(&service.metrics),
+            tracer: config.tracer,
+            log_requests: config.log_requests,
+        };
         let mut listeners = Vec::new();
         let mut local_addrs = Vec::new();
         for address in &config.listen {
@@ -78,7 +84,7 @@ impl Gateway {
             local_addrs,
             lifecycle,
             front: Front {
-                router: router(service, config.api_keys),
+                router: router(service, config.api_keys, observer),
                 permits: Arc::new(Semaphore::new(config.limits.connections)),
                 limits: config.limits,
             },

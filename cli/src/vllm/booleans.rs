@@ -5,15 +5,17 @@ use std::ffi::OsString;
 
 use clap::{Arg, ArgAction, Command};
 
-/// Lets every on/off flag of every subcommand take an optional value.
+/// Lets every on/off flag, those of all subcommands and those of each, take an optional value.
 pub(crate) fn make_negatable(command: Command) -> Command {
     let names: Vec<String> = command
         .get_subcommands()
         .map(|sub| sub.get_name().to_owned())
         .collect();
-    names.into_iter().fold(command, |command, name| {
-        command.mut_subcommand(name, |sub| sub.mut_args(optional_value))
-    })
+    names
+        .into_iter()
+        .fold(command.mut_args(optional_value), |command, name| {
+            command.mut_subcommand(name, |sub| sub.mut_args(optional_value))
+        })
 }
 
 fn optional_value(argument: Arg) -> Arg {
@@ -40,9 +42,10 @@ pub(crate) fn negate(command: &Command, argument: OsString) -> OsString {
         return argument;
     };
     let optional = |arg: &Arg| arg.get_long() == Some(rest) && arg.is_require_equals_set();
-    let known = command
-        .get_subcommands()
-        .any(|sub| sub.get_arguments().any(optional));
+    let known = command.get_arguments().any(optional)
+        || command
+            .get_subcommands()
+            .any(|sub| sub.get_arguments().any(optional));
     if known {
         format!("--{rest}=false").into()
     } else {

@@ -193,9 +193,6 @@ pub(super) const GROUPS: &[Group] = &[
         switch("--allow-credentials"), value("--allowed-headers", &[]), value("--allowed-methods", &[]),
         value("--allowed-origins", &[]),
     ]),
-    Group::ignored("no spans are exported and no line is logged per request", &[
-        value("--otlp-traces-endpoint", &[]), switch("--enable-log-requests"),
-    ]),
     Group::refused("the gateway speaks plain HTTP: end TLS in front of it", &[
         value("--ssl-keyfile", &[]), value("--ssl-certfile", &[]), value("--ssl-ca-certs", &[]),
         value("--ssl-cert-reqs", &["0"]),

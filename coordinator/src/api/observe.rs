@@ -147,11 +147,17 @@ impl Observation {
             ("gen_ai.operation.name", "text_completion".to_owned().into()),
             ("gen_ai.response.model", self.model.clone().into()),
             ("gen_ai.response.id", self.request_id.clone().into()),
-            ("gen_ai.response.finish_reasons", self.finish_reason().to_owned().into()),
+            (
+                "gen_ai.response.finish_reasons",
+                self.finish_reason().to_owned().into(),
+            ),
             ("gen_ai.request.id", self.request_id.clone().into()),
             ("gen_ai.request.n", parameters.n.into()),
             ("gen_ai.request.max_tokens", parameters.max_tokens.into()),
-            ("gen_ai.request.temperature", f64::from(parameters.temperature).into()),
+            (
+                "gen_ai.request.temperature",
+                f64::from(parameters.temperature).into(),
+            ),
             ("gen_ai.request.top_p", f64::from(parameters.top_p).into()),
             ("gen_ai.usage.num_sequences", parameters.n.into()),
             ("gen_ai.usage.input_tokens", parameters.prompt_tokens.into()),
@@ -159,7 +165,10 @@ impl Observation {
             ("gen_ai.usage.prompt_tokens", parameters.prompt_tokens.into()),
             ("gen_ai.usage.completion_tokens", self.completion_tokens.into()),
             ("gen_ai.usage.cached_tokens", self.cached_tokens.into()),
-            ("gen_ai.latency.e2e", (times.end - times.arrived).as_secs_f64().into()),
+            (
+                "gen_ai.latency.e2e",
+                (times.end - times.arrived).as_secs_f64().into(),
+            ),
         ];
         let latencies = [
             ("gen_ai.latency.time_in_queue", times.queue()),
@@ -167,7 +176,9 @@ impl Observation {
             ("gen_ai.latency.time_in_model_prefill", times.prefill()),
             ("gen_ai.latency.time_in_model_decode", times.decode()),
         ];
-        let known = latencies.into_iter().filter_map(|(name, took)| Some((name, took?.as_secs_f64().into())));
+        let known = latencies
+            .into_iter()
+            .filter_map(|(name, took)| Some((name, took?.as_secs_f64().into())));
         attributes.extend(known);
         attributes
     }

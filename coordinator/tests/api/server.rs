@@ -8,7 +8,7 @@ use std::{
 };
 
 use phalanx_coordinator::{
-    api::{Api, EngineSlot, Listeners, StatusHandle, serve},
+    api::{Api, EngineSlot, Listeners, Observers, StatusHandle, serve},
     engine::EngineConfig,
     engine_thread::{EngineHandle, EngineThreadConfig, spawn_engine},
     metrics::Metrics,
@@ -81,6 +81,7 @@ pub(crate) fn api(engine: EngineSlot, status: StatusHandle) -> Api {
         model_root: "/models/demo.gguf".into(),
         tensor_parallel_size: 2,
         api_keys: ApiKeys::default(),
+        observers: Observers::default(),
         shutdown: Arc::new(Notify::new()),
     }
 }

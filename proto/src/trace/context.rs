@@ -63,9 +63,13 @@ impl TraceContext {
 impl fmt::Display for TraceContext {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         out.write_str("00-")?;
-        self.trace_id.iter().try_for_each(|byte| write!(out, "{byte:02x}"))?;
+        self.trace_id
+            .iter()
+            .try_for_each(|byte| write!(out, "{byte:02x}"))?;
         out.write_str("-")?;
-        self.span_id.iter().try_for_each(|byte| write!(out, "{byte:02x}"))?;
+        self.span_id
+            .iter()
+            .try_for_each(|byte| write!(out, "{byte:02x}"))?;
         write!(out, "-{:02x}", u8::from(self.sampled))
     }
 }

@@ -17,9 +17,7 @@ use tonic::transport::Endpoint;
 use super::{Span, Value};
 use crate::otlp::{
     AnyValue, ExportTraceServiceRequest, InstrumentationScope, KeyValue, Resource, ResourceSpans, ScopeSpans,
-    Span as Encoded, Status, any_value,
-    span::SpanKind,
-    status::StatusCode,
+    Span as Encoded, Status, any_value, span::SpanKind, status::StatusCode,
     trace_service_client::TraceServiceClient,
 };
 
@@ -167,7 +165,10 @@ async fn fill(queue: &mut mpsc::Receiver<Span>, batch: &mut Vec<Span>) {
 }
 
 fn encode(service: &str, spans: impl Iterator<Item = Span>) -> ExportTraceServiceRequest {
-    let attributes = [("service.name", service), ("service.version", env!("CARGO_PKG_VERSION"))];
+    let attributes = [
+        ("service.name", service),
+        ("service.version", env!("CARGO_PKG_VERSION")),
+    ];
     let attributes = attributes.map(|(key, value)| key_value(key, Value::Text(value.to_owned())));
     ExportTraceServiceRequest {
         resource_spans: vec![ResourceSpans {

@@ -17,17 +17,18 @@ use tonic::{Request, Response, Status};
 pub(super) use control::ControlService;
 
 use self::reply::Replies;
-use super::{inference::InferenceService, stream::RequestStream};
+use super::{inference::InferenceService, observe::parent_of, stream::RequestStream};
 
 /// `vllm.Inference`.
 pub(super) struct VllmInference(pub(super) Arc<InferenceService>);
 
 impl VllmInference {
-    async fn start(&self, request: GenerateRequest) -> Result<(RequestStream, Replies), RpcError> {
-        let (request, wanted) = request::to_native(request)?;
+    async fn start(&self, request: Request<GenerateRequest>) -> Result<(RequestStream, Replies), RpcError> {
+        let parent = parent_of(request.metadata());
+        let (request, wanted) = request::to_native(request.into_inner())?;
         let (prepared, registration) = self.0.prepare(request).await?;
         let replies = Replies::new(wanted, &prepared);
-        Ok((self.0.start(prepared, registration)?, replies))
+        Ok((self.0.start(prepared, registration, parent)?, replies))
     }
 }
 
@@ -40,8 +41,8 @@ impl Inference for VllmInference {
         &self,
         request: Request<GenerateRequest>,
     ) -> Result<Response<GenerateResponse>, Status> {
-        let request = request.into_inner();
         let sequences = request
+            .get_ref()
             .sampling
             .as_ref()
             .map_or(1, |sampling| sampling.num_sequences);
@@ -67,7 +68,7 @@ impl Inference for VllmInference {
         &self,
         request: Request<GenerateRequest>,
     ) -> Result<Response<Self::GenerateStreamStream>, Status> {
-        let running = self.start(request.into_inner()).await?;
+        let running = self.start(request).await?;
         let pieces = stream::unfold(running, |(mut stream, mut replies)| async move {
             loop {
                 let piece = match stream.next().await? {
