@@ -7,6 +7,7 @@ use clap::{
     ArgAction, ArgMatches, Args, Parser, Subcommand, ValueEnum, builder::BoolishValueParser,
     parser::ValueSource, value_parser,
 };
+use phalanx_proto::tls::{ClientCertificates, TlsFiles};
 
 /// A distributed tensor-parallel LLM serving cluster.
 #[derive(Debug, Parser)]
@@ -279,6 +280,62 @@ pub(crate) struct FrontendArgs {
     pub(crate) uds: Option<PathBuf>,
 }
 
+/// TLS of HTTP and of gRPC's port.
+#[derive(Debug, Args)]
+pub(crate) struct TlsArgs {
+    /// PEM file of the private key; default: the certificate's file holds it, too.
+    #[arg(long, env = "PHALANX_SSL_KEYFILE", requires = "ssl_certfile")]
+    pub(crate) ssl_keyfile: Option<PathBuf>,
+    /// PEM file of the certificate and those above it. Read again when it changes.
+    #[arg(long, env = "PHALANX_SSL_CERTFILE")]
+    pub(crate) ssl_certfile: Option<PathBuf>,
+    /// PEM file of the authorities of clients' certificates.
+    #[arg(long, env = "PHALANX_SSL_CA_CERTS", requires = "ssl_certfile")]
+    pub(crate) ssl_ca_certs: Option<PathBuf>,
+    /// Clients' certificates: 0: not looked at, 1: checked if there is one, 2: required.
+    #[arg(
+        long,
+        env = "PHALANX_SSL_CERT_REQS",
+        default_value_t = 0,
+        value_parser = value_parser!(u8).range(0..=2)
+    )]
+    pub(crate) ssl_cert_reqs: u8,
+}
+
+impl TlsArgs {
+    /// None without a certificate.
+    pub(crate) fn files(&self) -> Option<TlsFiles> {
+        let certificates = self.ssl_certfile.clone()?;
+        Some(TlsFiles {
+            key: self.ssl_keyfile.clone().unwrap_or_else(|| certificates.clone()),
+            certificates,
+            client_authorities: self.ssl_ca_certs.clone(),
+            client_certificates: match self.ssl_cert_reqs {
+                0 => ClientCertificates::Ignored,
+                1 => ClientCertificates::Optional,
+                _ => ClientCertificates::Required,
+            },
+        })
+    }
+
+    /// The same flags for a child process.
+    pub(crate) fn arguments(&self) -> Vec<String> {
+        let files = [
+            ("--ssl-keyfile", &self.ssl_keyfile),
+            ("--ssl-certfile", &self.ssl_certfile),
+            ("--ssl-ca-certs", &self.ssl_ca_certs),
+        ];
+        let files = files
+            .into_iter()
+            .filter_map(|(flag, path)| Some((flag, path.as_ref()?)));
+        let mut arguments: Vec<String> = files
+            .map(|(flag, path)| format!("{flag}={}", path.display()))
+            .collect();
+        arguments.push(format!("--ssl-cert-reqs={}", self.ssl_cert_reqs));
+        arguments
+    }
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct ServeArgs {
     #[command(flatten)]
@@ -287,6 +344,8 @@ pub(crate) struct ServeArgs {
     pub(crate) engine: EngineArgs,
     #[command(flatten)]
     pub(crate) frontend: FrontendArgs,
+    #[command(flatten)]
+    pub(crate) tls: TlsArgs,
     /// YAML file of flags.
     #[arg(long, env = "PHALANX_CONFIG")]
     pub(crate) config: Option<PathBuf>,
@@ -298,6 +357,8 @@ pub(crate) struct CoordinatorArgs {
     pub(crate) model: ModelArgs,
     #[command(flatten)]
     pub(crate) engine: EngineArgs,
+    #[command(flatten)]
+    pub(crate) tls: TlsArgs,
     /// mp: start the workers; external_launcher: wait for workers that others start.
     #[arg(long, env = "PHALANX_DISTRIBUTED_EXECUTOR_BACKEND", default_value = "mp")]
     pub(crate) distributed_executor_backend: ExecutorBackend,
@@ -349,6 +410,8 @@ pub(crate) struct GatewayArgs {
     pub(crate) coordinator: String,
     #[command(flatten)]
     pub(crate) frontend: FrontendArgs,
+    #[command(flatten)]
+    pub(crate) tls: TlsArgs,
     /// Keys of which every request but probes must bring one as a bearer token. The coordinator is shown the first.
     #[arg(long, env = "PHALANX_API_KEY", value_delimiter = ',', hide_env_values = true)]
     pub(crate) api_key: Vec<String>,

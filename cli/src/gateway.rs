@@ -33,6 +33,7 @@ async fn serve(args: GatewayArgs, logging: &LoggingArgs) -> anyhow::Result<()> {
     let drain = Duration::from_secs(args.shutdown_timeout);
     let mut config = config(args.frontend, args.coordinator, drain);
     config.api_keys = ApiKeys::new(args.api_key)?;
+    config.tls = args.tls.files();
     config.log_requests = logging.enable_log_requests;
     config.tracer = tracer(logging)?;
     let gateway = Gateway::bind(config).await?;

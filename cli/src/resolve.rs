@@ -19,7 +19,9 @@ use phalanx_model::{KvDtype, QuantizationMethod, TensorParallelStyle};
 use phalanx_proto::secret::ApiKeys;
 
 use crate::{
-    args::{Device, EngineArgs, KvCacheDtype, LoggingArgs, ModelArgs, Policy, QuantizationName, Style},
+    args::{
+        Device, EngineArgs, KvCacheDtype, LoggingArgs, ModelArgs, Policy, QuantizationName, Style, TlsArgs,
+    },
     limits, logging,
 };
 
@@ -122,12 +124,13 @@ pub(crate) fn local_workers(program: PathBuf, arguments: Vec<String>, scratch: P
 /// `default_uds` is used when no socket was named.
 pub(crate) fn api(
     args: &EngineArgs,
-    logging: &LoggingArgs,
+    (tls, logging): (&TlsArgs, &LoggingArgs),
     default_uds: PathBuf,
 ) -> anyhow::Result<ApiOptions> {
     let tcp = args.grpc_port.map(|port| address(&args.grpc_host, port));
     Ok(ApiOptions {
         tcp: tcp.transpose()?,
+        tls: tls.files(),
         api_keys: ApiKeys::new(args.api_key.iter().cloned()).context("--api-key")?,
         observers: Observers {
             log_requests: logging.enable_log_requests,

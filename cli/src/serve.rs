@@ -41,7 +41,7 @@ pub(crate) fn serve(args: ServeArgs, logging: &LoggingArgs) -> anyhow::Result<()
     let config = CoordinatorConfig {
         engine: resolve::engine(&args.engine, &model)?,
         model,
-        api: resolve::api(&args.engine, logging, directory.socket())?,
+        api: resolve::api(&args.engine, (&args.tls, logging), directory.socket())?,
         workers: resolve::workers(
             &args.engine,
             &args.model,
@@ -62,7 +62,7 @@ pub(crate) fn coordinator(args: CoordinatorArgs, logging: &LoggingArgs) -> anyho
     let config = CoordinatorConfig {
         engine: resolve::engine(&args.engine, &model)?,
         model,
-        api: resolve::api(&args.engine, logging, directory.socket())?,
+        api: resolve::api(&args.engine, (&args.tls, logging), directory.socket())?,
         workers: resolve::workers(&args.engine, &args.model, source),
     };
     run(config, args.engine.shutdown_timeout, None)
@@ -188,6 +188,7 @@ impl GatewayCommand {
         }
         flag("--shutdown-timeout", args.engine.shutdown_timeout.to_string());
         flag("--parent-pid", std::process::id().to_string());
+        arguments.extend(args.tls.arguments());
         arguments.extend(logging.arguments());
         Self {
             program: program.to_owned(),

@@ -3,7 +3,7 @@
 use std::{ffi::OsString, net::SocketAddr, path::PathBuf, time::Duration};
 
 use phalanx_model::{KvDtype, QuantizationMethod, TensorParallelStyle};
-use phalanx_proto::secret::ApiKeys;
+use phalanx_proto::{secret::ApiKeys, tls::TlsFiles};
 
 use crate::{api::Observers, engine::SchedulingPolicy};
 
@@ -97,6 +97,8 @@ pub struct EngineOptions {
 #[derive(Clone, Debug)]
 pub struct ApiOptions {
     pub tcp: Option<SocketAddr>,
+    /// TLS of the TCP listener.
+    pub tls: Option<TlsFiles>,
     pub uds: Option<PathBuf>,
     /// What clients over TCP must present.
     pub api_keys: ApiKeys,

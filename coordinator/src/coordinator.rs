@@ -349,6 +349,9 @@ async fn listen(options: &ApiOptions) -> Result<(Listeners, Option<SocketAddr>),
             tracing::warn!(%address, "gRPC answers everybody who reaches it: there is no --api-key");
         }
         tcp = Some(address);
+        if let Some(files) = &options.tls {
+            listeners.secure(files.clone())?;
+        }
     }
     if let Some(path) = &options.uds {
         listeners.bind_unix(path)?;

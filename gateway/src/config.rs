@@ -2,7 +2,11 @@
 
 use std::{io, path::PathBuf, time::Duration};
 
-use phalanx_proto::{secret::ApiKeys, trace::Tracer};
+use phalanx_proto::{
+    secret::ApiKeys,
+    tls::{TlsError, TlsFiles},
+    trace::Tracer,
+};
 
 use crate::limits::HttpLimits;
 
@@ -13,6 +17,8 @@ pub struct GatewayConfig {
     pub listen: Vec<String>,
     /// A unix socket to listen on, beside or instead of TCP.
     pub uds: Option<PathBuf>,
+    /// TLS of the TCP listeners.
+    pub tls: Option<TlsFiles>,
     /// Where the coordinator serves gRPC: `http://host:port` or `unix:/path`.
     pub coordinator: String,
     /// Keys of which a client must present one; without any, no key is needed. The coordinator is shown the first.
@@ -35,6 +41,7 @@ impl GatewayConfig {
         Self {
             listen: vec![listen.into()],
             uds: None,
+            tls: None,
             coordinator: coordinator.into(),
             api_keys: ApiKeys::default(),
             prompt_tokens_details: false,
@@ -68,6 +75,9 @@ pub enum GatewayError {
         /// What is wrong with it.
         reason: String,
     },
+    /// A certificate or a key that cannot be used.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// A limit of zero would refuse everything.
     #[error("limit {field} must be at least 1")]
     ZeroLimit {

@@ -7,6 +7,7 @@ pub mod limits;
 pub mod secret;
 pub mod socket;
 pub mod step;
+pub mod tls;
 pub mod trace;
 
 /// Generated from `proto/phalanx/v1/*.proto`.

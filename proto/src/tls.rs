@@ -71,7 +71,8 @@ impl TlsFiles {
 
     fn load(&self, protocols: &[&[u8]]) -> Result<ServerConfig, TlsError> {
         let provider = Arc::new(ring::default_provider());
-        let builder = ServerConfig::builder_with_provider(provider.clone()).with_safe_default_protocol_versions()?;
+        let builder =
+            ServerConfig::builder_with_provider(provider.clone()).with_safe_default_protocol_versions()?;
         let builder = match (self.client_certificates, &self.client_authorities) {
             (ClientCertificates::Ignored, _) => builder.with_no_client_auth(),
             (_, None) => return Err(TlsError::NoAuthorities),

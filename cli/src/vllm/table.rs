@@ -193,10 +193,6 @@ pub(super) const GROUPS: &[Group] = &[
         switch("--allow-credentials"), value("--allowed-headers", &[]), value("--allowed-methods", &[]),
         value("--allowed-origins", &[]),
     ]),
-    Group::refused("the gateway speaks plain HTTP: end TLS in front of it", &[
-        value("--ssl-keyfile", &[]), value("--ssl-certfile", &[]), value("--ssl-ca-certs", &[]),
-        value("--ssl-cert-reqs", &["0"]),
-    ]),
     Group::refused("rustls has safe suites alone", &[value("--ssl-ciphers", &[])]),
     Group::ignored("certificates are read again whenever their files change", &[switch("--enable-ssl-refresh")]),
 ];

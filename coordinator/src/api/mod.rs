@@ -8,6 +8,7 @@ mod inference;
 mod listen;
 mod observe;
 mod registry;
+mod secured;
 mod status;
 mod stream;
 mod vllm;

@@ -11,3 +11,4 @@ mod shapes;
 mod shutdown;
 mod streams;
 mod support;
+mod tls;
