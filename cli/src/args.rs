@@ -252,6 +252,9 @@ pub(crate) struct EngineArgs {
     /// Keys of which clients over HTTP and over gRPC's port must bring one as a bearer token; probes need none.
     #[arg(long, env = "PHALANX_API_KEY", value_delimiter = ',', hide_env_values = true)]
     pub(crate) api_key: Vec<String>,
+    /// File of such keys, one a line.
+    #[arg(long, env = "PHALANX_API_KEY_FILE")]
+    pub(crate) api_key_file: Option<PathBuf>,
     /// Unix socket of the gRPC API; default: one in a private directory.
     #[arg(long, env = "PHALANX_GRPC_UDS")]
     pub(crate) grpc_uds: Option<PathBuf>,
@@ -415,6 +418,9 @@ pub(crate) struct GatewayArgs {
     /// Keys of which every request but probes must bring one as a bearer token. The coordinator is shown the first.
     #[arg(long, env = "PHALANX_API_KEY", value_delimiter = ',', hide_env_values = true)]
     pub(crate) api_key: Vec<String>,
+    /// File of such keys, one a line.
+    #[arg(long, env = "PHALANX_API_KEY_FILE")]
+    pub(crate) api_key_file: Option<PathBuf>,
     /// Seconds that running streams may take to end after SIGTERM.
     #[arg(long, env = "PHALANX_SHUTDOWN_TIMEOUT", default_value_t = 30)]
     pub(crate) shutdown_timeout: u64,

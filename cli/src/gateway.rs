@@ -4,12 +4,12 @@ use std::{pin::pin, time::Duration};
 
 use anyhow::Context;
 use phalanx_gateway::{Gateway, GatewayConfig};
-use phalanx_proto::secret::ApiKeys;
 use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
 use tokio::sync::oneshot;
 
 use crate::{
     args::{FrontendArgs, GatewayArgs, LoggingArgs},
+    keys,
     logging::tracer,
     signals::Signals,
 };
@@ -32,7 +32,7 @@ async fn serve(args: GatewayArgs, logging: &LoggingArgs) -> anyhow::Result<()> {
     let mut signals = Signals::install()?;
     let drain = Duration::from_secs(args.shutdown_timeout);
     let mut config = config(args.frontend, args.coordinator, drain);
-    config.api_keys = ApiKeys::new(args.api_key)?;
+    config.api_keys = keys::load(&args.api_key, args.api_key_file.as_deref())?;
     config.tls = args.tls.files();
     config.log_requests = logging.enable_log_requests;
     config.tracer = tracer(logging)?;

@@ -6,6 +6,7 @@ mod bench;
 mod command_line;
 mod config_file;
 mod gateway;
+mod keys;
 mod limits;
 mod logging;
 mod plan;

@@ -16,13 +16,12 @@ use phalanx_coordinator::{
     engine::SchedulingPolicy,
 };
 use phalanx_model::{KvDtype, QuantizationMethod, TensorParallelStyle};
-use phalanx_proto::secret::ApiKeys;
 
 use crate::{
     args::{
         Device, EngineArgs, KvCacheDtype, LoggingArgs, ModelArgs, Policy, QuantizationName, Style, TlsArgs,
     },
-    limits, logging,
+    keys, limits, logging,
 };
 
 pub(crate) fn model(args: &ModelArgs) -> anyhow::Result<ModelOptions> {
@@ -131,7 +130,7 @@ pub(crate) fn api(
     Ok(ApiOptions {
         tcp: tcp.transpose()?,
         tls: tls.files(),
-        api_keys: ApiKeys::new(args.api_key.iter().cloned()).context("--api-key")?,
+        api_keys: keys::load(&args.api_key, args.api_key_file.as_deref())?,
         observers: Observers {
             log_requests: logging.enable_log_requests,
             tracer: logging::tracer(logging)?,

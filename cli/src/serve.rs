@@ -188,6 +188,9 @@ impl GatewayCommand {
         }
         flag("--shutdown-timeout", args.engine.shutdown_timeout.to_string());
         flag("--parent-pid", std::process::id().to_string());
+        if let Some(path) = &args.engine.api_key_file {
+            arguments.push(format!("--api-key-file={}", path.display()));
+        }
         arguments.extend(args.tls.arguments());
         arguments.extend(logging.arguments());
         Self {

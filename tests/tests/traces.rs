@@ -9,7 +9,9 @@ use std::{
 };
 
 use phalanx_proto::otlp::{
-    ExportTraceServiceRequest, ExportTraceServiceResponse, Span, any_value::Value, span::SpanKind,
+    ExportTraceServiceRequest, ExportTraceServiceResponse, Span,
+    any_value::Value,
+    span::SpanKind,
     trace_service_server::{TraceService, TraceServiceServer},
 };
 use phalanx_tests::{processes::eventually, server::Server};
@@ -30,7 +32,9 @@ impl TraceService for Collector {
         request: Request<ExportTraceServiceRequest>,
     ) -> Result<Response<ExportTraceServiceResponse>, Status> {
         let resources = request.into_inner().resource_spans.into_iter();
-        let spans = resources.flat_map(|resource| resource.scope_spans).flat_map(|scope| scope.spans);
+        let spans = resources
+            .flat_map(|resource| resource.scope_spans)
+            .flat_map(|scope| scope.spans);
         self.0.lock().expect("not poisoned").extend(spans);
         Ok(Response::new(ExportTraceServiceResponse::default()))
     }
@@ -39,7 +43,9 @@ impl TraceService for Collector {
 impl Collector {
     /// Serves until the runtime is dropped; returns the address.
     fn serve(&self, runtime: &Runtime) -> String {
-        let listener = runtime.block_on(TcpListener::bind("127.0.0.1:0")).expect("a free port");
+        let listener = runtime
+            .block_on(TcpListener::bind("127.0.0.1:0"))
+            .expect("a free port");
         let address = listener.local_addr().expect("an address");
         let service = TraceServiceServer::new(self.clone());
         runtime.spawn(
@@ -107,7 +113,13 @@ fn a_request_is_one_trace_and_one_line_without_its_text() {
         &endpoint,
     ]);
     ask(&server.address);
-    let names = ["POST /v1/completions", "llm_request", "queue", "prefill", "decode"];
+    let names = [
+        "POST /v1/completions",
+        "llm_request",
+        "queue",
+        "prefill",
+        "decode",
+    ];
     eventually("all spans", Duration::from_secs(20), || {
         let spans = collector.spans();
         names.iter().all(|name| spans.contains_key(*name))
@@ -116,19 +128,40 @@ fn a_request_is_one_trace_and_one_line_without_its_text() {
     let (http, request) = (&spans[names[0]], &spans[names[1]]);
     assert_eq!(hex(&http.parent_span_id), CALLER);
     assert_eq!(request.parent_span_id, http.span_id);
-    assert_eq!((http.kind(), request.kind()), (SpanKind::Server, SpanKind::Server));
-    assert_eq!(attribute(http, "http.response.status_code"), &Value::IntValue(200));
-    assert_eq!(attribute(request, "gen_ai.usage.completion_tokens"), &Value::IntValue(5));
-    assert_eq!(attribute(request, "gen_ai.response.model"), &Value::StringValue("demo".into()));
+    assert_eq!(
+        (http.kind(), request.kind()),
+        (SpanKind::Server, SpanKind::Server)
+    );
+    assert_eq!(
+        attribute(http, "http.response.status_code"),
+        &Value::IntValue(200)
+    );
+    assert_eq!(
+        attribute(request, "gen_ai.usage.completion_tokens"),
+        &Value::IntValue(5)
+    );
+    assert_eq!(
+        attribute(request, "gen_ai.response.model"),
+        &Value::StringValue("demo".into())
+    );
     for name in &names[2..] {
         let part = &spans[*name];
         assert_eq!(part.parent_span_id, request.span_id, "{name}");
         assert!(part.start_time_unix_nano <= part.end_time_unix_nano, "{name}");
-        assert!(request.start_time_unix_nano <= part.start_time_unix_nano, "{name}");
+        assert!(
+            request.start_time_unix_nano <= part.start_time_unix_nano,
+            "{name}"
+        );
         assert!(part.end_time_unix_nano <= request.end_time_unix_nano, "{name}");
     }
-    assert_eq!(spans["queue"].end_time_unix_nano, spans["prefill"].start_time_unix_nano);
-    assert_eq!(spans["prefill"].end_time_unix_nano, spans["decode"].start_time_unix_nano);
+    assert_eq!(
+        spans["queue"].end_time_unix_nano,
+        spans["prefill"].start_time_unix_nano
+    );
+    assert_eq!(
+        spans["prefill"].end_time_unix_nano,
+        spans["decode"].start_time_unix_nano
+    );
 
     let log = server.log_text();
     let lines: Vec<serde_json::Value> = log
@@ -142,7 +175,11 @@ fn a_request_is_one_trace_and_one_line_without_its_text() {
         });
         found.count()
     };
-    assert_eq!((of_request("request ended"), of_request("answered")), (1, 1), "{log}");
+    assert_eq!(
+        (of_request("request ended"), of_request("answered")),
+        (1, 1),
+        "{log}"
+    );
     assert!(!log.contains("secret word"), "a prompt was logged");
     assert!(server.stop().success());
 }

@@ -3,6 +3,8 @@
 use std::{path::PathBuf, process::Command, time::Duration};
 
 use phalanx_tests::{
+    http,
+    processes::listening,
     root,
     server::{Server, free_port},
 };
@@ -96,4 +98,44 @@ fn a_flag_that_would_change_replies_is_refused_with_its_reason() {
         log.contains("--enable-lora is not offered: adapters are not offered"),
         "{log}"
     );
+}
+
+#[test]
+fn only_http_is_reached_from_elsewhere_and_only_with_a_key() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let keys = directory.path().join("keys");
+    std::fs::write(&keys, "# ours\nsesame\n").expect("written");
+    let keys = format!("--api-key-file={}", keys.display());
+    let server = Server::start(&[
+        "-tp",
+        "2",
+        "--max-model-len",
+        "512",
+        "--host",
+        "0.0.0.0",
+        "--grpc-port",
+        "0",
+        &keys,
+    ]);
+    let listening = listening(&server.family());
+    let (open, local): (Vec<_>, Vec<_>) = listening.iter().partition(|address| !address.ip().is_loopback());
+    assert_eq!(open.len(), 1, "{listening:?}");
+    assert!(
+        server.address.ends_with(&format!(":{}", open[0].port())),
+        "{listening:?}"
+    );
+    assert_eq!(local.len(), 1, "gRPC: {listening:?}");
+    for path in [
+        "/metrics",
+        "/v1/models",
+        "/version",
+        "/load",
+        "/nothing",
+        "/docs",
+        "/pause",
+    ] {
+        let reply = http::get(&server.address, path).expect("a reply");
+        assert_eq!(reply.status, 401, "{path}");
+    }
+    assert!(server.stop().success());
 }

@@ -56,9 +56,12 @@ impl Authority {
         let config = match identity {
             None => builder.with_no_client_auth(),
             Some((certificate, key)) => {
-                let certificate = CertificateDer::from_pem_slice(certificate.as_bytes()).expect("a certificate");
+                let certificate =
+                    CertificateDer::from_pem_slice(certificate.as_bytes()).expect("a certificate");
                 let key = PrivateKeyDer::from_pem_slice(key.as_bytes()).expect("a key");
-                builder.with_client_auth_cert(vec![certificate], key).expect("an identity")
+                builder
+                    .with_client_auth_cert(vec![certificate], key)
+                    .expect("an identity")
             }
         };
         Arc::new(config)
@@ -107,7 +110,10 @@ async fn tls_clients_are_served_and_others_are_not() {
     config.tls = Some(write(directory.path(), &authority.sign(), &authority));
     let server = Server::start(config).await;
     assert!(answers(&server, authority.client(None)).await);
-    assert!(!answers(&server, Authority::new().client(None)).await, "another authority's client");
+    assert!(
+        !answers(&server, Authority::new().client(None)).await,
+        "another authority's client"
+    );
     let mut plain = Connection::open(server.address).await;
     plain.send(REQUEST).await;
     let reply = timeout(DEADLINE, plain.0.readable()).await.expect("in time");
