@@ -7,7 +7,7 @@ use clap::{
     ArgAction, ArgMatches, Args, Parser, Subcommand, ValueEnum, builder::BoolishValueParser,
     parser::ValueSource, value_parser,
 };
-use phalanx_proto::tls::{ClientCertificates, TlsFiles};
+use phalanx_proto::tls::{ClientCertificates, ClientTlsFiles, TlsFiles};
 
 /// A distributed tensor-parallel LLM serving cluster.
 #[derive(Debug, Parser)]
@@ -339,6 +339,34 @@ impl TlsArgs {
     }
 }
 
+/// The client's side of TLS to a coordinator.
+#[derive(Debug, Args)]
+pub(crate) struct CoordinatorTlsArgs {
+    /// PEM file of the authorities of the coordinator's certificate; for `https`.
+    #[arg(long, env = "PHALANX_COORDINATOR_CA_CERTS")]
+    pub(crate) coordinator_ca_certs: Option<PathBuf>,
+    /// PEM file of the certificate to show to the coordinator.
+    #[arg(long, env = "PHALANX_COORDINATOR_CERTFILE", requires = "coordinator_ca_certs")]
+    pub(crate) coordinator_certfile: Option<PathBuf>,
+    /// PEM file of its private key; default: the certificate's file holds it, too.
+    #[arg(long, env = "PHALANX_COORDINATOR_KEYFILE", requires = "coordinator_certfile")]
+    pub(crate) coordinator_keyfile: Option<PathBuf>,
+}
+
+impl CoordinatorTlsArgs {
+    /// None without an authority.
+    pub(crate) fn files(&self) -> Option<ClientTlsFiles> {
+        let identity = self.coordinator_certfile.clone().map(|certificate| {
+            let key = self.coordinator_keyfile.clone();
+            (certificate.clone(), key.unwrap_or(certificate))
+        });
+        Some(ClientTlsFiles {
+            authorities: self.coordinator_ca_certs.clone()?,
+            identity,
+        })
+    }
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct ServeArgs {
     #[command(flatten)]
@@ -387,9 +415,11 @@ pub(crate) enum ExecutorBackend {
 
 #[derive(Debug, Args)]
 pub(crate) struct WorkerArgs {
-    /// `unix:/path` or `http://host:port` of the coordinator.
+    /// `unix:/path`, `http://host:port` or `https://host:port` of the coordinator.
     #[arg(long, env = "PHALANX_COORDINATOR")]
     pub(crate) coordinator: String,
+    #[command(flatten)]
+    pub(crate) tls: CoordinatorTlsArgs,
     /// This worker's place, from 0.
     #[arg(long, env = "PHALANX_RANK")]
     pub(crate) rank: u32,
@@ -408,9 +438,11 @@ pub(crate) struct WorkerArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct GatewayArgs {
-    /// `unix:/path` or `http://host:port` of the coordinator.
+    /// `unix:/path`, `http://host:port` or `https://host:port` of the coordinator.
     #[arg(long, env = "PHALANX_COORDINATOR")]
     pub(crate) coordinator: String,
+    #[command(flatten)]
+    pub(crate) coordinator_tls: CoordinatorTlsArgs,
     #[command(flatten)]
     pub(crate) frontend: FrontendArgs,
     #[command(flatten)]

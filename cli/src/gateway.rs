@@ -34,6 +34,7 @@ async fn serve(args: GatewayArgs, logging: &LoggingArgs) -> anyhow::Result<()> {
     let mut config = config(args.frontend, args.coordinator, drain);
     config.api_keys = keys::load(&args.api_key, args.api_key_file.as_deref())?;
     config.tls = args.tls.files();
+    config.coordinator_tls = args.coordinator_tls.files();
     config.log_requests = logging.enable_log_requests;
     config.tracer = tracer(logging)?;
     let gateway = Gateway::bind(config).await?;

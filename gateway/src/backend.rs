@@ -6,6 +6,7 @@ use futures_util::{StreamExt, stream::BoxStream};
 use phalanx_proto::{
     ErrorKind, RpcError,
     secret::ApiKeys,
+    tls::ClientTlsFiles,
     trace::TRACEPARENT,
     v1::{
         ChatRequest, GenerateChunk, GenerateRequest, GenerateResponse, GetMetricsRequest, GetMetricsResponse,
@@ -21,7 +22,7 @@ use tonic::{
 };
 
 use crate::{
-    config::GatewayError,
+    config::{GatewayConfig, GatewayError},
     limits::{ADMIN_DEADLINE, MAX_REPLY_BYTES},
     trace,
 };
@@ -84,10 +85,10 @@ impl Interceptor for Credentials {
 }
 
 impl Backend {
-    /// Prepares for the coordinator at `address`, without connecting.
-    pub(crate) fn new(address: &str, keys: &ApiKeys) -> Result<Self, GatewayError> {
-        let endpoint = endpoint(address)?;
-        let credentials = Credentials::of(keys);
+    /// Prepares for the configured coordinator, without connecting.
+    pub(crate) fn new(config: &GatewayConfig) -> Result<Self, GatewayError> {
+        let endpoint = endpoint(&config.coordinator, config.coordinator_tls.as_ref())?;
+        let credentials = Credentials::of(&config.api_keys);
         let keyed = || InterceptedService::new(endpoint.connect_lazy(), credentials.clone());
         Ok(Self {
             inference: InferenceClient::new(keyed()).max_decoding_message_size(MAX_REPLY_BYTES),
@@ -129,17 +130,27 @@ impl Backend {
     }
 }
 
-fn endpoint(address: &str) -> Result<Endpoint, GatewayError> {
+fn endpoint(address: &str, tls: Option<&ClientTlsFiles>) -> Result<Endpoint, GatewayError> {
     let refuse = |reason: String| GatewayError::CoordinatorAddress {
         address: address.to_owned(),
         reason,
     };
     match address.split_once(':') {
         Some(("http", rest)) if rest.starts_with("//") => {}
+        Some(("https", rest)) if rest.starts_with("//") => {}
         Some(("unix", path)) if path.starts_with('/') => {}
         _ => return Err(refuse("unknown form".to_owned())),
     }
     let endpoint = Endpoint::from_shared(address.to_owned()).map_err(|error| refuse(error.to_string()))?;
+    let endpoint = match tls {
+        Some(files) if address.starts_with("https:") => endpoint
+            .tls_config(files.load()?)
+            .map_err(|error| refuse(error.to_string()))?,
+        None if address.starts_with("https:") => {
+            return Err(refuse("https needs its authorities".to_owned()));
+        }
+        _ => endpoint,
+    };
     Ok(endpoint
         .connect_timeout(CONNECT_TIMEOUT)
         .tcp_nodelay(true)
@@ -209,13 +220,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn addresses_have_two_forms() {
+    fn addresses_have_three_forms() {
         for good in [
             "http://127.0.0.1:50051",
             "http://coordinator:50051",
             "unix:/run/phalanx.sock",
         ] {
-            assert!(endpoint(good).is_ok(), "{good}");
+            assert!(endpoint(good, None).is_ok(), "{good}");
         }
         for bad in [
             "",
@@ -225,7 +236,7 @@ mod tests {
             "http://",
             "http://a b",
         ] {
-            assert!(endpoint(bad).is_err(), "{bad}");
+            assert!(endpoint(bad, None).is_err(), "{bad}");
         }
     }
 
@@ -241,8 +252,11 @@ mod tests {
 
     #[tokio::test]
     async fn an_absent_coordinator_is_unavailable_at_once() {
-        let backend =
-            Backend::new("unix:/nonexistent/phalanx.sock", &ApiKeys::default()).expect("a good address");
+        let backend = Backend::new(&GatewayConfig::new(
+            "127.0.0.1:0",
+            "unix:/nonexistent/phalanx.sock",
+        ))
+        .expect("a good address");
         let start = Instant::now();
         let error = backend.status().await.expect_err("nobody there");
         assert_eq!(error.kind, ErrorKind::Unavailable);

@@ -4,7 +4,7 @@ use std::{io, path::PathBuf, time::Duration};
 
 use phalanx_proto::{
     secret::ApiKeys,
-    tls::{TlsError, TlsFiles},
+    tls::{ClientTlsFiles, TlsError, TlsFiles},
     trace::Tracer,
 };
 
@@ -19,8 +19,10 @@ pub struct GatewayConfig {
     pub uds: Option<PathBuf>,
     /// TLS of the TCP listeners.
     pub tls: Option<TlsFiles>,
-    /// Where the coordinator serves gRPC: `http://host:port` or `unix:/path`.
+    /// Where the coordinator serves gRPC: `http://host:port`, `https://host:port` or `unix:/path`.
     pub coordinator: String,
+    /// For `https`.
+    pub coordinator_tls: Option<ClientTlsFiles>,
     /// Keys of which a client must present one; without any, no key is needed. The coordinator is shown the first.
     pub api_keys: ApiKeys,
     /// Whether `usage` reports how many prompt tokens came from the prefix cache.
@@ -43,6 +45,7 @@ impl GatewayConfig {
             uds: None,
             tls: None,
             coordinator: coordinator.into(),
+            coordinator_tls: None,
             api_keys: ApiKeys::default(),
             prompt_tokens_details: false,
             log_requests: false,
@@ -68,7 +71,9 @@ pub enum GatewayError {
         source: io::Error,
     },
     /// The coordinator's address is neither of the two forms.
-    #[error("coordinator address {address:?} is neither http://host:port nor unix:/path: {reason}")]
+    #[error(
+        "coordinator address {address:?} is none of http://host:port, https://host:port and unix:/path: {reason}"
+    )]
     CoordinatorAddress {
         /// The address as configured.
         address: String,

@@ -57,7 +57,7 @@ impl Gateway {
         check(&config.limits)?;
         let lifecycle = Arc::new(Lifecycle::new(config.limits.running_prompts));
         let service = Service {
-            backend: Backend::new(&config.coordinator, &config.api_keys)?,
+            backend: Backend::new(&config)?,
             lifecycle: Arc::clone(&lifecycle),
             metrics: Arc::new(HttpMetrics::new()),
             limits: config.limits.clone(),

@@ -1,7 +1,8 @@
-//! TLS of the servers (rustls): certificates from files, which are read again when they change, and clients' certificates.
+//! TLS (rustls). Servers: certificates from files, which are read again when they change, and clients' certificates.
+//! Clients of a coordinator: whom to trust, and who they say they are.
 
 use std::{
-    io,
+    fs, io,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant, SystemTime},
@@ -18,6 +19,7 @@ use tokio::{
     time::timeout,
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
+use tonic::transport::{Certificate, ClientTlsConfig, Identity};
 
 /// A client that takes longer for its handshake is cut off.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
@@ -171,5 +173,27 @@ impl ServerTls {
             }
         }
         current.config.clone()
+    }
+}
+
+/// What a client needs for a coordinator with TLS. All files are PEM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ClientTlsFiles {
+    /// Authorities of the coordinator's certificate.
+    pub authorities: PathBuf,
+    /// Certificate and key of this client, if the coordinator asks for one.
+    pub identity: Option<(PathBuf, PathBuf)>,
+}
+
+impl ClientTlsFiles {
+    /// # Errors
+    /// A file that cannot be read. What it holds is judged when a connection is made.
+    pub fn load(&self) -> Result<ClientTlsConfig, TlsError> {
+        let read = |path: &Path| fs::read(path).map_err(|error| file(path, error));
+        let config = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(read(&self.authorities)?));
+        Ok(match &self.identity {
+            Some((certificate, key)) => config.identity(Identity::from_pem(read(certificate)?, read(key)?)),
+            None => config,
+        })
     }
 }
