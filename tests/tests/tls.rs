@@ -84,6 +84,7 @@ fn clients_with_a_certificate_reach_http_and_grpc_and_others_reach_nothing() {
             "--coordinator-keyfile",
             &key,
         ])
+        .args(["--parent-pid", &std::process::id().to_string()])
         .stdin(Stdio::null())
         .spawn()
         .expect("a gateway");
