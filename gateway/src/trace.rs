@@ -21,7 +21,7 @@ pub(crate) async fn within<F: Future>(context: Option<TraceContext>, answer: F) 
 
 /// The context of the request that is being answered.
 pub(crate) fn caller() -> Option<TraceContext> {
-    CALLER.try_get().ok()
+    CALLER.try_with(|context| *context).ok()
 }
 
 /// The caller's span, from its headers.
