@@ -36,7 +36,7 @@ pub(crate) enum Command {
     Coordinator(Box<CoordinatorArgs>),
     /// Only one rank, attached to a coordinator.
     Worker(WorkerArgs),
-    /// Only the OpenAI-compatible HTTP gateway in front of a coordinator.
+    /// Only the OpenAI-compatible HTTP gateway: in front of one coordinator, or as a router over several.
     Gateway(GatewayArgs),
     /// Print who would hold what and the bytes, without loading anything.
     Plan(Box<PlanArgs>),
@@ -357,16 +357,15 @@ pub(crate) struct WorkerArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct GatewayArgs {
-    /// `unix:/path`, `http://host:port` or `https://host:port` of the coordinator.
-    #[arg(long, env = "PHALANX_COORDINATOR")]
-    pub(crate) coordinator: String,
+    #[command(flatten)]
+    pub(crate) backends: crate::gateway::BackendArgs,
     #[command(flatten)]
     pub(crate) coordinator_tls: CoordinatorTlsArgs,
     #[command(flatten)]
     pub(crate) frontend: FrontendArgs,
     #[command(flatten)]
     pub(crate) tls: TlsArgs,
-    /// Keys of which every request but probes must bring one as a bearer token. The coordinator is shown the first.
+    /// Keys of which every request but probes must bring one as a bearer token. Coordinators are shown the first.
     #[arg(long, env = "PHALANX_API_KEY", value_delimiter = ',', hide_env_values = true)]
     pub(crate) api_key: Vec<String>,
     /// File of such keys, one a line.

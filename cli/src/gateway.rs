@@ -3,7 +3,12 @@
 use std::{pin::pin, time::Duration};
 
 use anyhow::Context;
-use phalanx_gateway::{Gateway, GatewayConfig};
+use clap::{
+    Args,
+    builder::{PossibleValuesParser, TypedValueParser},
+};
+use phalanx_gateway::{Backends, Gateway, GatewayConfig, RoutingPolicy};
+use phalanx_proto::tls::ClientTlsFiles;
 use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
 use tokio::sync::oneshot;
 
@@ -13,6 +18,60 @@ use crate::{
     logging::tracer,
     signals::Signals,
 };
+
+/// The coordinators. All of them serve the same model with the same flags.
+#[derive(Debug, Args)]
+pub(crate) struct BackendArgs {
+    /// `unix:/path`, `http://host:port` or `https://host:port` of the coordinator.
+    #[arg(
+        long,
+        env = "PHALANX_COORDINATOR",
+        required_unless_present_any = ["backend", "backend_dns"]
+    )]
+    coordinator: Option<String>,
+    /// A replica's coordinator: `host:port` or any of those; for several, repeat it or separate
+    /// them by commas.
+    #[arg(long, env = "PHALANX_BACKEND", value_delimiter = ',')]
+    backend: Vec<String>,
+    /// A name and a port: every address that the name has is a replica's coordinator. For a headless service.
+    // TLS would need the name, of which only the addresses are left.
+    #[arg(
+        long,
+        env = "PHALANX_BACKEND_DNS",
+        value_name = "NAME:PORT",
+        conflicts_with = "coordinator_ca_certs"
+    )]
+    backend_dns: Option<String>,
+    /// Which replica gets a request: the next; the one with the fewest running; the one of its session (X-Session-Id,
+    /// or `user`); the one that has seen the beginning of its prompt.
+    #[arg(
+        long,
+        env = "PHALANX_ROUTING_POLICY",
+        default_value_t = RoutingPolicy::default(),
+        value_parser = PossibleValuesParser::new(RoutingPolicy::NAMES.map(|(name, _)| name))
+            .try_map(|name| name.parse::<RoutingPolicy>())
+    )]
+    routing_policy: RoutingPolicy,
+}
+
+impl BackendArgs {
+    fn resolve(self, tls: Option<ClientTlsFiles>) -> Backends {
+        let scheme = if tls.is_some() { "https" } else { "http" };
+        let backends = self.backend.into_iter().map(|backend| {
+            if backend.contains('/') {
+                backend
+            } else {
+                format!("{scheme}://{backend}")
+            }
+        });
+        Backends {
+            addresses: self.coordinator.into_iter().chain(backends).collect(),
+            dns: self.backend_dns,
+            tls,
+            policy: self.routing_policy,
+        }
+    }
+}
 
 pub(crate) fn run(args: GatewayArgs, logging: &LoggingArgs) -> anyhow::Result<()> {
     if let Some(parent) = args.parent_pid {
@@ -31,10 +90,13 @@ pub(crate) fn run(args: GatewayArgs, logging: &LoggingArgs) -> anyhow::Result<()
 async fn serve(args: GatewayArgs, logging: &LoggingArgs) -> anyhow::Result<()> {
     let mut signals = Signals::install()?;
     let drain = Duration::from_secs(args.shutdown_timeout);
-    let mut config = config(args.frontend, args.coordinator, drain);
+    let mut config = config(
+        args.frontend,
+        args.backends.resolve(args.coordinator_tls.files()),
+        drain,
+    );
     config.api_keys = keys::load(&args.api_key, args.api_key_file.as_deref())?;
     config.tls = args.tls.files();
-    config.coordinator_tls = args.coordinator_tls.files();
     config.log_requests = logging.enable_log_requests;
     config.tracer = tracer(logging)?;
     let gateway = Gateway::bind(config).await?;
@@ -58,8 +120,8 @@ async fn serve(args: GatewayArgs, logging: &LoggingArgs) -> anyhow::Result<()> {
 }
 
 /// The gateway's settings from the flags.
-fn config(frontend: FrontendArgs, coordinator: String, drain_timeout: Duration) -> GatewayConfig {
-    let mut config = GatewayConfig::new(format!("{}:{}", frontend.host, frontend.port), coordinator);
+fn config(frontend: FrontendArgs, backends: Backends, drain_timeout: Duration) -> GatewayConfig {
+    let mut config = GatewayConfig::new(format!("{}:{}", frontend.host, frontend.port), backends);
     if frontend.uds.is_some() {
         config.listen.clear();
     }

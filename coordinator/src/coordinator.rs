@@ -474,6 +474,7 @@ fn text_processor(
 async fn warm_up(engine: &EngineHandle) -> Result<(), RpcError> {
     let sequence = NewSequence {
         prompt: vec![0],
+        output: Vec::new(),
         sampling: SamplingParams::GREEDY,
         stop: StopRules {
             max_tokens: 1,

@@ -42,6 +42,8 @@ use crate::{
 #[derive(Clone, Debug)]
 pub struct NewSequence {
     pub prompt: Vec<u32>,
+    /// Output that another server has made already.
+    pub output: Vec<u32>,
     pub sampling: SamplingParams,
     pub stop: StopRules,
     pub priority: i32,
@@ -238,6 +240,7 @@ impl EngineHandle {
         let request = EngineRequest {
             id,
             prompt: request.prompt,
+            output: request.output,
             sampling: request.sampling,
             stop: request.stop,
             priority: request.priority,
@@ -247,7 +250,7 @@ impl EngineHandle {
         request.check(&shared.config.engine).map_err(refusal)?;
         let ticket = shared
             .admission
-            .take(request.prompt.len())
+            .take(request.prompt.len() + request.output.len())
             .inspect_err(|full| shared.metrics.rejected(full.limit))?;
         let (stream, events) = Stream::new(shared.config.stream_capacity, ticket);
         let milestones = lifecycle.milestones();

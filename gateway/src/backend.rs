@@ -11,7 +11,7 @@ use phalanx_proto::{
     v1::{
         ChatRequest, GenerateChunk, GenerateRequest, GenerateResponse, GetMetricsRequest, GetMetricsResponse,
         GetStatusRequest, GetStatusResponse, ListModelsRequest, ListModelsResponse,
-        admin_client::AdminClient, inference_client::InferenceClient,
+        admin_client::AdminClient, inference_client::InferenceClient, inference_server::SERVICE_NAME,
     },
 };
 use tonic::{
@@ -20,9 +20,10 @@ use tonic::{
     service::{Interceptor, interceptor::InterceptedService},
     transport::{Channel, Endpoint},
 };
+use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse, health_client::HealthClient};
 
 use crate::{
-    config::{GatewayConfig, GatewayError},
+    config::GatewayError,
     limits::{ADMIN_DEADLINE, MAX_REPLY_BYTES},
     trace,
 };
@@ -47,6 +48,8 @@ pub(crate) struct Backend {
     inference: InferenceClient<Keyed>,
     /// On a connection of its own, so that probes are answered however busy the other one is.
     admin: AdminClient<Keyed>,
+    /// On the connection of `admin`.
+    health: HealthClient<Keyed>,
 }
 
 type Keyed = InterceptedService<Channel, Credentials>;
@@ -85,14 +88,20 @@ impl Interceptor for Credentials {
 }
 
 impl Backend {
-    /// Prepares for the configured coordinator, without connecting.
-    pub(crate) fn new(config: &GatewayConfig) -> Result<Self, GatewayError> {
-        let endpoint = endpoint(&config.coordinator, config.coordinator_tls.as_ref())?;
-        let credentials = Credentials::of(&config.api_keys);
+    /// Prepares for the coordinator at `address`, without connecting. `tls` is for `https`.
+    pub(crate) fn new(
+        address: &str,
+        keys: &ApiKeys,
+        tls: Option<&ClientTlsFiles>,
+    ) -> Result<Self, GatewayError> {
+        let endpoint = endpoint(address, tls)?;
+        let credentials = Credentials::of(keys);
         let keyed = || InterceptedService::new(endpoint.connect_lazy(), credentials.clone());
+        let (busy, quick) = (keyed(), keyed());
         Ok(Self {
-            inference: InferenceClient::new(keyed()).max_decoding_message_size(MAX_REPLY_BYTES),
-            admin: AdminClient::new(keyed()).max_decoding_message_size(MAX_REPLY_BYTES),
+            inference: InferenceClient::new(busy).max_decoding_message_size(MAX_REPLY_BYTES),
+            health: HealthClient::new(quick.clone()),
+            admin: AdminClient::new(quick).max_decoding_message_size(MAX_REPLY_BYTES),
         })
     }
 
@@ -123,6 +132,15 @@ impl Backend {
 
     pub(crate) async fn status(&self) -> Result<GetStatusResponse, RpcError> {
         unwrap(self.admin.clone().get_status(brief(GetStatusRequest {})).await)
+    }
+
+    /// What the health service says of `Inference`, now and whenever it changes.
+    pub(crate) async fn watch_health(&self) -> Result<Streaming<HealthCheckResponse>, Status> {
+        let request = HealthCheckRequest {
+            service: SERVICE_NAME.to_owned(),
+        };
+        let updates = self.health.clone().watch(request).await?;
+        Ok(updates.into_inner())
     }
 
     pub(crate) async fn metrics(&self) -> Result<GetMetricsResponse, RpcError> {
@@ -252,11 +270,8 @@ mod tests {
 
     #[tokio::test]
     async fn an_absent_coordinator_is_unavailable_at_once() {
-        let backend = Backend::new(&GatewayConfig::new(
-            "127.0.0.1:0",
-            "unix:/nonexistent/phalanx.sock",
-        ))
-        .expect("a good address");
+        let backend = Backend::new("unix:/nonexistent/phalanx.sock", &ApiKeys::default(), None)
+            .expect("a good address");
         let start = Instant::now();
         let error = backend.status().await.expect_err("nobody there");
         assert_eq!(error.kind, ErrorKind::Unavailable);

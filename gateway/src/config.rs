@@ -4,11 +4,11 @@ use std::{io, path::PathBuf, time::Duration};
 
 use phalanx_proto::{
     secret::ApiKeys,
-    tls::{ClientTlsFiles, TlsError, TlsFiles},
+    tls::{TlsError, TlsFiles},
     trace::Tracer,
 };
 
-use crate::limits::HttpLimits;
+use crate::{limits::HttpLimits, router::Backends};
 
 /// A gateway's configuration. All of it is fixed at start.
 #[derive(Clone, Debug)]
@@ -19,11 +19,9 @@ pub struct GatewayConfig {
     pub uds: Option<PathBuf>,
     /// TLS of the TCP listeners.
     pub tls: Option<TlsFiles>,
-    /// Where the coordinator serves gRPC: `http://host:port`, `https://host:port` or `unix:/path`.
-    pub coordinator: String,
-    /// For `https`.
-    pub coordinator_tls: Option<ClientTlsFiles>,
-    /// Keys of which a client must present one; without any, no key is needed. The coordinator is shown the first.
+    /// Where coordinators serve gRPC, and which of them gets a request.
+    pub backends: Backends,
+    /// Keys of which a client must present one; without any, no key is needed. Coordinators are shown the first.
     pub api_keys: ApiKeys,
     /// Whether `usage` reports how many prompt tokens came from the prefix cache.
     pub prompt_tokens_details: bool,
@@ -38,14 +36,13 @@ pub struct GatewayConfig {
 }
 
 impl GatewayConfig {
-    /// A gateway for the coordinator at `coordinator` that listens on `listen`, with everything else at its default.
-    pub fn new(listen: impl Into<String>, coordinator: impl Into<String>) -> Self {
+    /// A gateway for `backends` that listens on `listen`, with everything else at its default.
+    pub fn new(listen: impl Into<String>, backends: Backends) -> Self {
         Self {
             listen: vec![listen.into()],
             uds: None,
             tls: None,
-            coordinator: coordinator.into(),
-            coordinator_tls: None,
+            backends,
             api_keys: ApiKeys::default(),
             prompt_tokens_details: false,
             log_requests: false,
@@ -83,6 +80,23 @@ pub enum GatewayError {
     /// A certificate or a key that cannot be used.
     #[error(transparent)]
     Tls(#[from] TlsError),
+    /// There is no coordinator to ask.
+    #[error("no coordinator: give the address of at least one, or a name that resolves to them")]
+    NoBackend,
+    /// More coordinators than a gateway watches.
+    #[error("{count} backends are more than {limit}")]
+    TooManyBackends {
+        /// Addresses given.
+        count: usize,
+        /// Most that are allowed.
+        limit: usize,
+    },
+    /// The name that resolves to coordinators has no port, or more than a port.
+    #[error("backend name {name:?} is not of the form name:port")]
+    BackendDns {
+        /// The name as configured.
+        name: String,
+    },
     /// A limit of zero would refuse everything.
     #[error("limit {field} must be at least 1")]
     ZeroLimit {

@@ -1,6 +1,8 @@
 //! The OpenAI-compatible HTTP front: translates JSON and server-sent events to the gRPC services `Inference` and
 //! `Admin` of a coordinator, and back.
 //!
+//! Of several coordinators that serve one model it is the router: see `router`.
+//!
 //! It holds no model file, no tokenizer and no template: text work has one home, the coordinator, and a gateway can be
 //! restarted or doubled at any time. What it does own is everything about HTTP: limits on bodies and connections, API
 //! keys, OpenAI's error objects, the order of events in a stream, draining.
@@ -16,6 +18,7 @@ mod metrics;
 mod observe;
 mod openai;
 mod operator;
+mod router;
 mod routes;
 mod server;
 mod stall;
@@ -23,6 +26,7 @@ mod trace;
 
 pub use config::{GatewayConfig, GatewayError};
 pub use limits::HttpLimits;
+pub use router::{Backends, RoutingPolicy};
 pub use server::Gateway;
 
 /// Binds and serves until `shutdown` resolves and the running requests have ended; see [`Gateway`].

@@ -16,8 +16,7 @@ use prometheus_client::{
     registry::Registry,
 };
 
-use crate::trace::HttpSpan;
-
+use crate::{router::RouterMetrics, trace::HttpSpan};
 const END: &str = "# EOF\n";
 
 /// Seconds; from a refused body to a long generation.
@@ -54,7 +53,8 @@ pub(crate) struct HttpMetrics {
 }
 
 impl HttpMetrics {
-    pub(crate) fn new() -> Self {
+    /// With those of the router in the same exposition.
+    pub(crate) fn new(router: &RouterMetrics) -> Self {
         let requests = Family::default();
         let durations: Durations = Family::new_with_constructor(|| Histogram::new(DURATION_BUCKETS));
         let mut registry = Registry::default();
@@ -68,6 +68,7 @@ impl HttpMetrics {
             "Time from a request's head to the end of its reply",
             durations.clone(),
         );
+        router.register(&mut registry);
         let highr = Histogram::new(HIGHR_BUCKETS);
         registry.register(
             "http_request_duration_highr_seconds",
@@ -211,7 +212,7 @@ mod tests {
 
     #[test]
     fn expositions_are_merged_under_one_end() {
-        let metrics = Arc::new(HttpMetrics::new());
+        let metrics = Arc::new(HttpMetrics::new(&RouterMetrics::default()));
         let measurement = Measurement::start(Arc::clone(&metrics), &Method::GET, "/health");
         drop(measurement.follow(StatusCode::OK, Body::empty()));
         let theirs = "# HELP a b.\n# TYPE a counter\na_total 1\n# EOF\n";

@@ -9,17 +9,20 @@ use http::{HeaderMap, StatusCode, header};
 use phalanx_proto::v1::{GetStatusResponse, GroupState, Phase, RankStatus};
 use serde::Serialize;
 
-use crate::{exposition, routes::Service};
+use crate::{exposition, router::Overview, routes::Service};
 
 /// `GET /health`, `/ping`: 200 when the coordinator's ranks are ready and this gateway is not draining; otherwise
-/// 503, with how far each rank has come.
+/// 503, with how far each rank has come. Of several coordinators one that serves is enough.
 pub(crate) async fn health(State(service): State<Service>) -> Response {
     let health = if service.lifecycle.is_draining() {
         Health::bare("draining", "the gateway is shutting down")
     } else {
-        match service.backend.status().await {
-            Ok(status) => Health::of(status),
-            Err(error) => Health::bare("unreachable", error.message),
+        match service.backend.sole() {
+            None => Health::of_backends(service.backend.overview()),
+            Some(coordinator) => match coordinator.status().await {
+                Ok(status) => Health::of(status),
+                Err(error) => Health::bare("unreachable", error.message),
+            },
         }
     };
     let status = if health.state == READY {
@@ -50,24 +53,9 @@ pub(crate) async fn load(State(service): State<Service>) -> Response {
     Json(Load { server_load }).into_response()
 }
 
-/// `GET /metrics`: the coordinator's metrics and the gateway's. Without a coordinator, the gateway's alone.
+/// `GET /metrics`: the coordinators' metrics and the gateway's. Without a coordinator, the gateway's alone.
 pub(crate) async fn metrics(State(service): State<Service>, headers: HeaderMap) -> Response {
-    let theirs = match service.backend.metrics().await {
-        Ok(reply) if reply.content_type.starts_with("application/openmetrics-text") => {
-            String::from_utf8(reply.body).ok()
-        }
-        Ok(reply) => {
-            tracing::warn!(
-                content_type = reply.content_type,
-                "the coordinator's metrics are not OpenMetrics"
-            );
-            None
-        }
-        Err(error) => {
-            tracing::debug!(%error, "no metrics from the coordinator");
-            None
-        }
-    };
+    let theirs = service.backend.metrics().await;
     let text = service.metrics.exposition(theirs.as_deref());
     let (content_type, text) = exposition::negotiate(&headers, text);
     ([(header::CONTENT_TYPE, content_type)], text).into_response()
@@ -82,6 +70,9 @@ struct Health {
     epoch: u32,
     version: String,
     ranks: Vec<Rank>,
+    /// Of a router.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    backends: Vec<Overview>,
 }
 
 #[derive(Serialize)]
@@ -103,6 +94,17 @@ impl Health {
             epoch: 0,
             version: String::new(),
             ranks: Vec::new(),
+            backends: Vec::new(),
+        }
+    }
+
+    fn of_backends(backends: Vec<Overview>) -> Self {
+        let serving = backends.iter().filter(|backend| backend.is_serving()).count();
+        let state = if serving > 0 { READY } else { "unavailable" };
+        let message = format!("{serving} of {} backends serve", backends.len());
+        Self {
+            backends,
+            ..Self::bare(state, message)
         }
     }
 
@@ -120,6 +122,7 @@ impl Health {
             epoch: status.epoch,
             version: status.version,
             ranks: status.ranks.into_iter().map(Rank::of).collect(),
+            backends: Vec::new(),
         }
     }
 }

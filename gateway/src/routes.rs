@@ -14,19 +14,19 @@ use phalanx_proto::{ErrorKind, RpcError, secret::ApiKeys};
 
 use crate::{
     auth::require_key,
-    backend::Backend,
     lifecycle::Lifecycle,
     limits::HttpLimits,
     metrics::HttpMetrics,
     observe::{Observer, observe},
     openai::{self, error::ApiError},
     operator,
+    router::Replicas,
 };
 
 /// What the handlers share.
 #[derive(Clone)]
 pub(crate) struct Service {
-    pub(crate) backend: Backend,
+    pub(crate) backend: Replicas,
     pub(crate) lifecycle: Arc<Lifecycle>,
     pub(crate) metrics: Arc<HttpMetrics>,
     pub(crate) limits: HttpLimits,

@@ -21,12 +21,12 @@ use tokio::{
 };
 
 use crate::{
-    backend::Backend,
     config::{GatewayConfig, GatewayError},
     lifecycle::Lifecycle,
     limits::{HttpLimits, MAX_HEAD_BYTES, MAX_HEADERS},
     metrics::HttpMetrics,
     observe::Observer,
+    router::{Replicas, RouterMetrics},
     routes::{Service, router},
     stall::StallGuard,
 };
@@ -56,10 +56,11 @@ impl Gateway {
     pub async fn bind(config: GatewayConfig) -> Result<Self, GatewayError> {
         check(&config.limits)?;
         let lifecycle = Arc::new(Lifecycle::new(config.limits.running_prompts));
+        let router_metrics = RouterMetrics::default();
         let service = Service {
-            backend: Backend::new(&config)?,
+            metrics: Arc::new(HttpMetrics::new(&router_metrics)),
+            backend: Replicas::new(&config.backends, &config.api_keys, router_metrics)?,
             lifecycle: Arc::clone(&lifecycle),
-            metrics: Arc::new(HttpMetrics::new()),
             limits: config.limits.clone(),
             prompt_tokens_details: config.prompt_tokens_details,
         };

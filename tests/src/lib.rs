@@ -1,6 +1,7 @@
 //! Support for the end-to-end tests: real processes, found, started, watched and killed.
 #![forbid(unsafe_code)]
 
+pub mod fleet;
 pub mod http;
 pub mod processes;
 pub mod server;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use phalanx_proto::{
-    step::SampledToken,
+    step::{SampledToken, SequenceId},
     v1::{self, choice::StopReason},
 };
 
@@ -94,6 +94,35 @@ impl ChoiceAssembler {
         } else {
             self.push_text_of(sampled.token);
         }
+    }
+
+    /// Takes tokens that the client has got from another server, with the text each of them completed and its
+    /// log-probabilities. Only an end that they bring about is still to be told.
+    pub(super) fn replay(&mut self, tokens: &[u32]) {
+        if tokens.is_empty() {
+            return;
+        }
+        for &token in tokens {
+            self.token(&SampledToken {
+                sequence: SequenceId(0),
+                token,
+                finite: true,
+                logprob: None,
+                top_logprobs: Vec::new(),
+            });
+        }
+        self.piece = v1::Choice {
+            index: self.piece.index,
+            finish_reason: self.piece.finish_reason,
+            stop_reason: self.piece.stop_reason.take(),
+            ..v1::Choice::default()
+        };
+    }
+
+    /// The client has got the whole completion, of so many tokens, from another server.
+    pub(super) fn skip(&mut self, tokens: u32) {
+        self.tokens = tokens;
+        self.finished = true;
     }
 
     /// The engine is done with the sequence.

@@ -3,6 +3,7 @@
 mod admin;
 mod assembler;
 mod auth;
+mod choice;
 mod engine;
 mod inference;
 mod listen;

@@ -87,8 +87,9 @@ impl Observation {
         })
     }
 
-    pub(super) fn queued(&mut self, milestones: Arc<Milestones>) {
-        self.milestones = Some(milestones);
+    /// `milestones` are none of a sequence that was over before it began.
+    pub(super) fn queued(&mut self, milestones: Option<Arc<Milestones>>) {
+        self.milestones = milestones;
     }
 
     pub(super) fn piece(&mut self, choice: &v1::Choice, cached_tokens: u32) {

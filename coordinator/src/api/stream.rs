@@ -6,14 +6,13 @@ use phalanx_proto::{ErrorKind, RpcError, v1};
 use tokio::sync::mpsc;
 
 use super::{
-    Envelope, assembler::ChoiceAssembler, inference::Parts, observe::Observation, registry::Registration,
+    Envelope,
+    choice::{Choice, Queued},
+    inference::Parts,
+    observe::Observation,
+    registry::Registration,
 };
-use crate::{
-    engine::FinishReason,
-    engine_thread::{StreamEvent, Submission},
-    metrics::Metrics,
-    text::PreparedRequest,
-};
+use crate::{engine::FinishReason, engine_thread::StreamEvent, metrics::Metrics, text::PreparedRequest};
 
 /// Tokens that are put into one chunk when a client reads more slowly than tokens are made.
 const MAX_TOKENS_PER_CHUNK: usize = 256;
@@ -38,12 +37,6 @@ pub(super) struct RequestStream {
     metrics: Option<Arc<Metrics>>,
 }
 
-struct Choice {
-    assembler: ChoiceAssembler,
-    /// None once no more is wanted of the sequence.
-    submission: Option<Submission>,
-}
-
 enum Wake {
     Aborted,
     /// Of the choice with this index; none if the engine is gone.
@@ -60,19 +53,16 @@ impl RequestStream {
     ) -> Result<Self, RpcError> {
         // All are submitted before anything is set up for them: a full queue must not cost more than the refusal.
         let sequences = std::mem::take(&mut request.sequences).into_iter();
-        let submitted = sequences.map(|sequence| {
-            let rules = sequence.stop.clone();
-            Ok((rules, parts.engine.submit(sequence)?))
-        });
-        let submitted = submitted.collect::<Result<Vec<_>, RpcError>>()?;
-        if let (Some(observation), Some((_, first))) = (&mut observation, submitted.first()) {
-            observation.queued(first.milestones.clone());
+        let queued = sequences
+            .zip(std::mem::take(&mut request.ended_after))
+            .map(|(sequence, ended_after)| Queued::submit(sequence, ended_after, &parts.engine));
+        let queued = queued.collect::<Result<Vec<_>, RpcError>>()?;
+        if let (Some(observation), Some(first)) = (&mut observation, queued.first()) {
+            observation.queued(first.milestones());
         }
-        let choices = submitted.into_iter().enumerate();
-        let choices = choices.map(|(index, (rules, submission))| Choice {
-            assembler: ChoiceAssembler::new(&request, index, rules, parts.text.tokenizer()),
-            submission: Some(submission),
-        });
+        let choices = queued.into_iter().enumerate();
+        let choices =
+            choices.map(|(index, queued)| Choice::new(&request, index, queued, parts.text.tokenizer()));
         Ok(Self {
             choices: choices.collect(),
             metrics: Some(parts.metrics.clone()),
@@ -176,11 +166,7 @@ impl RequestStream {
                     ));
                 }
             }
-            if choice.assembler.is_finished() {
-                // By a stop string, unless the engine has said so: then there is nothing left to stop.
-                if let Some(submission) = choice.submission.take() {
-                    submission.stop();
-                }
+            if choice.stop_if_finished() {
                 return Ok(());
             }
             if choice.assembler.piece_tokens() >= MAX_TOKENS_PER_CHUNK {

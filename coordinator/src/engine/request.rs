@@ -55,6 +55,14 @@ impl EngineRequest {
     pub fn check(&self, config: &EngineConfig) -> Result<(), RequestError> {
         check_length(&self.prompt, &self.stop, config)?;
         check_tokens("prompt", self.prompt.iter().copied(), config)?;
+        check_tokens("resume", self.output.iter().copied(), config)?;
+        if self.stop.end_of(&self.output).is_some() {
+            return Err(RequestError::OutOfRange {
+                param: "resume",
+                value: self.output.len() as f64,
+                allowed: "output that goes on",
+            });
+        }
         check_tokens("stop_token_ids", self.stop.stop_token_ids.iter().copied(), config)?;
         check_sampling(&self.sampling, config)?;
         // Both end up in the same list of a row when min_tokens bans the stop tokens.
@@ -170,6 +178,7 @@ mod tests {
         EngineRequest {
             id: SequenceId(1),
             prompt: vec![1, 2, 3],
+            output: vec![],
             sampling: SamplingParams::GREEDY,
             stop: StopRules {
                 max_tokens: 4,
@@ -213,6 +222,8 @@ mod tests {
         };
         assert_eq!(refused(&|r| r.prompt.clear()), "prompt");
         assert_eq!(refused(&|r| r.prompt[1] = 100), "prompt");
+        assert_eq!(refused(&|r| r.output = vec![100]), "resume");
+        assert_eq!(refused(&|r| r.output = vec![1; 4]), "resume");
         assert_eq!(refused(&|r| r.stop.max_tokens = 0), "max_tokens");
         assert_eq!(refused(&|r| r.stop.stop_token_ids = vec![100]), "stop_token_ids");
         assert_eq!(refused(&|r| r.sampling.temperature = -1.0), "temperature");

@@ -246,7 +246,8 @@ impl Scheduler {
                 self.prefix_cache_hits += num_cached_tokens as u64;
                 draft.events.push(Event::Started {
                     sequence: id,
-                    cached_tokens: num_cached_tokens as u32,
+                    // What was found of resumed output is no part of the prompt.
+                    cached_tokens: num_cached_tokens.min(sequence.num_prompt_tokens()) as u32,
                 });
             }
             self.waiting.remove(&urgency);

@@ -39,7 +39,7 @@ pub(super) struct Sequence {
 impl Sequence {
     pub(super) fn new(request: EngineRequest, urgency: Urgency, kv: SequenceKv) -> Self {
         let penalized = request.sampling.penalties(Vec::new).is_some();
-        Self {
+        let mut sequence = Self {
             id: request.id,
             urgency,
             num_prompt_tokens: request.prompt.len(),
@@ -51,7 +51,16 @@ impl Sequence {
             stop: request.stop,
             started: false,
             failed_steps: 0,
+        };
+        // Wherever it was made, output is output: to the limits, the penalties and the position of each draw.
+        for token in request.output {
+            sequence.push(token);
         }
+        sequence
+    }
+
+    pub(super) fn num_prompt_tokens(&self) -> usize {
+        self.num_prompt_tokens
     }
 
     pub(super) fn num_remaining_tokens(&self) -> usize {
@@ -115,14 +124,7 @@ impl Sequence {
             history.push_output(token, self.tokens.len());
         }
         self.tokens.push(token);
-        let num_output = self.num_output_tokens();
-        if num_output >= self.stop.min_tokens as usize && self.stop.stop_token_ids.contains(&token) {
-            Some(FinishReason::Stop)
-        } else if num_output >= self.stop.max_tokens as usize {
-            Some(FinishReason::Length)
-        } else {
-            None
-        }
+        self.stop.end_after(self.num_output_tokens(), token)
     }
 }
 

@@ -42,6 +42,8 @@ pub struct EngineRequest {
     pub id: SequenceId,
     /// Never empty.
     pub prompt: Vec<u32>,
+    /// Output that was made elsewhere, to go on from; mostly empty, never complete.
+    pub output: Vec<u32>,
     pub sampling: SamplingParams,
     pub stop: StopRules,
     /// Smaller is more urgent; only the priority policy looks at it.
@@ -100,6 +102,24 @@ pub struct StopRules {
     pub min_tokens: u32,
     /// End-of-sequence and other stop tokens; empty for ignore_eos without stop tokens.
     pub stop_token_ids: Vec<u32>,
+}
+
+impl StopRules {
+    /// Why a sequence ends after `num_output` tokens, the last of which is `last`; none if it goes on.
+    pub fn end_after(&self, num_output: usize, last: u32) -> Option<FinishReason> {
+        if num_output >= self.min_tokens as usize && self.stop_token_ids.contains(&last) {
+            Some(FinishReason::Stop)
+        } else if num_output >= self.max_tokens as usize {
+            Some(FinishReason::Length)
+        } else {
+            None
+        }
+    }
+
+    /// The same for output that was made elsewhere.
+    pub fn end_of(&self, output: &[u32]) -> Option<FinishReason> {
+        self.end_after(output.len(), *output.last()?)
+    }
 }
 
 #[derive(Clone, Debug, PartialEq)]

@@ -62,6 +62,7 @@ fn start(config: EngineThreadConfig, faults: Faults) -> Engine {
 fn sequence(prompt: Vec<u32>, max_tokens: u32) -> NewSequence {
     NewSequence {
         prompt,
+        output: vec![],
         sampling: SamplingParams::GREEDY,
         stop: StopRules {
             max_tokens,
@@ -78,6 +79,7 @@ fn expected(id: SequenceId, new: &NewSequence) -> Vec<u32> {
     let request = EngineRequest {
         id,
         prompt: new.prompt.clone(),
+        output: vec![],
         sampling: new.sampling.clone(),
         stop: new.stop.clone(),
         priority: 0,

@@ -5,6 +5,7 @@ mod detokenizer;
 mod error;
 mod pool;
 mod processor;
+mod resume;
 mod sampling;
 mod stop;
 mod tokenizer;

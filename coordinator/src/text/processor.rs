@@ -73,6 +73,8 @@ pub struct TextProcessor {
 pub struct PreparedRequest {
     /// One per completion.
     pub sequences: Vec<NewSequence>,
+    /// How many tokens a completion has that another server has ended; none of one that is to run.
+    pub ended_after: Vec<Option<u32>>,
     pub prompt_tokens: u32,
     /// The prompt's text, if it comes first in the output.
     pub echo: Option<String>,
@@ -126,6 +128,7 @@ impl TextProcessor {
         let output = request.output.take().unwrap_or_default();
         let place = Place::checked(request.priority, request.cache_salt.take())?;
         let params = self.check(&request.sampling.take().unwrap_or_default(), &output)?;
+        let resume = std::mem::take(&mut request.resume);
         let add_special_tokens = request.add_special_tokens.unwrap_or(true);
         let (prompt, echo) = match request.prompt {
             None => {
@@ -147,7 +150,8 @@ impl TextProcessor {
                 (ids.ids, echo)
             }
         };
-        self.assemble(params, prompt, place, (echo, output))
+        self.assemble(params, prompt, place, (echo, output))?
+            .resume(resume)
     }
 
     /// Renders, checks and tokenizes a conversation. Errors as [`Self::prepare`], and those of the template.
@@ -164,6 +168,7 @@ impl TextProcessor {
         let given = request.messages.iter().map(|message| message.content.len());
         self.check_bytes(given.fold(0, usize::saturating_add), "messages")?;
         let tokenizer = self.tokenizer.clone();
+        let resume = std::mem::take(&mut request.resume);
         let echo_last = output.echo;
         let (prompt, echo) = self
             .pool
@@ -179,7 +184,8 @@ impl TextProcessor {
                 Ok((prompt, echoed(request).filter(|_| echo_last)))
             })
             .await?;
-        self.assemble(params, prompt, place, (echo, output))
+        self.assemble(params, prompt, place, (echo, output))?
+            .resume(resume)
     }
 
     fn check(
@@ -196,7 +202,7 @@ impl TextProcessor {
             defaults: &self.defaults,
             special: self.tokenizer.special_tokens(),
         };
-        let seed = params.seed.or(self.seed);
+        let seed = params.seed.or(self.seed).or(params.fallback_seed);
         sampling::check(
             &v1::SamplingParams {
                 seed,
@@ -258,6 +264,7 @@ impl TextProcessor {
         let prompt_tokens = prompt.len() as u32;
         let sequences = (0..params.n).map(|index| NewSequence {
             prompt: prompt.clone(),
+            output: Vec::new(),
             sampling: params.sampling_of(index),
             stop: stop.clone(),
             priority: place.priority,
@@ -265,6 +272,7 @@ impl TextProcessor {
         });
         Ok(PreparedRequest {
             sequences: sequences.collect(),
+            ended_after: vec![None; params.n as usize],
             prompt_tokens,
             echo,
             stop_strings: params.stop_strings,

@@ -3,6 +3,7 @@
 mod operations;
 mod ranks;
 mod requests;
+mod resume;
 mod server;
 #[path = "../support/mod.rs"]
 mod support;

@@ -23,7 +23,12 @@ use super::{
     unoffered,
     usage::Usage,
 };
-use crate::{lifecycle::Ticket, observe::RequestId, routes::Service};
+use crate::{
+    lifecycle::Ticket,
+    observe::RequestId,
+    router::{Replicas, X_SESSION_ID, session},
+    routes::Service,
+};
 
 const ROLE: &str = "assistant";
 
@@ -57,6 +62,7 @@ impl ChatFields {
 /// A checked request.
 struct Call {
     request: ChatRequest,
+    user: Option<String>,
     streams: bool,
     n: u32,
     style: Style,
@@ -92,9 +98,11 @@ fn prepare(body: &[u8], id: &str, prompt_tokens_details: bool) -> Result<Call, R
         model: params.model.take().unwrap_or_default(),
         priority: params.priority(),
         cache_salt: params.cache_salt.take(),
+        ..ChatRequest::default()
     };
     Ok(Call {
         request,
+        user: params.user.take(),
         streams: params.streams(),
         n: params.n(),
         style,
@@ -120,15 +128,19 @@ pub(crate) async fn handle(
     request: Request,
 ) -> Result<Response, ApiError> {
     let mut ticket = service.lifecycle.admit()?;
+    let header = request.headers().get(X_SESSION_ID).cloned();
     let body = body::read(request, &service.limits).await?;
     let id = format!("chatcmpl-{}", request_id.0);
     let call = prepare(&body, &id, service.prompt_tokens_details)?;
     drop(body);
     ticket.start(1)?;
+    let replicas = service
+        .backend
+        .for_session(session(header.as_ref(), call.user.as_deref()));
     if !call.streams {
-        return whole(&service, id, call, ticket).await;
+        return whole(&replicas, id, call, ticket).await;
     }
-    let chunks = service.backend.chat_stream(call.request).await?;
+    let chunks = replicas.chat_stream(call.request).await?;
     let streaming = Streaming {
         id,
         n: call.n,
@@ -143,9 +155,14 @@ pub(crate) async fn handle(
     streaming.respond().await
 }
 
-async fn whole(service: &Service, id: String, call: Call, mut ticket: Ticket) -> Result<Response, ApiError> {
+async fn whole(
+    replicas: &Replicas,
+    id: String,
+    call: Call,
+    mut ticket: Ticket,
+) -> Result<Response, ApiError> {
     let reply = tokio::select! {
-        reply = service.backend.chat(call.request) => reply?,
+        reply = replicas.chat(call.request) => reply?,
         error = ticket.stopped() => return Err(error.into()),
     };
     let whole = Whole::join(id, call.n, vec![reply])?;

@@ -23,7 +23,13 @@ use super::{
     unoffered,
     usage::Usage,
 };
-use crate::{lifecycle::Ticket, limits::MAX_CHOICES, observe::RequestId, routes::Service};
+use crate::{
+    lifecycle::Ticket,
+    limits::MAX_CHOICES,
+    observe::RequestId,
+    router::{Replicas, X_SESSION_ID, session},
+    routes::Service,
+};
 
 const OBJECT: &str = "text_completion";
 
@@ -48,6 +54,7 @@ fn default_max_tokens() -> Option<u32> {
 /// A checked request, as one gRPC request for every prompt.
 struct Call {
     requests: Vec<GenerateRequest>,
+    user: Option<String>,
     streams: bool,
     n: u32,
     style: Style,
@@ -103,9 +110,11 @@ fn prepare(body: &[u8], id: &str, prompt_tokens_details: bool) -> Result<Call, R
             add_special_tokens: fields.add_special_tokens,
             priority,
             cache_salt: cache_salt.clone(),
+            ..GenerateRequest::default()
         });
     Ok(Call {
         requests: requests.collect(),
+        user: params.user.take(),
         streams: params.streams(),
         n,
         style,
@@ -118,18 +127,22 @@ pub(crate) async fn handle(
     request: Request,
 ) -> Result<Response, ApiError> {
     let mut ticket = service.lifecycle.admit()?;
+    let header = request.headers().get(X_SESSION_ID).cloned();
     let body = body::read(request, &service.limits).await?;
     let id = format!("cmpl-{}", request_id.0);
     let call = prepare(&body, &id, service.prompt_tokens_details)?;
     drop(body);
     ticket.start(call.requests.len())?;
+    let replicas = service
+        .backend
+        .for_session(session(header.as_ref(), call.user.as_deref()));
     if !call.streams {
-        return whole(&service, id, call, ticket).await;
+        return whole(&replicas, id, call, ticket).await;
     }
     let prompts = call
         .requests
         .into_iter()
-        .map(|request| service.backend.generate_stream(request));
+        .map(|request| replicas.generate_stream(request));
     let streaming = Streaming {
         id,
         n: call.n,
@@ -140,11 +153,16 @@ pub(crate) async fn handle(
     streaming.respond().await
 }
 
-async fn whole(service: &Service, id: String, call: Call, mut ticket: Ticket) -> Result<Response, ApiError> {
+async fn whole(
+    replicas: &Replicas,
+    id: String,
+    call: Call,
+    mut ticket: Ticket,
+) -> Result<Response, ApiError> {
     let replies = call
         .requests
         .into_iter()
-        .map(|request| service.backend.generate(request));
+        .map(|request| replicas.generate(request));
     let replies = tokio::select! {
         replies = try_join_all(replies) => replies?,
         error = ticket.stopped() => return Err(error.into()),

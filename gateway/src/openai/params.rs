@@ -42,6 +42,8 @@ pub(super) struct Params {
     logit_bias: Option<LogitBias>,
     priority: Option<i32>,
     pub(super) cache_salt: Option<String>,
+    /// Names the session of a request that does not name one itself.
+    pub(super) user: Option<String>,
 }
 
 #[derive(Clone, Copy, Debug, Default, Deserialize)]
@@ -94,6 +96,7 @@ impl Params {
             include_stop_str_in_output: self.include_stop_str_in_output.unwrap_or(false),
             skip_special_tokens: self.skip_special_tokens,
             logit_bias: self.logit_bias.take().unwrap_or_default().0,
+            ..SamplingParams::default()
         })
     }
 
@@ -231,6 +234,7 @@ mod tests {
             include_stop_str_in_output: true,
             skip_special_tokens: Some(false),
             logit_bias: [(7, -100.0), (50_256, 0.5)].into(),
+            ..SamplingParams::default()
         };
         assert_eq!(sampling(body).expect("valid"), expected);
     }

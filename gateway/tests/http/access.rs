@@ -2,7 +2,7 @@
 
 use std::os::unix::net::UnixListener;
 
-use phalanx_gateway::{Gateway, GatewayConfig, GatewayError};
+use phalanx_gateway::{Backends, Gateway, GatewayConfig, GatewayError};
 use phalanx_proto::secret::ApiKeys;
 use tokio::net::UnixStream;
 
@@ -86,12 +86,20 @@ async fn refusals_to_start_name_what_is_wrong() {
         Err(error) => error.to_string(),
     };
     let taken = server.address.to_string();
-    let message = refusal(GatewayConfig::new(taken.clone(), coordinator.address())).await;
+    let message = refusal(GatewayConfig::new(
+        taken.clone(),
+        Backends::one(coordinator.address()),
+    ))
+    .await;
     assert!(
         message.contains(&taken) && message.contains("in use"),
         "{message}"
     );
-    let message = refusal(GatewayConfig::new("127.0.0.1:0", "coordinator:50051")).await;
+    let message = refusal(GatewayConfig::new(
+        "127.0.0.1:0",
+        Backends::one("coordinator:50051"),
+    ))
+    .await;
     assert!(message.contains("\"coordinator:50051\""), "{message}");
     let mut nowhere = config(&coordinator);
     nowhere.listen.clear();

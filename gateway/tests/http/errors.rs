@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use phalanx_gateway::GatewayConfig;
+use phalanx_gateway::{Backends, GatewayConfig};
 use phalanx_proto::{ErrorKind, RpcError};
 use serde_json::Value;
 use tokio::{sync::Semaphore, time::timeout};
@@ -241,7 +241,7 @@ async fn an_absent_coordinator_is_503_and_a_late_one_is_found() {
     let coordinator = Coordinator::start(Script::Hello).await;
     let address = coordinator.address();
     drop(coordinator);
-    let server = Server::start(GatewayConfig::new("127.0.0.1:0", address.clone())).await;
+    let server = Server::start(GatewayConfig::new("127.0.0.1:0", Backends::one(address.clone()))).await;
     let body = r#"{"prompt": "a"}"#;
     let mut reply = post(server.address, COMPLETIONS, body).await;
     // The old listener may take a moment to close.

@@ -1,5 +1,6 @@
 //! Health, version, load and metrics.
 
+use phalanx_gateway::Backends;
 use phalanx_proto::v1::{GetStatusResponse, GroupState, Phase, RankStatus};
 use serde_json::json;
 
@@ -102,7 +103,7 @@ async fn metrics_are_one_exposition() {
 async fn without_a_coordinator_the_gateways_own_metrics_remain() {
     let coordinator = Coordinator::start(Script::Hello).await;
     let mut config = config(&coordinator);
-    config.coordinator = "unix:/nonexistent/coordinator.sock".to_owned();
+    config.backends = Backends::one("unix:/nonexistent/coordinator.sock");
     let server = Server::start(config).await;
     let reply = get_with(server.address, "/metrics", OPENMETRICS).await;
     assert_eq!(reply.status, 200);

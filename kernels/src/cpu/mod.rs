@@ -9,6 +9,7 @@ mod embedding;
 mod exec;
 mod gemm;
 mod kv_cache;
+pub mod limits;
 pub mod linear;
 mod math;
 pub mod memory;

@@ -73,10 +73,12 @@ fn sample(context: impl Iterator<Item = u64>, sampling: &RowSampling) -> (u32, b
     (token, finite)
 }
 
-/// Tokens and end of a request that has the machine to itself, computed without blocks, chunks or batches.
+/// Tokens and end of a request that has the machine to itself, computed without blocks, chunks or batches: those that
+/// follow the output it brings.
 pub(crate) fn oracle(request: &EngineRequest, max_edits: usize) -> (Vec<u32>, FinishReason) {
-    let mut tokens = request.prompt.clone();
-    let num_prompt = tokens.len();
+    let num_prompt = request.prompt.len();
+    let mut tokens = [request.prompt.as_slice(), &request.output].concat();
+    let num_known = tokens.len();
     loop {
         let num_output = tokens.len() - num_prompt;
         let s = &request.sampling;
@@ -94,7 +96,7 @@ pub(crate) fn oracle(request: &EngineRequest, max_edits: usize) -> (Vec<u32>, Fi
         };
         let context = tokens.iter().map(|&token| kv_entry(token, request.id));
         let (token, finite) = sample(context, &sampling);
-        let output = |tokens: &[u32]| tokens[num_prompt..].to_vec();
+        let output = |tokens: &[u32]| tokens[num_known..].to_vec();
         if !finite {
             return (output(&tokens), FinishReason::NotFinite);
         }

@@ -235,9 +235,10 @@ fn request(id: SequenceId, shared: &[u32], config: &EngineConfig, prng: &mut Prn
     }
     // Now and then one that no configuration of this size can run.
     let oversized = if prng.one_in(40) { config.max_model_len } else { 0 };
-    EngineRequest {
+    let mut request = EngineRequest {
         id,
         prompt,
+        output: vec![],
         sampling,
         stop: StopRules {
             max_tokens: max_tokens + oversized,
@@ -246,5 +247,12 @@ fn request(id: SequenceId, shared: &[u32], config: &EngineConfig, prng: &mut Prn
         },
         priority: prng.range(0, 3) as i32,
         cache_salt: salt(id).map(str::to_owned),
+    };
+    // Now and then one that another engine has begun.
+    if oversized == 0 && prng.one_in(4) {
+        let (mut tokens, _) = oracle(&request, config.max_edits_per_row as usize);
+        tokens.truncate(prng.below(tokens.len().max(1) as u64) as usize);
+        request.output = tokens;
     }
+    request
 }

@@ -57,6 +57,7 @@ fn request(id: u64, prompt: Vec<u32>, max_tokens: u32) -> EngineRequest {
     EngineRequest {
         id: SequenceId(id),
         prompt,
+        output: vec![],
         sampling: SamplingParams::GREEDY,
         stop: StopRules {
             max_tokens,

@@ -7,12 +7,12 @@ use std::{
 
 use futures_util::{StreamExt, stream, stream::BoxStream};
 use phalanx_proto::{
-    RpcError,
+    ErrorKind, RpcError,
     v1::{
         AbortRequestRequest, AbortRequestResponse, ChatRequest, Choice, FinishReason, GenerateChunk,
         GenerateRequest, GenerateResponse, GetMetricsRequest, GetMetricsResponse, GetStatusRequest,
         GetStatusResponse, GroupState, ListModelsRequest, ListModelsResponse, ModelCard, OutputOptions,
-        SamplingParams, TokenLogprob, TokenLogprobs, Usage, admin_server, choice::StopReason,
+        ResumedChoice, SamplingParams, TokenLogprob, TokenLogprobs, Usage, admin_server, choice::StopReason,
         inference_server,
     },
 };
@@ -40,6 +40,9 @@ pub(crate) enum Script {
     Endless,
     /// One chunk, then nothing until released, then the end of `Hello`.
     Wait(Arc<tokio::sync::Semaphore>),
+    /// Choice i counts to 4 + 2 * i, a token and a word each. Lost on the way, unless it is resumed: then it goes on,
+    /// or refuses to if it is not `willing`.
+    Count { willing: bool },
 }
 
 /// A request as it came over gRPC.
@@ -143,7 +146,12 @@ impl Drop for Alarm {
 type Chunks = BoxStream<'static, Result<GenerateChunk, Status>>;
 
 impl Scripted {
-    fn stream(&self, sampling: &SamplingParams, output: &OutputOptions) -> Result<Chunks, Status> {
+    fn stream(
+        &self,
+        sampling: &SamplingParams,
+        output: &OutputOptions,
+        resume: &[ResumedChoice],
+    ) -> Result<Chunks, Status> {
         let mut chunks = hello(sampling.n.unwrap_or(1), output).into_iter().map(Ok);
         let first = chunks.next().expect("never empty");
         match &self.script {
@@ -173,6 +181,19 @@ impl Scripted {
                 };
                 Ok(stream::iter([first]).chain(stream::once(wait).flatten()).boxed())
             }
+            Script::Count { willing } => {
+                let lost = RpcError::new(ErrorKind::WorkerLost, "rank 1 is gone");
+                match (resume, willing) {
+                    ([], _) => {
+                        let n = sampling.n.unwrap_or(1) as usize;
+                        let begin = count(&vec![ResumedChoice::default(); n]).into_iter();
+                        let begin = begin.take(2 * n + 1).map(Ok);
+                        Ok(stream::iter(begin.chain([Err(lost.into())])).boxed())
+                    }
+                    (resume, true) => Ok(stream::iter(count(resume).into_iter().map(Ok)).boxed()),
+                    (_, false) => Err(lost.into()),
+                }
+            }
         }
     }
 
@@ -194,7 +215,7 @@ impl Scripted {
             include_usage: true,
             ..*output
         };
-        let mut chunks = self.stream(sampling, &with_usage)?;
+        let mut chunks = self.stream(sampling, &with_usage, &[])?;
         while let Some(chunk) = chunks.next().await.transpose()? {
             let Some(piece) = chunk.choice else {
                 whole.usage = chunk.usage;
@@ -227,6 +248,31 @@ fn chunk(choice: Choice) -> GenerateChunk {
         choice: Some(choice),
         usage: None,
     }
+}
+
+/// What is still to be counted, a token of each choice in turn.
+fn count(resume: &[ResumedChoice]) -> Vec<GenerateChunk> {
+    let mut chunks = Vec::new();
+    for token in 1..=4 + 2 * resume.len() as u32 {
+        for (index, choice) in (0..).zip(resume) {
+            let end = 4 + 2 * index;
+            let known = choice.ended_after.unwrap_or(choice.token_ids.len() as u32);
+            if token <= known || token > end {
+                continue;
+            }
+            let mut piece = Choice {
+                index,
+                text: format!("{token} "),
+                token_ids: vec![token],
+                ..Choice::default()
+            };
+            if token == end {
+                piece.set_finish_reason(FinishReason::Length);
+            }
+            chunks.push(chunk(piece));
+        }
+    }
+    chunks
 }
 
 /// "Hello" and " world" of every choice, and the usage if it is asked for.
@@ -306,8 +352,9 @@ impl inference_server::Inference for Scripted {
             request.sampling.clone().unwrap_or_default(),
             request.output.unwrap_or_default(),
         );
+        let resume = request.resume.clone();
         let _ = self.received.send(Received::Generate(request));
-        self.stream(&sampling, &output).map(Response::new)
+        self.stream(&sampling, &output, &resume).map(Response::new)
     }
 
     async fn chat(&self, request: Request<ChatRequest>) -> Result<Response<GenerateResponse>, Status> {
@@ -326,8 +373,9 @@ impl inference_server::Inference for Scripted {
             request.sampling.clone().unwrap_or_default(),
             request.output.unwrap_or_default(),
         );
+        let resume = request.resume.clone();
         let _ = self.received.send(Received::Chat(request));
-        self.stream(&sampling, &output).map(Response::new)
+        self.stream(&sampling, &output, &resume).map(Response::new)
     }
 
     async fn list_models(

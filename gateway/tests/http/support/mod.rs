@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 
 pub(crate) use client::{Connection, Reply, delete, get, get_with, post, post_with};
 pub(crate) use coordinator::{Coordinator, Script};
-use phalanx_gateway::{Gateway, GatewayConfig};
+use phalanx_gateway::{Backends, Gateway, GatewayConfig};
 use tokio::{sync::oneshot, task::JoinHandle};
 
 /// A running gateway; told to shut down when dropped.
@@ -47,7 +47,7 @@ impl Server {
 
 /// A configuration on a free port for `coordinator`.
 pub(crate) fn config(coordinator: &Coordinator) -> GatewayConfig {
-    GatewayConfig::new("127.0.0.1:0", coordinator.address())
+    GatewayConfig::new("127.0.0.1:0", Backends::one(coordinator.address()))
 }
 
 /// A scripted coordinator and a gateway for it.
