@@ -1,8 +1,7 @@
 //! Log lines on standard error, as text or JSON.
 
-use tracing_subscriber::EnvFilter;
-
 use phalanx_proto::trace::{Tracer, TracerError};
+use tracing_subscriber::EnvFilter;
 
 use crate::args::{LogFormat, LoggingArgs};
 

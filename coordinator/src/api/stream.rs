@@ -56,11 +56,15 @@ impl RequestStream {
         let queued = sequences
             .zip(std::mem::take(&mut request.ended_after))
             .map(|(sequence, ended_after)| Queued::submit(sequence, ended_after, &parts.engine));
-        let queued = queued.collect::<Result<Vec<_>, RpcError>>()?;
-        if let (Some(observation), Some(first)) = (&mut observation, queued.first()) {
-            observation.queued(first.milestones());
+        let queued = queued.collect::<Result<Vec<_>, RpcError>>();
+        match (&mut observation, &queued) {
+            (Some(observation), Ok(queued)) => {
+                observation.queued(queued.first().and_then(Queued::milestones))
+            }
+            (Some(observation), Err(error)) => observation.failed(error),
+            (None, _) => {}
         }
-        let choices = queued.into_iter().enumerate();
+        let choices = queued?.into_iter().enumerate();
         let choices =
             choices.map(|(index, queued)| Choice::new(&request, index, queued, parts.text.tokenizer()));
         Ok(Self {

@@ -239,7 +239,7 @@ async fn metrics_say_whose_they_are() {
     let reply = post(server.address, COMPLETIONS, r#"{"prompt": "a"}"#).await;
     assert_eq!(reply.status, 200);
     let text = get(server.address, "/metrics").await.text().to_owned();
-    assert_eq!(text.matches("# TYPE steps counter").count(), 1);
+    assert_eq!(text.matches("# TYPE steps_total counter").count(), 1);
     for coordinator in &coordinators {
         let address = coordinator.address();
         assert!(
