@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from load import family, free_port
 
 READY_LIMIT_S = 120
 LONG_PROMPT = 2048
+KV_BLOCK = 16
 
 
 @dataclass(frozen=True)
@@ -36,19 +38,39 @@ class Load:
     long_prompts: float = 0.0
 
 
-# (name, unit, from a report, whether more is better)
-DECODE = ("decode, one stream", "tok/s", lambda r: r["decode_throughput_per_stream"], True)
-PREFILL = ("prefill", "tok/s", lambda r: r["total_input_tokens"] / r["completed"] / r["ttft_ms"]["median"] * 1e3, True)
-OUTPUT = ("output", "tok/s", lambda r: r["output_throughput"], True)
-TTFT = ("time to first token p50", "ms", lambda r: r["ttft_ms"]["median"], False)
-ITL_P99 = ("inter-token latency p99", "ms", lambda r: r["itl_ms"]["p99"], False)
+@dataclass(frozen=True)
+class Figure:
+    name: str
+    unit: str
+    # From a report of the load generator.
+    value: Callable
+    more_is_better: bool
+    # Which of the model's floors nobody surpasses.
+    floor: str = ""
+
+
+DECODE = Figure(
+    "decode, one stream", "tok/s", lambda r: r["decode_throughput_per_stream"], True, "decode_tokens_per_s"
+)
+PREFILL = Figure(
+    "prefill",
+    "tok/s",
+    lambda r: r["total_input_tokens"] / r["completed"] / r["ttft_ms"]["median"] * 1e3,
+    True,
+    "prefill_tokens_per_s",
+)
+OUTPUT = Figure("output", "tok/s", lambda r: r["output_throughput"], True)
+TTFT = Figure("time to first token p50", "ms", lambda r: r["ttft_ms"]["median"], False)
+ITL_P99 = Figure("inter-token latency p99", "ms", lambda r: r["itl_ms"]["p99"], False)
+READY = Figure("ready after", "s", None, False)
+RESIDENT = Figure("resident", "MiB", None, False)
 
 LOADS = (
     Load("C=1, 128 in, 128 out", 1, 128, 128, 3, (DECODE,)),
     Load("C=1, 512 in, 2 out", 1, 512, 2, 4, (PREFILL,)),
     Load("C=16, 128 in, 128 out", 16, 128, 128, 32, (OUTPUT, TTFT)),
     Load("C=64, 128 in, 64 out", 64, 128, 64, 128, (OUTPUT, TTFT)),
-    Load(f"C=16, 128 in, 128 out, {LONG_PROMPT}-token prompts arriving", 16, 128, 128, 32, (ITL_P99,), 0.25),
+    Load(f"C=16, 128 in, 128 out, {LONG_PROMPT}-token prompts arriving", 16, 128, 128, 32, (ITL_P99,), 0.1),
 )
 # Of models beyond so many bytes, less is asked.
 LARGE = 300 << 20
@@ -74,17 +96,26 @@ class Server:
         return f"http://127.0.0.1:{self.port}"
 
 
+def room(load):
+    """(sequences, tokens of each) that a server's KV cache shall hold."""
+    longest = LONG_PROMPT if load.long_prompts else load.prompt + load.output
+    return load.concurrency + (1 if load.long_prompts else 0), longest + 64
+
+
 def phalanx(binary, model, load):
+    """As it comes, with room for as many tokens as the other one has."""
     port = free_port()
+    slots, longest = room(load)
+    blocks = slots * -(-longest // KV_BLOCK)
     command = [binary, "serve", model, "--host", "127.0.0.1", "--port", str(port), "--log-level", "warn"]
+    command += ["--max-model-len", str(longest), "--num-gpu-blocks-override", str(blocks)]
     return Server("phalanx", command + ["--served-model-name", "default"], port, "default")
 
 
 def llama_cpp(binary, model, load):
     """With the flags that suit it best: a KV cache per slot, flash attention, as many slots as streams."""
     port = free_port()
-    slots = load.concurrency + (1 if load.long_prompts else 0)
-    longest = LONG_PROMPT + 64 if load.long_prompts else load.prompt + load.output + 64
+    slots, longest = room(load)
     flags = ["-t", "2", "-np", str(slots), "-no-kvu", "-fa", "on", "-cb", "-c", str(slots * longest)]
     command = [binary, "-m", model, "--host", "127.0.0.1", "--port", str(port), "--log-disable", *flags]
     return Server("llama.cpp", command, port, "default")
@@ -160,7 +191,7 @@ def measure(bench, server, load, seed):
 
 
 def compare(arguments, model, load):
-    """Both servers, in turn, `arguments.rounds` times. Rows of (figure, unit, values by server, more is better)."""
+    """Both servers, in turn, `arguments.rounds` times. Rows of (figure, values by server)."""
     makers = {"phalanx": (phalanx, arguments.phalanx), "llama.cpp": (llama_cpp, arguments.llama_server)}
     with ExitStack() as stack:
         servers = [stack.enter_context(running(make(binary, model, load))) for make, binary in makers.values()]
@@ -171,20 +202,27 @@ def compare(arguments, model, load):
             for server in servers if number % 2 == 0 else reversed(servers):
                 reports[server.name].append(measure(arguments.phalanx, server, load, number + 1))
         rows = []
-        for name, unit, figure, more in load.figures:
-            medians = {server: statistics.median(map(figure, of)) for server, of in reports.items()}
-            rows.append((f"{name}, {load.name}", unit, medians, more))
+        for figure in load.figures:
+            rows.append((figure, {name: statistics.median(map(figure.value, of)) for name, of in reports.items()}))
         if load.concurrency == 16 and not load.long_prompts:
-            rows.append(("ready after", "s", {s.name: s.ready_s for s in servers}, False))
-            rows.append(("resident, C=16", "MiB", {s.name: s.rss_mib for s in servers}, False))
+            rows.append((READY, {s.name: s.ready_s for s in servers}))
+            rows.append((RESIDENT, {s.name: s.rss_mib for s in servers}))
     return rows
 
 
-def line(figure, unit, values, more_is_better):
+def line(load, figure, values, floors):
     ours, theirs = values["phalanx"], values["llama.cpp"]
-    ratio = ours / theirs if more_is_better else theirs / ours
+    ratio = ours / theirs if figure.more_is_better else theirs / ours
     digits = 2 if ours < 10 else 0 if ours >= 100 else 1
-    return f"| {figure} | {unit} | {ours:.{digits}f} | {theirs:.{digits}f} | {ratio:.2f} |"
+    text = f"| {figure.name}, {load.name} | {figure.unit} | {ours:.{digits}f} | {theirs:.{digits}f} | {ratio:.2f} |"
+    if not figure.floor:
+        return text + "  |"
+    return text + f" {100 * ours / floors[figure.floor]:.0f} % of {floors[figure.floor]:.0f} |"
+
+
+def floors_of(bench, model):
+    command = [bench, "bench", "floors", "--json", model]
+    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
 
 
 def machine():
@@ -213,13 +251,23 @@ def main():
     print("\n".join(text), flush=True)
     for entry in arguments.models:
         name, model = entry.split("=", 1)
-        head = ["", f"### {name}", "", "| | unit | Phalanx | llama.cpp | ratio |", "| --- | --- | ---: | ---: | ---: |"]
+        floors = floors_of(arguments.phalanx, model)
+        head = [
+            "",
+            f"### {name}",
+            "",
+            f"{floors['weight_bytes'] / 1e6:.1f} MB of weights and {floors['layer_operations'] / 1e9:.3f} GOP a token; "
+            f"{floors['read_gb_s']:.1f} GB/s and {floors['int8_gop_s']:.0f} GOP/s with {floors['threads']} threads.",
+            "",
+            "| | unit | Phalanx | llama.cpp | ratio | reached of the limit |",
+            "| --- | --- | ---: | ---: | ---: | ---: |",
+        ]
         print("\n".join(head), flush=True)
         text += head
         for load in LARGE_LOADS if os.path.getsize(model) > LARGE else LOADS:
             if arguments.loads in load.name:
-                for row in compare(arguments, model, load):
-                    text.append(line(*row))
+                for figure, values in compare(arguments, model, load):
+                    text.append(line(load, figure, values, floors))
                     print(text[-1], flush=True)
     if arguments.output:
         with open(arguments.output, "w") as file:

@@ -231,9 +231,8 @@ pub(crate) struct EngineArgs {
     /// Requests that may wait; more are refused with 429.
     #[arg(long, env = "PHALANX_MAX_NUM_QUEUED_REQS", default_value_t = 1024)]
     pub(crate) max_num_queued_reqs: usize,
-    /// Chat template file that replaces the model's.
-    #[arg(long, env = "PHALANX_CHAT_TEMPLATE")]
-    pub(crate) chat_template: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) chat: crate::chat_args::ChatArgs,
     /// Seed of requests that bring none; default: a new one for every request.
     #[arg(long, env = "PHALANX_SEED")]
     pub(crate) seed: Option<u64>,
@@ -261,6 +260,12 @@ pub(crate) struct EngineArgs {
     /// Unix socket of the gRPC API; default: one in a private directory.
     #[arg(long, env = "PHALANX_GRPC_UDS")]
     pub(crate) grpc_uds: Option<PathBuf>,
+    /// Record what the engine and every rank do in their first steps, for Perfetto or chrome://tracing.
+    #[arg(long, env = "PHALANX_TRACE_FILE", value_name = "FILE")]
+    pub(crate) trace_file: Option<PathBuf>,
+    /// Steps that --trace-file records: some 40 kB each of a model of 30 layers, for every rank.
+    #[arg(long, env = "PHALANX_TRACE_STEPS", default_value_t = 2000, value_parser = value_parser!(u64).range(1..))]
+    pub(crate) trace_steps: u64,
     /// Where shared segments are made.
     #[arg(long, env = "PHALANX_SHM_DIR", default_value = "/dev/shm", hide = true)]
     pub(crate) shm_dir: PathBuf,
@@ -284,6 +289,9 @@ pub(crate) struct FrontendArgs {
     /// Unix socket to listen on instead of host and port.
     #[arg(long, env = "PHALANX_UDS")]
     pub(crate) uds: Option<PathBuf>,
+    /// Role of the messages that the model makes.
+    #[arg(long, env = "PHALANX_RESPONSE_ROLE", default_value = "assistant")]
+    pub(crate) response_role: String,
 }
 
 #[derive(Debug, Args)]

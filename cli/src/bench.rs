@@ -10,6 +10,11 @@ use anyhow::Context;
 use clap::{Args, Subcommand, ValueEnum};
 use indicatif::ProgressBar;
 use phalanx_bench::{Api, Arrivals, Endpoint, Report, Workload};
+use serde::Serialize;
+
+use self::floors::{BenchFloorsArgs, ModelFloors};
+
+mod floors;
 
 #[derive(Debug, Args)]
 pub(crate) struct BenchArgs {
@@ -21,6 +26,8 @@ pub(crate) struct BenchArgs {
 enum BenchCommand {
     /// Load a running server with streamed completions and print latencies and throughput.
     Serve(Box<BenchServeArgs>),
+    /// Measure this machine's memory and arithmetic, and print how many tokens per second a model cannot surpass on it.
+    Floors(BenchFloorsArgs),
 }
 
 /// Names are those of `vllm bench serve`.
@@ -72,6 +79,9 @@ struct BenchServeArgs {
     /// Also write the figures to this file, as JSON.
     #[arg(long, value_name = "FILE")]
     result_filename: Option<PathBuf>,
+    /// The file or directory of the model that the server serves, on this machine: its floors are printed, too.
+    #[arg(long, value_name = "MODEL")]
+    floors_of: Option<PathBuf>,
     /// Print JSON and nothing else.
     #[arg(long)]
     json: bool,
@@ -115,9 +125,19 @@ impl BenchServeArgs {
     }
 }
 
+/// What a result file holds.
+#[derive(Serialize)]
+struct ResultFile<'a> {
+    #[serde(flatten)]
+    report: &'a Report,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    floors: Option<&'a ModelFloors>,
+}
+
 pub(crate) fn run(args: BenchArgs) -> anyhow::Result<()> {
     match args.command {
         BenchCommand::Serve(args) => serve(&args),
+        BenchCommand::Floors(args) => floors::run(&args),
     }
 }
 
@@ -125,6 +145,12 @@ fn serve(args: &BenchServeArgs) -> anyhow::Result<()> {
     let endpoint = Endpoint::new(&args.base_url, args.api_key.as_deref())?;
     let workload = args.workload();
     workload.check()?;
+    // Before the server is busy: both would disturb each other.
+    let floors = args
+        .floors_of
+        .as_deref()
+        .map(|model| ModelFloors::measure(model, None));
+    let floors = floors.transpose()?;
     let bar = if args.json {
         ProgressBar::hidden()
     } else {
@@ -140,7 +166,10 @@ fn serve(args: &BenchServeArgs) -> anyhow::Result<()> {
     let run = runtime.block_on(phalanx_bench::run(&endpoint, &workload, timeout, &mut progress));
     bar.finish_and_clear();
     let report = Report::of(&run);
-    let json = serde_json::to_string_pretty(&report)?;
+    let json = serde_json::to_string_pretty(&ResultFile {
+        report: &report,
+        floors: floors.as_ref(),
+    })?;
     if let Some(path) = &args.result_filename {
         fs::write(path, &json).with_context(|| format!("--result-filename {}", path.display()))?;
     }
@@ -149,6 +178,9 @@ fn serve(args: &BenchServeArgs) -> anyhow::Result<()> {
         println!("{json}");
     } else {
         print!("{report}");
+        if let Some(floors) = &floors {
+            print!("{}", floors.beside(&report));
+        }
     }
     anyhow::ensure!(
         report.completed > 0,

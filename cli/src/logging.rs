@@ -1,6 +1,6 @@
 //! Log lines on standard error, as text or JSON.
 
-use phalanx_proto::trace::{Tracer, TracerError};
+use phalanx_proto::spans::{Tracer, TracerError};
 use tracing_subscriber::EnvFilter;
 
 use crate::args::{LogFormat, LoggingArgs};

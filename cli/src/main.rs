@@ -3,6 +3,7 @@
 
 mod args;
 mod bench;
+mod chat_args;
 mod command_line;
 mod config_file;
 mod gateway;

@@ -10,8 +10,8 @@ use anyhow::{Context, bail, ensure};
 use phalanx_coordinator::{
     api::Observers,
     config::{
-        ApiOptions, DeviceChoice, EngineOptions, GpuEnvironment, KvCacheSize, ModelOptions, WorkerOptions,
-        WorkerSource,
+        ApiOptions, DeviceChoice, EngineOptions, GpuEnvironment, KvCacheSize, ModelOptions, TraceOptions,
+        WorkerOptions, WorkerSource,
     },
     engine::SchedulingPolicy,
 };
@@ -92,19 +92,31 @@ pub(crate) fn engine(args: &EngineArgs, model: &ModelOptions) -> anyhow::Result<
         },
         long_prefill_token_threshold: args.long_prefill_token_threshold,
         max_num_queued_reqs: args.max_num_queued_reqs,
-        chat_template: args.chat_template.clone(),
+        chat_template: args.chat.chat_template.clone(),
+        chat: args.chat.resolve()?,
         seed: args.seed,
         step_timeout: Duration::from_secs(args.execute_model_timeout_seconds),
     })
 }
 
-pub(crate) fn workers(args: &EngineArgs, model: &ModelArgs, source: WorkerSource) -> WorkerOptions {
-    WorkerOptions {
+pub(crate) fn workers(
+    args: &EngineArgs,
+    model: &ModelArgs,
+    source: WorkerSource,
+) -> anyhow::Result<WorkerOptions> {
+    // Workers may be elsewhere in the file system.
+    let path = args.trace_file.as_ref().map(std::path::absolute).transpose();
+    let path = path.context("--trace-file")?;
+    Ok(WorkerOptions {
         source,
         threads_per_rank: model.threads_per_rank,
         ready_timeout: Duration::from_secs(args.engine_ready_timeout_seconds),
         shm_dir: args.shm_dir.clone(),
-    }
+        trace: path.map(|path| TraceOptions {
+            path,
+            steps: args.trace_steps,
+        }),
+    })
 }
 
 /// Workers that are children of this process. `scratch` is a directory of this process alone.

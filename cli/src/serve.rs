@@ -46,7 +46,7 @@ pub(crate) fn serve(args: ServeArgs, logging: &LoggingArgs) -> anyhow::Result<()
             &args.engine,
             &args.model,
             resolve::local_workers(program.clone(), logging.arguments(), directory.path()),
-        ),
+        )?,
     };
     let gateway = GatewayCommand::new(&args, logging, &program, config.api.uds.as_deref());
     run(config, args.engine.shutdown_timeout, Some(gateway))
@@ -63,7 +63,7 @@ pub(crate) fn coordinator(args: CoordinatorArgs, logging: &LoggingArgs) -> anyho
         engine: resolve::engine(&args.engine, &model)?,
         model,
         api: resolve::api(&args.engine, (&args.tls, logging), directory.socket())?,
-        workers: resolve::workers(&args.engine, &args.model, source),
+        workers: resolve::workers(&args.engine, &args.model, source)?,
     };
     run(config, args.engine.shutdown_timeout, None)
 }
@@ -186,6 +186,7 @@ impl GatewayCommand {
         if let Some(path) = &frontend.uds {
             flag("--uds", path.to_string_lossy().into_owned());
         }
+        flag("--response-role", frontend.response_role.clone());
         flag("--shutdown-timeout", args.engine.shutdown_timeout.to_string());
         flag("--parent-pid", std::process::id().to_string());
         if let Some(path) = &args.engine.api_key_file {

@@ -5,7 +5,7 @@ use std::{ffi::OsString, net::SocketAddr, path::PathBuf, time::Duration};
 use phalanx_model::{KvDtype, QuantizationMethod, TensorParallelStyle};
 use phalanx_proto::{secret::ApiKeys, tls::TlsFiles};
 
-use crate::{api::Observers, engine::SchedulingPolicy};
+use crate::{api::Observers, engine::SchedulingPolicy, text::ChatOptions};
 
 #[derive(Clone, Debug)]
 pub struct CoordinatorConfig {
@@ -88,6 +88,7 @@ pub struct EngineOptions {
     pub max_num_queued_reqs: usize,
     /// Replaces the model's chat template.
     pub chat_template: Option<PathBuf>,
+    pub chat: ChatOptions,
     /// Seed of requests that bring none.
     pub seed: Option<u64>,
     pub step_timeout: Duration,
@@ -114,6 +115,15 @@ pub struct WorkerOptions {
     pub ready_timeout: Duration,
     /// Where segments are made.
     pub shm_dir: PathBuf,
+    /// Record what engine and ranks do.
+    pub trace: Option<TraceOptions>,
+}
+
+/// Which file, and how many steps of every group.
+#[derive(Clone, Debug)]
+pub struct TraceOptions {
+    pub path: PathBuf,
+    pub steps: u64,
 }
 
 #[derive(Clone, Debug)]

@@ -11,7 +11,8 @@ use std::{
 use phalanx_proto::{
     RpcError,
     secret::random_u64,
-    v1::{Assign, GetStatusResponse, GroupState, Phase, cluster_server::ClusterServer},
+    trace::TraceFile,
+    v1::{self, Assign, GetStatusResponse, GroupState, Phase, cluster_server::ClusterServer},
 };
 use phalanx_shm::{EnginePort, Segment, ShmError, Wait, sweep_orphans};
 use tokio::{
@@ -29,7 +30,7 @@ use crate::{
     deployment::{Deployment, DeploymentError, Hardware, NoGpu, Proposal},
     engine::{EngineConfig, SamplingParams, StopRules},
     engine_thread::{EngineHandle, EngineThreadConfig, NewSequence, StartError, StreamEvent, spawn_engine},
-    executor::ShmExecutor,
+    executor::{ShmExecutor, TracedExecutor},
     metrics::Metrics,
     text::{ModelLimits, TextError, TextModel, TextOptions, TextProcessor},
 };
@@ -62,6 +63,8 @@ pub enum CoordinatorError {
     Launch(std::io::Error),
     #[error(transparent)]
     Engine(#[from] StartError),
+    #[error("--trace-file: {0}")]
+    Trace(std::io::Error),
     #[error("the first step through all ranks failed: {0}")]
     WarmUp(RpcError),
 }
@@ -105,6 +108,9 @@ impl Coordinator {
         let deployment = std::sync::OnceLock::new();
         if libraries.only_cpu(config.model.device) {
             let _ = deployment.set(proposal.resolve(&Hardware::Cpu, &config.workers.shm_dir)?);
+        }
+        if let Some(trace) = &config.workers.trace {
+            TraceFile::create(&trace.path).map_err(CoordinatorError::Trace)?;
         }
         let (listeners, tcp) = listen(&config.api).await?;
         let workers = WorkerPlan::new(&config.workers, config.model.tensor_parallel_size);
@@ -269,7 +275,14 @@ impl Coordinator {
             max_num_queued_reqs: options.max_num_queued_reqs,
             ..EngineThreadConfig::new(engine)
         };
-        let (engine, _thread) = spawn_engine(thread, executor, self.metrics.clone())?;
+        let metrics = self.metrics.clone();
+        let (engine, _thread) = match &self.config.workers.trace {
+            Some(trace) => {
+                let traced = TracedExecutor::new(executor, &trace.path, trace.steps);
+                spawn_engine(thread, traced.map_err(CoordinatorError::Trace)?, metrics)?
+            }
+            None => spawn_engine(thread, executor, metrics)?,
+        };
         tokio::spawn(tell_losses(self.cluster.clone(), engine.clone(), epoch));
         Ok(engine)
     }
@@ -389,7 +402,16 @@ impl WorkerPlan {
 
     /// What each rank is told, in rank order.
     fn assigns(&self, deployment: &Deployment, config: &CoordinatorConfig) -> Vec<Assign> {
-        deployment.assigns(&self.threads, config.engine.step_timeout)
+        let assigns = deployment.assigns(&self.threads, config.engine.step_timeout);
+        let trace = config.workers.trace.as_ref().map(|trace| v1::Trace {
+            path: trace.path.to_string_lossy().into_owned(),
+            steps: trace.steps,
+        });
+        let with_trace = |assign| Assign {
+            trace: trace.clone(),
+            ..assign
+        };
+        assigns.into_iter().map(with_trace).collect()
     }
 
     fn launch(
@@ -464,6 +486,7 @@ fn text_processor(
     let options = TextOptions {
         limits,
         chat_template: template.transpose()?,
+        chat: config.engine.chat.clone(),
         threads: None,
         seed: config.engine.seed,
     };

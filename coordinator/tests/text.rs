@@ -436,7 +436,7 @@ fn chat(messages: &[(&str, &str)]) -> v1::ChatRequest {
     let messages = messages.iter().map(|&(role, content)| v1::ChatMessage {
         role: role.into(),
         content: content.into(),
-        name: None,
+        ..v1::ChatMessage::default()
     });
     v1::ChatRequest {
         messages: messages.collect(),
@@ -528,6 +528,7 @@ async fn a_model_without_a_template_completes_but_does_not_chat() {
     let options = phalanx_coordinator::text::TextOptions {
         limits: *PROCESSOR.limits(),
         chat_template: None,
+        chat: Default::default(),
         threads: None,
         seed: None,
     };

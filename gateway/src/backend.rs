@@ -6,8 +6,8 @@ use futures_util::{StreamExt, stream::BoxStream};
 use phalanx_proto::{
     ErrorKind, RpcError,
     secret::ApiKeys,
+    spans::TRACEPARENT,
     tls::ClientTlsFiles,
-    trace::TRACEPARENT,
     v1::{
         ChatRequest, GenerateChunk, GenerateRequest, GenerateResponse, GetMetricsRequest, GetMetricsResponse,
         GetStatusRequest, GetStatusResponse, ListModelsRequest, ListModelsResponse,

@@ -4,8 +4,8 @@ use std::{io, path::PathBuf, time::Duration};
 
 use phalanx_proto::{
     secret::ApiKeys,
+    spans::Tracer,
     tls::{TlsError, TlsFiles},
-    trace::Tracer,
 };
 
 use crate::{limits::HttpLimits, router::Backends};
@@ -29,6 +29,8 @@ pub struct GatewayConfig {
     pub log_requests: bool,
     /// Where the spans of requests go.
     pub tracer: Tracer,
+    /// Role of the messages that the model makes.
+    pub response_role: String,
     /// How long running requests may go on after the shutdown signal.
     pub drain_timeout: Duration,
     /// Bounds of the HTTP server.
@@ -47,6 +49,7 @@ impl GatewayConfig {
             prompt_tokens_details: false,
             log_requests: false,
             tracer: Tracer::default(),
+            response_role: "assistant".to_owned(),
             drain_timeout: Duration::from_secs(30),
             limits: HttpLimits::default(),
         }

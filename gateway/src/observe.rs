@@ -8,7 +8,7 @@ use axum::{
     response::Response,
 };
 use http::{HeaderMap, HeaderName, HeaderValue, Method};
-use phalanx_proto::{secret, trace::Tracer};
+use phalanx_proto::{secret, spans::Tracer};
 
 use crate::{
     limits::MAX_REQUEST_ID,

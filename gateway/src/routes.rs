@@ -31,6 +31,7 @@ pub(crate) struct Service {
     pub(crate) metrics: Arc<HttpMetrics>,
     pub(crate) limits: HttpLimits,
     pub(crate) prompt_tokens_details: bool,
+    pub(crate) response_role: Arc<str>,
 }
 
 const CHAT: &str = "/v1/chat/completions";

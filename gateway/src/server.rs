@@ -63,6 +63,7 @@ impl Gateway {
             lifecycle: Arc::clone(&lifecycle),
             limits: config.limits.clone(),
             prompt_tokens_details: config.prompt_tokens_details,
+            response_role: config.response_role.into(),
         };
         let observer = Observer {
             metrics: Arc::clone(&service.metrics),

@@ -3,7 +3,7 @@
 use std::time::SystemTime;
 
 use http::{HeaderMap, Method};
-use phalanx_proto::trace::{Span, TRACEPARENT, TraceContext, Tracer, Value};
+use phalanx_proto::spans::{Span, TRACEPARENT, TraceContext, Tracer, Value};
 use tokio::task_local;
 
 task_local! {

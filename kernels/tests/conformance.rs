@@ -1,6 +1,6 @@
 //! The CPU backend, with the machine's best instructions and without any.
 
-use phalanx_kernels::conformance::Tolerances;
+use phalanx_kernels::conformance::{Tolerances, attention_over_long_contexts_is_the_same};
 use phalanx_kernels::conformance_suite;
 use phalanx_kernels::cpu::CpuBackend;
 
@@ -14,3 +14,13 @@ conformance_suite!(
     |threads| CpuBackend::portable(threads).unwrap(),
     Tolerances::F32
 );
+
+/// Not in the suite: on a device that is emulated it would take minutes.
+#[test]
+fn long_contexts() {
+    attention_over_long_contexts_is_the_same(&|threads| CpuBackend::new(threads).unwrap(), &Tolerances::F32);
+    attention_over_long_contexts_is_the_same(
+        &|threads| CpuBackend::portable(threads).unwrap(),
+        &Tolerances::F32,
+    );
+}

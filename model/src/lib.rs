@@ -4,6 +4,7 @@
 
 pub mod checkpoint;
 pub mod config;
+pub mod cost;
 pub mod format;
 pub mod geometry;
 pub mod gguf;
@@ -16,6 +17,7 @@ pub mod shard;
 
 pub use checkpoint::{Checkpoint, CheckpointError, TensorInfo, TensorLayout};
 pub use config::{ConfigError, ModelConfig, RopeConfig, RopeLayout, RopeScaling};
+pub use cost::{Floors, MachineLimits, TokenCost};
 pub use format::{KvDtype, TensorFormat};
 pub use geometry::Geometry;
 pub use memory::{

@@ -1,11 +1,12 @@
 //! Everything that crosses a process boundary: the gRPC services, the step codec, the error table, and what both sides of
-//! a boundary must treat alike: limits, secrets, sockets.
+//! a boundary must treat alike: limits, secrets, sockets, traces.
 #![forbid(unsafe_code)]
 
 pub mod error;
 pub mod limits;
 pub mod secret;
 pub mod socket;
+pub mod spans;
 pub mod step;
 pub mod tls;
 pub mod trace;

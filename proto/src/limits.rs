@@ -13,3 +13,11 @@ pub const MAX_LOGIT_BIAS: usize = 512;
 pub const MAX_CACHE_SALT_BYTES: usize = 256;
 /// Messages of a conversation; each takes some tokens, so more hardly fit any context.
 pub const MAX_MESSAGES: usize = 8192;
+/// Tools of a request.
+pub const MAX_TOOLS: usize = 1024;
+/// Calls of one assistant message.
+pub const MAX_TOOL_CALLS: usize = 1024;
+/// Bytes of a function's name.
+pub const MAX_FUNCTION_NAME_BYTES: usize = 256;
+/// Bytes of a message's role.
+pub const MAX_ROLE_BYTES: usize = 64;

@@ -137,7 +137,7 @@ def check_errors(client, model):
     chat, complete = client.chat.completions.create, client.completions.create
     bad = openai.BadRequestError
     expect(bad, "messages", chat, model=model, messages=[])
-    expect(bad, "messages[0].role", chat, model=model, messages=[{"role": "wizard", "content": "hi"}])
+    expect(bad, "messages[0].role", chat, model=model, messages=[{"role": "", "content": "hi"}])
     expect(bad, "temperature", chat, model=model, messages=QUESTION, temperature=-1)
     expect(bad, "temperature", chat, model=model, messages=QUESTION, temperature="hot")
     expect(bad, "top_p", chat, model=model, messages=QUESTION, top_p=1.5)

@@ -9,6 +9,8 @@ use phalanx_model::{
 use phalanx_proto::{step::StepLimits, v1};
 use phalanx_shm::MAX_WORLD_SIZE;
 
+use crate::trace::TraceOptions;
+
 /// Log-probabilities that a row may ask for at most; the coordinator derives the same limit.
 pub const MAX_LOGPROBS: u32 = 20;
 
@@ -72,6 +74,7 @@ pub struct Assignment {
     pub limits: StepLimits,
     /// Rows of the decode steps that are captured as CUDA graphs, rising; empty on CPUs and for eager execution.
     pub cudagraph_capture_sizes: Vec<usize>,
+    pub trace: Option<TraceOptions>,
 }
 
 impl Assignment {
@@ -122,6 +125,7 @@ impl TryFrom<&v1::Assign> for Assignment {
             custom_all_reduce: !assign.disable_custom_all_reduce,
             cudagraph_capture_sizes: capture_sizes(&assign.cudagraph_capture_sizes, &limits)?,
             limits,
+            trace: trace_options(assign),
         })
     }
 }
@@ -258,6 +262,14 @@ fn rank_shard(shard: &v1::RankShard) -> Result<RankShard> {
         intermediate: range("shards.intermediate", &shard.intermediate)?,
         hidden: range("shards.hidden", &shard.hidden)?,
         vocab: range("shards.vocab", &shard.vocab)?,
+    })
+}
+
+fn trace_options(assign: &v1::Assign) -> Option<TraceOptions> {
+    let trace = assign.trace.as_ref().filter(|trace| trace.steps > 0)?;
+    Some(TraceOptions {
+        path: PathBuf::from(&trace.path),
+        steps: trace.steps,
     })
 }
 

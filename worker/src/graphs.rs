@@ -6,7 +6,7 @@ use phalanx_kernels::{
     Backend, BatchInput, CapturedCollectives, Communicator, DecodeShape, GraphCache, Heads, Result,
 };
 
-use crate::{assignment::Assignment, layers::Step};
+use crate::{assignment::Assignment, layers::Step, trace::Trace};
 
 /// The captured steps of a rank in a group. All ranks have captured the same ones.
 pub(crate) struct DecodeGraphs<B: Backend> {
@@ -49,6 +49,7 @@ impl<B: Backend> DecodeGraphs<B> {
             comm,
             batch: self.cache.batch(),
             rows,
+            trace: &Trace::off(),
         })?;
         comm.begin_capture();
         let captured = self.cache.capture(backend, |batch| {
@@ -57,6 +58,7 @@ impl<B: Backend> DecodeGraphs<B> {
                 comm,
                 batch,
                 rows,
+                trace: &Trace::off(),
             })
         });
         let collectives = comm.end_capture();

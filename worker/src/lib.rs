@@ -20,6 +20,7 @@ mod profile;
 mod rank;
 pub mod runner;
 pub mod sampler;
+pub mod trace;
 pub mod workspace;
 
 pub use assignment::{Assignment, AssignmentError, Device, MAX_LOGPROBS, step_limits};

@@ -25,6 +25,7 @@ use crate::{
     platform::{self, Place, Platform},
     process, profile,
     runner::{LoadedModel, ModelRunner},
+    trace,
 };
 
 /// Progress is reported at most so often.
@@ -276,6 +277,7 @@ impl RankContext {
                 bytes_total: total as u64,
             })));
         })?;
+        runner.record(trace::of(runner.assignment().trace.as_ref(), self.rank as usize));
         Ok(StepLoop {
             limits,
             epoch: segment.shape().epoch,
@@ -289,6 +291,16 @@ impl RankContext {
         // Nobody listens once the stream is over; the task queue ends as well then.
         let _ = self.reports.blocking_send(report);
     }
+}
+
+/// What a trace says of a step.
+fn size_of(plan: &StepPlan) -> [(&'static str, u64); 3] {
+    let tokens: usize = plan.rows.iter().map(|row| row.token_ids.len()).sum();
+    [
+        ("step", plan.step),
+        ("rows", plan.rows.len() as u64),
+        ("tokens", tokens as u64),
+    ]
 }
 
 /// Plans in, outputs out, for one epoch.
@@ -315,10 +327,19 @@ impl<P: Platform> StepLoop<'_, P> {
     fn step(&mut self) -> Result<(), RunError> {
         let limits = self.limits;
         let read = |bytes: &[u8]| (decode_plan(bytes, &limits), Instant::now());
+        let waited_from = self.runner.trace().start();
         let (plan, arrived) = self.port.borrow_mut().next_plan(read)?;
         let plan = plan.map_err(RunError::DecodePlan)?;
+        if let Some(start) = waited_from {
+            self.runner.trace().end("idle", start, [("", 0); 3]);
+        }
         self.check(&plan)?;
+        let started = self.runner.trace().start();
         let mut output = self.runner.execute(&plan)?;
+        if let Some(start) = started {
+            self.runner.trace().end("step", start, size_of(&plan));
+            self.runner.trace().end_step();
+        }
         let mut port = self.port.borrow_mut();
         if port.rank() == 0 {
             output.forward_us = u32::try_from(arrived.elapsed().as_micros()).unwrap_or(u32::MAX);

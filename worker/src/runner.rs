@@ -12,6 +12,7 @@ use crate::{
     layers::Step,
     models::LlamaForCausalLm,
     sampler::{self, SamplingRow, Vocabulary},
+    trace::Trace,
     workspace::Workspace,
 };
 
@@ -36,6 +37,7 @@ pub struct ModelRunner<'a, B: Backend, C: Communicator<B>> {
     graphs: Option<DecodeGraphs<B>>,
     comm: C,
     workspace: Workspace<B>,
+    trace: Trace,
     /// Token ids of each rank.
     vocab: Vec<Range<usize>>,
 }
@@ -60,8 +62,22 @@ impl<'a, B: Backend, C: Communicator<B>> ModelRunner<'a, B, C> {
             graphs,
             comm,
             workspace,
+            trace: Trace::off(),
             vocab,
         })
+    }
+
+    /// Records what is done from now on.
+    pub fn record(&mut self, trace: Trace) {
+        self.trace = trace;
+    }
+
+    pub(crate) fn trace(&self) -> &Trace {
+        &self.trace
+    }
+
+    pub(crate) fn assignment(&self) -> &Assignment {
+        &self.loaded.assignment
     }
 
     /// What it runs on.
@@ -125,8 +141,10 @@ impl<'a, B: Backend, C: Communicator<B>> ModelRunner<'a, B, C> {
             ranks: &self.vocab,
             rank: self.loaded.assignment.rank,
         };
-        let logits = &self.workspace.logits;
-        let sampled = sampler::sample(&self.loaded.backend, &mut self.comm, logits, vocab, &rows)?;
+        let (backend, comm, logits) = (&self.loaded.backend, &mut self.comm, &self.workspace.logits);
+        let sampled = self
+            .trace
+            .op("sample", || sampler::sample(backend, comm, logits, vocab, &rows))?;
         Ok(StepOutput {
             epoch: plan.epoch,
             step: plan.step,
@@ -155,7 +173,9 @@ impl<'a, B: Backend, C: Communicator<B>> ModelRunner<'a, B, C> {
         } = &mut *self.loaded;
         let (input, sampled) = batch_input(plan, assignment)?;
         let replayed = match &mut self.graphs {
-            Some(graphs) => graphs.replay(backend, &mut self.comm, &input, &sampled)?,
+            Some(graphs) => self.trace.op("graph", || {
+                graphs.replay(backend, &mut self.comm, &input, &sampled)
+            })?,
             None => false,
         };
         if !replayed && input.num_rows() > 0 {
@@ -170,6 +190,7 @@ impl<'a, B: Backend, C: Communicator<B>> ModelRunner<'a, B, C> {
                 comm: &mut self.comm,
                 batch: &batch,
                 rows: input.num_rows(),
+                trace: &self.trace,
             };
             model.step(&mut step, &mut self.workspace, &owners, &sampled)?;
         }

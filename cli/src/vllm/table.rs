@@ -112,10 +112,10 @@ pub(super) const GROUPS: &[Group] = &[
         switch("--disable-sliding-window"), switch("--return-sampling-mask"), switch("--enable-return-routed-experts"),
         value("--logprobs-mode", &["raw_logprobs"]), value("--max-logprobs", &["20"]),
         value("--generation-config", &["auto"]), value("--override-generation-config", &["{}"]),
-        value("--aux-output-config", &["{}"]), value("--response-role", &["assistant"]),
-        switch("--return-tokens-as-token-ids"), value("--default-chat-template-kwargs", &["{}"]),
-        switch("--enable-auto-tool-choice"), value("--tool-call-parser", &[]), value("--tool-server", &[]),
-        value("--reasoning-parser", &[]), value("--reasoning-effort-map", &[]), value("--tool-strict-level", &[]),
+        value("--aux-output-config", &["{}"]), 
+        switch("--return-tokens-as-token-ids"), 
+        value("--tool-server", &[]),
+        value("--reasoning-effort-map", &[]), value("--tool-strict-level", &[]),
         switch("--enable-force-include-usage"), switch("--enable-prompt-tokens-details"),
         switch("--enable-tokenizer-info-endpoint"),
     ]),
@@ -151,7 +151,7 @@ pub(super) const GROUPS: &[Group] = &[
     Group::ignored("structured outputs and thinking budgets have no settings", &[
         value("--structured-outputs-config", &["{}"]), value("--guided-decoding-backend", &["auto"]),
         value("--reasoning-config", &["{}"]), value("--anthropic-disabled-thinking-effort", &[]),
-        switch("--exclude-tools-when-tool-choice-none"), switch("--enable-reasoning"),
+        switch("--enable-reasoning"),
     ]),
     Group::refused("choose GPUs with CUDA_VISIBLE_DEVICES", &[many("--device-ids")]),
     Group::ignored("every rank is bound to its CPUs and their memory", &[
@@ -161,9 +161,6 @@ pub(super) const GROUPS: &[Group] = &[
         value("--distributed-timeout-seconds", &[]), value("--cpu-distributed-timeout-seconds", &[]),
         switch("--enable-fault-tolerance"), value("--fault-tolerance-config", &["{}"]), value("--watchdog-config", &["{}"]),
         switch("--ray-workers-use-nsight"), switch("--fail-on-environ-validation"),
-    ]),
-    Group::ignored("content parts are text and are joined; a template of a request is refused", &[
-        value("--chat-template-content-format", &["auto"]), switch("--trust-request-chat-template"),
     ]),
     Group::ignored("token ids are accepted with or without it", &[switch("--skip-tokenizer-init"), switch("--tokens-only")]),
     Group::ignored("neither prompts nor outputs are ever logged", &[

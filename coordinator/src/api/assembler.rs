@@ -9,13 +9,15 @@ use phalanx_proto::{
 
 use crate::{
     engine::{FinishReason, StopRules},
-    text::{Detokenizer, PreparedRequest, StopMatcher, TokenTable, Tokenizer},
+    text::{Detokenizer, OutputParser, Parsed, PreparedRequest, StopMatcher, TokenTable, Tokenizer},
 };
 
 pub(super) struct ChoiceAssembler {
     table: Arc<TokenTable>,
     detokenizer: Detokenizer,
     stop_strings: StopMatcher,
+    /// None if all text is content.
+    parser: Option<OutputParser>,
     rules: StopRules,
     eos: Option<u32>,
     include_stop_in_output: bool,
@@ -29,6 +31,8 @@ pub(super) struct ChoiceAssembler {
     finished: bool,
     /// What has been assembled since the last [`Self::take`].
     piece: v1::Choice,
+    /// The part of it that went through the parser.
+    parsed: Parsed,
 }
 
 impl ChoiceAssembler {
@@ -42,13 +46,15 @@ impl ChoiceAssembler {
         let table = tokenizer.table().clone();
         let echo = request.echo.clone().unwrap_or_default();
         Self {
-            detokenizer: Detokenizer::new(table.clone(), request.skip_special_tokens),
+            detokenizer: Detokenizer::new(table.clone(), request.skip_special_tokens)
+                .showing(request.plan.markers().clone()),
             table,
             include_stop_in_output: request.stop_strings.includes_in_output(),
             stop_strings: request.stop_strings.clone(),
+            parser: (!request.plan.is_plain()).then(|| request.plan.parser()),
             rules,
             eos: tokenizer.special_tokens().eos,
-            logprobs: request.output.logprobs.is_some(),
+            logprobs: request.output.logprobs.is_some() && !request.plan.hides_tokens(),
             undecided: None,
             tokens: 0,
             chars: echo.chars().count() as u32,
@@ -56,8 +62,10 @@ impl ChoiceAssembler {
             piece: v1::Choice {
                 index: index as u32,
                 text: echo,
+                reasoning: request.plan.tells_reasoning().then(String::new),
                 ..v1::Choice::default()
             },
+            parsed: Parsed::default(),
         }
     }
 
@@ -111,6 +119,7 @@ impl ChoiceAssembler {
                 top_logprobs: Vec::new(),
             });
         }
+        self.parsed = Parsed::default();
         self.piece = v1::Choice {
             index: self.piece.index,
             finish_reason: self.piece.finish_reason,
@@ -142,7 +151,7 @@ impl ChoiceAssembler {
         let mut rest = String::new();
         self.detokenizer.finish(&mut rest);
         if !self.show(&rest) {
-            self.stop_strings.finish(&mut self.piece.text);
+            self.put(|stop_strings, out| stop_strings.finish(out));
             self.end(match reason {
                 FinishReason::Stop => v1::FinishReason::Stop,
                 FinishReason::Length => v1::FinishReason::Length,
@@ -161,7 +170,14 @@ impl ChoiceAssembler {
             index: self.piece.index,
             ..v1::Choice::default()
         };
-        Some(std::mem::replace(&mut self.piece, next))
+        let mut piece = std::mem::replace(&mut self.piece, next);
+        let parsed = std::mem::take(&mut self.parsed);
+        piece.text.push_str(&parsed.content);
+        if !parsed.reasoning.is_empty() {
+            piece.reasoning = Some(parsed.reasoning);
+        }
+        piece.tool_calls = parsed.calls;
+        Some(piece)
     }
 
     fn push_text_of(&mut self, token: u32) {
@@ -174,15 +190,32 @@ impl ChoiceAssembler {
     fn show(&mut self, text: &str) -> bool {
         self.chars = self.chars.saturating_add(text.chars().count() as u32);
         let armed = self.tokens > self.rules.min_tokens;
-        let Some(found) = self.stop_strings.push(text, armed, &mut self.piece.text) else {
-            return false;
-        };
+        let found = self.put(|stop_strings, out| stop_strings.push(text, armed, out));
+        let Some(found) = found else { return false };
         self.piece.stop_reason = Some(StopReason::StopString(found));
         self.end(v1::FinishReason::Stop);
         true
     }
 
+    /// Puts out the text that `take` gets past the stop strings.
+    fn put<T>(&mut self, take: impl FnOnce(&mut StopMatcher, &mut String) -> T) -> T {
+        let Some(parser) = &mut self.parser else {
+            return take(&mut self.stop_strings, &mut self.piece.text);
+        };
+        let mut text = String::new();
+        let taken = take(&mut self.stop_strings, &mut text);
+        parser.push(&text, &mut self.parsed);
+        taken
+    }
+
     fn end(&mut self, reason: v1::FinishReason) {
+        let mut reason = reason;
+        if let Some(parser) = &mut self.parser {
+            parser.finish(&mut self.parsed);
+            if reason == v1::FinishReason::Stop && parser.has_called() {
+                reason = v1::FinishReason::ToolCalls;
+            }
+        }
         self.piece.set_finish_reason(reason);
         self.finished = true;
     }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use futures_util::stream::{self, BoxStream, StreamExt};
 use phalanx_proto::{
     ErrorKind, RpcError,
-    trace::TraceContext,
+    spans::TraceContext,
     v1::{self, inference_server::Inference},
 };
 use tonic::{Request, Response, Status};

@@ -8,7 +8,7 @@ use std::{
 
 use phalanx_proto::{
     RpcError,
-    trace::{Span, TRACEPARENT, TraceContext, Tracer, Value},
+    spans::{Span, TRACEPARENT, TraceContext, Tracer, Value},
     v1::{self, FinishReason},
 };
 use tonic::metadata::MetadataMap;

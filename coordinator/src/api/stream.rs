@@ -120,12 +120,7 @@ impl RequestStream {
             .collect();
         while let Some(chunk) = self.next().await {
             let Some(piece) = chunk?.choice else { continue };
-            let choice = &mut choices[piece.index as usize];
-            choice.text.push_str(&piece.text);
-            choice.token_ids.extend(piece.token_ids);
-            choice.logprobs.extend(piece.logprobs);
-            choice.finish_reason = piece.finish_reason;
-            choice.stop_reason = piece.stop_reason;
+            append(&mut choices[piece.index as usize], piece);
         }
         let usage = self.usage();
         Ok(self.envelope.response(choices, usage))
@@ -223,6 +218,28 @@ impl RequestStream {
             prompt_tokens: self.prompt_tokens,
             completion_tokens: self.choices.iter().map(|choice| choice.assembler.tokens()).sum(),
             cached_tokens: self.cached_tokens,
+        }
+    }
+}
+
+/// Puts the next piece of a choice to those before it.
+fn append(choice: &mut v1::Choice, piece: v1::Choice) {
+    choice.text.push_str(&piece.text);
+    choice.token_ids.extend(piece.token_ids);
+    choice.logprobs.extend(piece.logprobs);
+    choice.finish_reason = piece.finish_reason;
+    choice.stop_reason = piece.stop_reason;
+    if let Some(reasoning) = piece.reasoning {
+        choice.reasoning.get_or_insert_default().push_str(&reasoning);
+    }
+    for call in piece.tool_calls {
+        match choice
+            .tool_calls
+            .last_mut()
+            .filter(|last| last.index == call.index)
+        {
+            Some(last) => last.arguments.push_str(&call.arguments),
+            None => choice.tool_calls.push(call),
         }
     }
 }

@@ -40,6 +40,7 @@ impl Deployment {
             disable_custom_all_reduce: self.blueprint.options.disable_custom_all_reduce,
             cudagraph_capture_sizes: self.cudagraph_capture_sizes(),
             quantize_to_fp8: self.checkpoint.is_quantized_online(),
+            trace: None,
         };
         threads.iter().enumerate().map(assign).collect()
     }

@@ -10,6 +10,8 @@ use super::tokenizer::TokenTable;
 pub struct Detokenizer {
     table: Arc<TokenTable>,
     skip_special_tokens: bool,
+    /// Special tokens that are not skipped. Sorted.
+    shown: Arc<[u32]>,
     /// The last token's unfinished character (at most three bytes between calls), and room for the next token.
     pending: Vec<u8>,
 }
@@ -19,13 +21,20 @@ impl Detokenizer {
         Self {
             table,
             skip_special_tokens,
+            shown: Arc::default(),
             pending: Vec::new(),
         }
     }
 
+    /// Shows these special tokens (sorted) even if it skips the others.
+    pub fn showing(self, shown: Arc<[u32]>) -> Self {
+        Self { shown, ..self }
+    }
+
     /// Appends to `out` the text that `token` completes. Costs the token's length.
     pub fn push(&mut self, token: u32, out: &mut String) {
-        if self.skip_special_tokens && self.table.is_special(token) {
+        let is_skipped = self.skip_special_tokens && self.table.is_special(token);
+        if is_skipped && self.shown.binary_search(&token).is_err() {
             return;
         }
         self.pending.extend_from_slice(self.table.bytes(token));

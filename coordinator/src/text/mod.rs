@@ -3,16 +3,20 @@
 mod chat;
 mod detokenizer;
 mod error;
+mod json;
+mod output;
 mod pool;
 mod processor;
 mod resume;
 mod sampling;
 mod stop;
 mod tokenizer;
+mod tools;
 
-pub use chat::{ChatTemplate, Conversation, MAX_KWARGS_BYTES};
+pub use chat::{ChatOptions, ChatTemplate, ContentFormat, Conversation, MAX_KWARGS_BYTES};
 pub use detokenizer::Detokenizer;
 pub use error::TextError;
+pub use output::{OutputParser, OutputPlan, Parsed, ReasoningParser, ToolParser};
 pub use pool::TextPool;
 pub use processor::{PreparedRequest, TextModel, TextOptions, TextProcessor};
 pub use sampling::{DEFAULT_MAX_LOGPROBS, GenerationDefaults, ModelLimits};

@@ -6,8 +6,9 @@ use phalanx_model::gguf::Gguf;
 use phalanx_proto::{ErrorKind, RpcError, limits::MAX_CACHE_SALT_BYTES, v1};
 
 use super::{
-    ChatTemplate, Conversation, GenerationDefaults, GgufVocab, HfFiles, ModelLimits, StopMatcher, TextError,
+    ChatOptions, GenerationDefaults, GgufVocab, HfFiles, ModelLimits, OutputPlan, StopMatcher, TextError,
     TextPool, Tokenizer,
+    chat::{ChatSide, message_bytes},
     sampling::{self, CheckedParams, Rules},
 };
 use crate::engine_thread::NewSequence;
@@ -51,6 +52,7 @@ pub struct TextOptions {
     pub limits: ModelLimits,
     /// Source of a chat template that replaces the model's.
     pub chat_template: Option<String>,
+    pub chat: ChatOptions,
     /// Prompts tokenized at a time; none: half the cores.
     pub threads: Option<usize>,
     /// Seed of requests that bring none; none: a new one for every request.
@@ -61,7 +63,7 @@ pub struct TextOptions {
 #[derive(Debug)]
 pub struct TextProcessor {
     tokenizer: Arc<Tokenizer>,
-    template: Option<Arc<ChatTemplate>>,
+    chat: Arc<ChatSide>,
     defaults: GenerationDefaults,
     limits: ModelLimits,
     seed: Option<u64>,
@@ -81,6 +83,8 @@ pub struct PreparedRequest {
     pub stop_strings: StopMatcher,
     pub skip_special_tokens: bool,
     pub output: v1::OutputOptions,
+    /// What the completions' texts consist of.
+    pub plan: OutputPlan,
 }
 
 impl TextProcessor {
@@ -97,16 +101,13 @@ impl TextProcessor {
                 });
             }
         }
-        let template = options
-            .chat_template
-            .or(model.chat_template)
-            .map(|source| ChatTemplate::new(&source, special))
-            .transpose()?;
+        let template = options.chat_template.or(model.chat_template);
+        let chat = ChatSide::new(template.as_deref(), &model.tokenizer, options.chat)?;
         let threads = options
             .threads
             .unwrap_or_else(|| thread::available_parallelism().map_or(1, |cores| cores.get() / 2));
         Ok(Self {
-            template: template.map(Arc::new),
+            chat: Arc::new(chat),
             tokenizer: Arc::new(model.tokenizer),
             defaults: model.defaults,
             limits: options.limits,
@@ -156,36 +157,24 @@ impl TextProcessor {
 
     /// Renders, checks and tokenizes a conversation. Errors as [`Self::prepare`], and those of the template.
     pub async fn prepare_chat(&self, mut request: v1::ChatRequest) -> Result<PreparedRequest, RpcError> {
-        let output = request.output.take().unwrap_or_default();
+        let output = request.output.unwrap_or_default();
         let place = Place::checked(request.priority, request.cache_salt.take())?;
         let params = self.check(&request.sampling.take().unwrap_or_default(), &output)?;
-        let Some(template) = self.template.clone() else {
-            let message = "the model has no chat template, and there is no default one; start the server with \
-                           --chat-template, or use completions";
-            return Err(RpcError::invalid("messages", message));
-        };
         let max_bytes = self.max_prompt_bytes();
-        let given = request.messages.iter().map(|message| message.content.len());
+        let given = request.messages.iter().map(message_bytes);
         self.check_bytes(given.fold(0, usize::saturating_add), "messages")?;
-        let tokenizer = self.tokenizer.clone();
         let resume = std::mem::take(&mut request.resume);
-        let echo_last = output.echo;
-        let (prompt, echo) = self
+        let (chat, tokenizer) = (self.chat.clone(), self.tokenizer.clone());
+        let (prompt, echo, plan) = self
             .pool
             .run(move || {
-                let text = template.render(&Conversation {
-                    messages: &request.messages,
-                    add_generation_prompt: request.add_generation_prompt.unwrap_or(true),
-                    template_kwargs_json: &request.template_kwargs_json,
-                    max_bytes,
-                })?;
-                // The template writes the special tokens itself.
-                let prompt = encode(&tokenizer, &text, false)?;
-                Ok((prompt, echoed(request).filter(|_| echo_last)))
+                let rendered = chat.render(&request, max_bytes)?;
+                let prompt = encode(&tokenizer, &rendered.prompt, request.add_special_tokens)?;
+                Ok((prompt, rendered.echo, rendered.plan))
             })
             .await?;
-        self.assemble(params, prompt, place, (echo, output))?
-            .resume(resume)
+        let prepared = self.assemble(params, prompt, place, (echo, output))?;
+        PreparedRequest { plan, ..prepared }.resume(resume)
     }
 
     fn check(
@@ -278,6 +267,7 @@ impl TextProcessor {
             stop_strings: params.stop_strings,
             skip_special_tokens: params.skip_special_tokens,
             output,
+            plan: OutputPlan::default(),
         })
     }
 }
@@ -298,13 +288,6 @@ impl Place {
         }
         Ok(Self { priority, cache_salt })
     }
-}
-
-/// The content of the last message, if the completion is by the same role and so continues it.
-fn echoed(request: v1::ChatRequest) -> Option<String> {
-    let last = request.messages.into_iter().next_back()?;
-    let continues = !request.add_generation_prompt.unwrap_or(true) || last.role == "assistant";
-    continues.then_some(last.content)
 }
 
 fn encode(tokenizer: &Tokenizer, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, RpcError> {

@@ -7,4 +7,5 @@ mod resume;
 mod server;
 #[path = "../support/mod.rs"]
 mod support;
+mod tools;
 mod vllm;

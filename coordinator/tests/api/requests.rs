@@ -198,7 +198,7 @@ async fn conversations_are_rendered_and_completed() {
         messages: vec![v1::ChatMessage {
             role: "user".into(),
             content: "Hi".into(),
-            name: None,
+            ..v1::ChatMessage::default()
         }],
         sampling: Some(v1::SamplingParams {
             max_tokens: Some(3),

@@ -48,6 +48,7 @@ pub(crate) struct Setup {
     pub(crate) scripts: Vec<(u64, Vec<u32>)>,
     pub(crate) max_num_queued_reqs: usize,
     pub(crate) stream_capacity: usize,
+    pub(crate) text: Arc<TextProcessor>,
 }
 
 impl Default for Setup {
@@ -56,6 +57,7 @@ impl Default for Setup {
             scripts: Vec::new(),
             max_num_queued_reqs: 100,
             stream_capacity: 4096,
+            text: TEXT.clone(),
         }
     }
 }
@@ -93,7 +95,10 @@ impl Server {
         let socket = dir.path().join("api.sock");
         let status = StatusHandle::new();
         let slot = EngineSlot::default();
-        let api = api(slot.clone(), status.clone());
+        let api = Api {
+            text: setup.text,
+            ..api(slot.clone(), status.clone())
+        };
 
         let mut config = EngineConfig::new(4 * MAX_MODEL_LEN, MAX_MODEL_LEN, 49_152);
         config.block_size = 1;

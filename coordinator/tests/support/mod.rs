@@ -34,6 +34,7 @@ pub(crate) fn demo_processor(max_model_len: u32) -> TextProcessor {
             max_logprobs: 20,
         },
         chat_template: None,
+        chat: Default::default(),
         threads: Some(1),
         seed: None,
     };

@@ -1,5 +1,7 @@
 //! `POST /v1/chat/completions`.
 
+use std::sync::Arc;
+
 use axum::{
     Extension, Json,
     extract::{Request, State},
@@ -13,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
 use super::{
+    answer::{Delta, ReplyMessage},
     body::{self, parse},
     error::ApiError,
     logprobs::ChatLogprobs,
@@ -20,6 +23,7 @@ use super::{
     params::Params,
     reply::{Head, Reply, Stop, Whole, finish_reason, stop_reason},
     sse::{self, Events, Streaming},
+    tools::ToolChoice,
     unoffered,
     usage::Usage,
 };
@@ -30,8 +34,6 @@ use crate::{
     routes::Service,
 };
 
-const ROLE: &str = "assistant";
-
 /// The fields that only this route has.
 #[derive(Debug, Deserialize)]
 struct ChatFields {
@@ -40,9 +42,19 @@ struct ChatFields {
     max_completion_tokens: Option<u32>,
     logprobs: Option<bool>,
     top_logprobs: Option<u32>,
+    echo: Option<bool>,
     add_generation_prompt: Option<bool>,
-    /// Passed on as it is.
+    continue_final_message: Option<bool>,
+    add_special_tokens: Option<bool>,
+    chat_template: Option<String>,
+    reasoning_effort: Option<String>,
+    include_reasoning: Option<bool>,
+    tool_choice: Option<ToolChoice>,
+    parallel_tool_calls: Option<bool>,
+    // Passed on as they are.
     chat_template_kwargs: Option<Box<RawValue>>,
+    documents: Option<Box<RawValue>>,
+    tools: Option<Box<RawValue>>,
 }
 
 impl ChatFields {
@@ -69,35 +81,53 @@ struct Call {
 }
 
 /// What the reply must contain beside the text.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 struct Style {
+    role: Arc<str>,
     logprobs: bool,
     include_usage: bool,
     prompt_tokens_details: bool,
 }
 
-fn prepare(body: &[u8], id: &str, prompt_tokens_details: bool) -> Result<Call, RpcError> {
+fn prepare(body: &[u8], id: &str, service: &Service) -> Result<Call, RpcError> {
     let mut params: Params = parse(body)?;
     let fields: ChatFields = parse(body)?;
     unoffered::refuse_for_chat(body)?;
     let logprobs = fields.alternatives()?;
     let sampling = params.sampling(fields.max_completion_tokens.or(fields.max_tokens))?;
-    let output = params.output(logprobs, false)?;
+    let output = params.output(logprobs, fields.echo.unwrap_or(false))?;
+    let messages = messages::to_grpc(fields.messages)?;
+    let continue_final_message = fields.continue_final_message.unwrap_or(false);
+    let opens_turn = fields.add_generation_prompt.unwrap_or(!continue_final_message);
+    let last_role = messages
+        .last()
+        .filter(|_| !opens_turn)
+        .map(|last| last.role.as_str().into());
     let style = Style {
+        role: last_role.unwrap_or_else(|| service.response_role.clone()),
         logprobs: logprobs.is_some(),
         include_usage: output.include_usage,
-        prompt_tokens_details,
+        prompt_tokens_details: service.prompt_tokens_details,
     };
     let request = ChatRequest {
         request_id: id.to_owned(),
-        messages: messages::to_grpc(fields.messages)?,
+        messages,
         sampling: Some(sampling),
         output: Some(output),
         add_generation_prompt: fields.add_generation_prompt,
-        template_kwargs_json: template_kwargs(fields.chat_template_kwargs)?,
+        template_kwargs_json: raw("chat_template_kwargs", '{', fields.chat_template_kwargs)?,
         model: params.model.take().unwrap_or_default(),
         priority: params.priority(),
         cache_salt: params.cache_salt.take(),
+        tools_json: raw("tools", '[', fields.tools)?,
+        tool_choice: fields.tool_choice.map(|choice| choice.0),
+        parallel_tool_calls: fields.parallel_tool_calls,
+        continue_final_message,
+        documents_json: raw("documents", '[', fields.documents)?,
+        chat_template: fields.chat_template.unwrap_or_default(),
+        add_special_tokens: fields.add_special_tokens.unwrap_or(false),
+        include_reasoning: fields.include_reasoning,
+        reasoning_effort: fields.reasoning_effort.unwrap_or_default(),
         ..ChatRequest::default()
     };
     Ok(Call {
@@ -109,17 +139,14 @@ fn prepare(body: &[u8], id: &str, prompt_tokens_details: bool) -> Result<Call, R
     })
 }
 
-fn template_kwargs(kwargs: Option<Box<RawValue>>) -> Result<String, RpcError> {
-    let text = kwargs
-        .map(|kwargs| String::from(Box::<str>::from(kwargs)))
-        .unwrap_or_default();
-    if text.is_empty() || text.starts_with('{') {
+/// JSON that begins with `first`, as it came; nothing if there is none.
+fn raw(field: &str, first: char, value: Option<Box<RawValue>>) -> Result<String, RpcError> {
+    let text = value.map_or_else(String::new, |value| Box::<str>::from(value).into());
+    if text.is_empty() || text.starts_with(first) {
         return Ok(text);
     }
-    Err(RpcError::invalid(
-        "chat_template_kwargs",
-        "chat_template_kwargs must be an object",
-    ))
+    let kind = if first == '{' { "an object" } else { "a list" };
+    Err(RpcError::invalid(field, format!("{field} must be {kind}")))
 }
 
 pub(crate) async fn handle(
@@ -131,7 +158,7 @@ pub(crate) async fn handle(
     let header = request.headers().get(X_SESSION_ID).cloned();
     let body = body::read(request, &service.limits).await?;
     let id = format!("chatcmpl-{}", request_id.0);
-    let call = prepare(&body, &id, service.prompt_tokens_details)?;
+    let call = prepare(&body, &id, &service)?;
     drop(body);
     ticket.start(1)?;
     let replicas = service
@@ -169,7 +196,7 @@ async fn whole(
     let choices = whole
         .choices
         .iter()
-        .map(|choice| ChatChoice::of(choice, call.style))
+        .map(|choice| ChatChoice::of(choice, &call.style))
         .collect::<Result<Vec<_>, _>>()?;
     let usage = Usage::of(whole.usage, call.style.prompt_tokens_details);
     let reply = Reply::new(&whole.head, "chat.completion", &choices).with_usage(Some(Some(usage)));
@@ -185,22 +212,11 @@ struct ChatChoice<'a> {
     stop_reason: Option<Stop<'a>>,
 }
 
-#[derive(Serialize)]
-struct ReplyMessage<'a> {
-    role: &'static str,
-    content: &'a str,
-    refusal: Option<&'static str>,
-}
-
 impl<'a> ChatChoice<'a> {
-    fn of(choice: &'a Choice, style: Style) -> Result<Self, RpcError> {
+    fn of(choice: &'a Choice, style: &'a Style) -> Result<Self, RpcError> {
         Ok(Self {
             index: choice.index,
-            message: ReplyMessage {
-                role: ROLE,
-                content: &choice.text,
-                refusal: None,
-            },
+            message: ReplyMessage::of(&style.role, choice),
             logprobs: style.logprobs.then(|| ChatLogprobs::of(&choice.logprobs)),
             finish_reason: finish_reason(choice)?,
             stop_reason: stop_reason(choice),
@@ -216,14 +232,6 @@ struct DeltaChoice<'a> {
     finish_reason: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     stop_reason: Option<Stop<'a>>,
-}
-
-#[derive(Serialize)]
-struct Delta<'a> {
-    #[serde(skip_serializing_if = "Option::is_none")]
-    role: Option<&'static str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    content: Option<&'a str>,
 }
 
 struct ChatEvents {
@@ -247,10 +255,7 @@ impl ChatEvents {
         for index in 0..self.n {
             let choice = DeltaChoice {
                 index,
-                delta: Delta {
-                    role: Some(ROLE),
-                    content: Some(""),
-                },
+                delta: Delta::opening(&self.style.role),
                 logprobs: None,
                 finish_reason: None,
                 stop_reason: None,
@@ -271,12 +276,13 @@ impl Events for ChatEvents {
         if !std::mem::replace(&mut self.opened, true) {
             self.open(out, head);
         }
+        // A token in the middle of a tag, or of a character.
+        if says_nothing(choice) && usage.is_none() {
+            return Ok(());
+        }
         let delta = DeltaChoice {
             index: choice.index,
-            delta: Delta {
-                role: None,
-                content: (!choice.text.is_empty()).then_some(&choice.text),
-            },
+            delta: Delta::of(choice),
             logprobs: (self.style.logprobs && !choice.logprobs.is_empty())
                 .then(|| ChatLogprobs::of(&choice.logprobs)),
             finish_reason: finish_reason(choice)?,
@@ -289,4 +295,11 @@ impl Events for ChatEvents {
     fn usage(&mut self, out: &mut Vec<u8>, head: &Head, usage: v1::Usage) {
         self.write(out, head, &[], Some(usage));
     }
+}
+
+/// Whether a piece of a choice has neither text nor an end.
+fn says_nothing(piece: &Choice) -> bool {
+    let has_reasoning = piece.reasoning.as_ref().is_some_and(|text| !text.is_empty());
+    let has_text = has_reasoning || !piece.text.is_empty() || !piece.tool_calls.is_empty();
+    !has_text && piece.logprobs.is_empty() && piece.finish_reason() == v1::FinishReason::Unspecified
 }

@@ -2,32 +2,46 @@
 
 use std::fmt;
 
-use phalanx_proto::{RpcError, limits::MAX_MESSAGES, v1::ChatMessage};
+use phalanx_proto::{
+    RpcError,
+    limits::{MAX_MESSAGES, MAX_ROLE_BYTES, MAX_TOOL_CALLS},
+    v1::{ChatMessage, ToolCall},
+};
 use serde::{
     Deserialize, Deserializer,
     de::{Error, IgnoredAny, MapAccess, SeqAccess, Visitor, value::MapAccessDeserializer},
 };
 
-use super::body::{Bounded, Object};
+use super::{
+    body::{Bounded, Object},
+    tools::GivenCall,
+};
 
-const ROLES: [&str; 5] = ["system", "developer", "user", "assistant", "tool"];
+/// The role whose messages may be without content.
+const ASSISTANT: &str = "assistant";
 
 #[derive(Debug, Deserialize)]
 pub(super) struct Message {
     role: Option<String>,
     content: Option<Content>,
     name: Option<String>,
-    // Counted only.
-    tool_calls: Option<Vec<IgnoredAny>>,
+    tool_calls: Option<Bounded<Object<GivenCall>, MAX_TOOL_CALLS>>,
+    tool_call_id: Option<String>,
+    reasoning: Option<String>,
+    /// Reasoning under its former name.
+    reasoning_content: Option<String>,
     function_call: Option<IgnoredAny>,
 }
 
 /// The messages of one request, in order.
 pub(super) type Messages = Bounded<Object<Message>, MAX_MESSAGES>;
 
-/// Text, from a string or from a list of text parts.
+/// A text, or the texts of a list of parts.
 #[derive(Debug)]
-struct Content(String);
+enum Content {
+    Text(String),
+    Parts(Vec<String>),
+}
 
 /// # Errors
 /// `InvalidArgument` naming the field of the message at fault.
@@ -47,44 +61,58 @@ pub(super) fn to_grpc(messages: Option<Messages>) -> Result<Vec<ChatMessage>, Rp
         .collect()
 }
 
-fn refuse(index: usize, field: &str, why: String) -> RpcError {
+fn refuse(index: usize, field: impl fmt::Display, why: impl fmt::Display) -> RpcError {
     let field = format!("messages[{index}].{field}");
     let message = format!("{field}: {why}");
     RpcError::invalid(field, message)
 }
 
 impl Message {
-    fn into_grpc(self) -> Result<ChatMessage, (&'static str, String)> {
-        let role = self.role.ok_or_else(|| ("role", "is needed".to_owned()))?;
-        if !ROLES.contains(&role.as_str()) {
-            // Debug, and cut: a role is as long as its sender likes.
-            let shown: String = role.chars().take(32).collect();
-            return Err(("role", format!("{shown:?} is not one of {}", ROLES.join(", "))));
-        }
-        if self.tool_calls.is_some_and(|calls| !calls.is_empty()) {
+    fn into_grpc(self) -> Result<ChatMessage, (String, String)> {
+        let refuse = |field: &str, why: &str| (field.to_owned(), why.to_owned());
+        // Any role: what it means is the template's to say.
+        let role = self.role.ok_or_else(|| refuse("role", "is needed"))?;
+        if !(1..=MAX_ROLE_BYTES).contains(&role.len()) {
             return Err((
-                "tool_calls",
-                "tool calls are not offered by this server".to_owned(),
+                "role".to_owned(),
+                format!("must have 1 to {MAX_ROLE_BYTES} bytes"),
             ));
         }
         if self.function_call.is_some() {
-            return Err((
+            return Err(refuse(
                 "function_call",
-                "function calls are not offered by this server".to_owned(),
+                "function calls are not offered by this server",
             ));
         }
-        let content = match self.content {
-            Some(Content(text)) => text,
+        let (content, text_parts) = match self.content {
+            Some(Content::Text(text)) => (text, Vec::new()),
+            Some(Content::Parts(parts)) => (String::new(), parts),
             // An answer that was a refusal or a tool call and nothing else.
-            None if role == "assistant" => String::new(),
-            None => return Err(("content", "is needed".to_owned())),
+            None if role == ASSISTANT => (String::new(), Vec::new()),
+            None => return Err(refuse("content", "is needed")),
         };
         Ok(ChatMessage {
             role,
             content,
+            text_parts,
             name: self.name,
+            tool_calls: tool_calls(self.tool_calls.unwrap_or_default())?,
+            tool_call_id: self.tool_call_id,
+            reasoning: self.reasoning.or(self.reasoning_content),
         })
     }
+}
+
+fn tool_calls(calls: Bounded<Object<GivenCall>, MAX_TOOL_CALLS>) -> Result<Vec<ToolCall>, (String, String)> {
+    let Bounded(calls) = calls;
+    let calls = calls.into_iter().enumerate().map(|(index, Object(call))| {
+        let refuse = |(field, why): (&str, &str)| (format!("tool_calls[{index}].{field}"), why.to_owned());
+        let mut call = call.into_grpc().map_err(refuse)?;
+        // Below MAX_TOOL_CALLS.
+        call.index = index as u32;
+        Ok(call)
+    });
+    calls.collect()
 }
 
 impl<'de> Deserialize<'de> for Content {
@@ -103,30 +131,28 @@ impl<'de> Visitor<'de> for ContentVisitor {
     }
 
     fn visit_str<E: Error>(self, text: &str) -> Result<Content, E> {
-        Ok(Content(text.to_owned()))
+        Ok(Content::Text(text.to_owned()))
     }
 
-    /// Parts are joined by newlines, as vLLM does for templates that take a string.
     fn visit_seq<A: SeqAccess<'de>>(self, mut parts: A) -> Result<Content, A::Error> {
-        let mut joined = String::new();
-        let mut first = true;
+        let mut texts = Vec::new();
         while let Some(Part(text)) = parts.next_element()? {
-            if !std::mem::take(&mut first) {
-                joined.push('\n');
-            }
-            joined.push_str(&text);
+            texts.push(text);
         }
-        Ok(Content(joined))
+        Ok(Content::Parts(texts))
     }
 }
 
 /// A text part: `{"type": "text", "text": ...}`, or the bare string that vLLM takes too.
+///
+/// The other types that hold text are those of messages that came out of another API.
 struct Part(String);
 
 #[derive(Deserialize)]
 struct TypedPart {
     r#type: Option<String>,
     text: Option<String>,
+    refusal: Option<String>,
 }
 
 impl<'de> Deserialize<'de> for Part {
@@ -150,12 +176,16 @@ impl<'de> Visitor<'de> for PartVisitor {
 
     fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Part, A::Error> {
         let part = TypedPart::deserialize(MapAccessDeserializer::new(map))?;
-        if part.r#type.as_deref().is_some_and(|kind| kind != "text") {
-            return Err(A::Error::custom(
-                "only parts of type \"text\" are offered by this server",
-            ));
+        let kind = part.r#type.as_deref().unwrap_or("text");
+        if !["text", "input_text", "output_text", "refusal"].contains(&kind) {
+            // Debug, and cut: a type is as long as its sender likes.
+            let shown: String = kind.chars().take(32).collect();
+            return Err(A::Error::custom(format_args!(
+                "parts of type {shown:?} are not offered by this server, which reads text"
+            )));
         }
         part.text
+            .or(part.refusal)
             .map(Part)
             .ok_or_else(|| A::Error::custom("a text part needs its text"))
     }
@@ -175,16 +205,45 @@ mod tests {
     }
 
     #[test]
-    fn parts_are_joined_and_nulls_kept_out() {
+    fn parts_are_kept_and_nulls_kept_out() {
         let json = r#"[{"role": "user", "name": "ann", "content":
             [{"type": "text", "text": "a"}, "b", {"text": "c", "x": 1}]},
             {"role": "assistant", "content": null, "tool_calls": []}]"#;
         let got = messages(json).expect("valid");
+        assert_eq!(got[0].text_parts, ["a", "b", "c"]);
         assert_eq!(
             (got[0].content.as_str(), got[0].name.as_deref()),
-            ("a\nb\nc", Some("ann"))
+            ("", Some("ann"))
         );
         assert_eq!((got[1].content.as_str(), got[1].role.as_str()), ("", "assistant"));
+    }
+
+    #[test]
+    fn calls_and_their_answers_are_carried() {
+        let json = r#"[{"role": "assistant", "reasoning_content": "Hm.", "tool_calls": [
+            {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{\"a\": 1}"}},
+            {"id": "2", "function": {"name": "g", "arguments": {"b": 2}}}]},
+            {"role": "tool", "tool_call_id": "1", "content": "x"}, {"role": "wizard", "content": "y"}]"#;
+        let got = messages(json).expect("valid");
+        let calls: Vec<_> = got[0]
+            .tool_calls
+            .iter()
+            .map(|call| {
+                (
+                    call.index,
+                    call.id.as_str(),
+                    call.name.as_str(),
+                    call.arguments.as_str(),
+                )
+            })
+            .collect();
+        assert_eq!(
+            calls,
+            [(0, "1", "f", r#"{"a": 1}"#), (1, "2", "g", r#"{"b": 2}"#)]
+        );
+        assert_eq!(got[0].reasoning.as_deref(), Some("Hm."));
+        assert_eq!(got[1].tool_call_id.as_deref(), Some("1"));
+        assert_eq!(got[2].role, "wizard");
     }
 
     #[test]
@@ -195,7 +254,8 @@ mod tests {
             ("\"hi\"", "messages"),
             ("[\"hi\"]", "messages[0]"),
             ("[{}]", "messages[0].role"),
-            (r#"[{"role": "wizard", "content": ""}]"#, "messages[0].role"),
+            (r#"[{"role": "", "content": ""}]"#, "messages[0].role"),
+            (r#"[{"role": 5, "content": ""}]"#, "messages[0].role"),
             (r#"[{"role": "user"}]"#, "messages[0].content"),
             (r#"[{"role": "user", "content": 5}]"#, "messages[0].content"),
             (
@@ -208,7 +268,19 @@ mod tests {
             ),
             (
                 r#"[{"role": "assistant", "tool_calls": [{}]}]"#,
-                "messages[0].tool_calls",
+                "messages[0].tool_calls[0].function",
+            ),
+            (
+                r#"[{"role": "assistant", "tool_calls": [{"function": {}}]}]"#,
+                "messages[0].tool_calls[0].function.name",
+            ),
+            (
+                r#"[{"role": "assistant", "tool_calls": ["f"]}]"#,
+                "messages[0].tool_calls[0]",
+            ),
+            (
+                r#"[{"role": "assistant", "tool_calls": [{"type": "custom"}]}]"#,
+                "messages[0].tool_calls[0].type",
             ),
         ] {
             assert_eq!(

@@ -1,5 +1,6 @@
 //! OpenAI's HTTP API in vLLM's dialect, over the coordinator's gRPC.
 
+mod answer;
 mod bias;
 mod body;
 pub(crate) mod chat;
@@ -12,5 +13,6 @@ mod params;
 mod prompt;
 mod reply;
 mod sse;
+mod tools;
 mod unoffered;
 mod usage;

@@ -71,6 +71,7 @@ pub(super) fn finish_reason(choice: &Choice) -> Result<Option<&'static str>, Rpc
         FinishReason::Unspecified => Ok(None),
         FinishReason::Stop => Ok(Some("stop")),
         FinishReason::Length => Ok(Some("length")),
+        FinishReason::ToolCalls => Ok(Some("tool_calls")),
         FinishReason::Abort => Ok(Some("abort")),
         FinishReason::Error => Err(RpcError::new(ErrorKind::Internal, "the generation failed")),
     }

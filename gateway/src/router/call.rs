@@ -105,12 +105,17 @@ impl Call {
             Self::Chat(request) => {
                 blocks.feed(request.cache_salt.as_deref().unwrap_or_default().as_bytes());
                 blocks.feed(request.template_kwargs_json.as_bytes());
+                blocks.feed(request.tools_json.as_bytes());
                 for message in &request.messages {
                     // A byte that no text has, so that a role does not run into the text before it.
                     blocks.feed(&[0xff]);
                     blocks.feed(message.role.as_bytes());
                     blocks.feed(&[0xff]);
                     blocks.feed(message.content.as_bytes());
+                    let calls = message.tool_calls.iter().map(|call| &call.arguments);
+                    for text in message.text_parts.iter().chain(calls) {
+                        blocks.feed(text.as_bytes());
+                    }
                 }
             }
         }

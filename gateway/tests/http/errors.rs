@@ -62,7 +62,15 @@ async fn bad_bodies_are_refused_with_the_field_named() {
             Some("stream_options.include_usage"),
         ),
         (CHAT, chat(r#""top_logprobs": 3"#), Some("top_logprobs")),
-        (CHAT, chat(r#""tools": [{"type": "function"}]"#), Some("tools")),
+        (CHAT, chat(r#""tools": {"type": "function"}"#), Some("tools")),
+        (CHAT, chat(r#""tool_choice": "any""#), Some("tool_choice")),
+        (
+            CHAT,
+            chat(r#""parallel_tool_calls": "no""#),
+            Some("parallel_tool_calls"),
+        ),
+        (CHAT, chat(r#""documents": "none""#), Some("documents")),
+        (CHAT, chat(r#""functions": [{"name": "f"}]"#), Some("functions")),
         (
             CHAT,
             chat(r#""response_format": {"type": "json_object"}"#),

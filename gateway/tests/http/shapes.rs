@@ -41,7 +41,7 @@ async fn a_chat_completion() {
     let message = ChatMessage {
         role: "user".to_owned(),
         content: "hi".to_owned(),
-        name: None,
+        ..ChatMessage::default()
     };
     assert_eq!(asked.messages, [message]);
     assert_eq!(asked.sampling, Some(SamplingParams::default()));

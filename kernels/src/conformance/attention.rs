@@ -434,3 +434,36 @@ pub fn attention_is_the_same_on_any_rank<B: Backend>(make: &impl Fn(usize) -> B,
         }
     }
 }
+
+/// Long contexts, which may be cut for more threads: whole or last row alone, with a window or without, the same bits,
+/// and those of the definition.
+pub fn attention_over_long_contexts_is_the_same<B: Backend>(
+    make: &impl Fn(usize) -> B,
+    tolerances: &Tolerances,
+) {
+    const LENGTH: usize = 1_111;
+    for window in [None, Some(700)] {
+        let model = Model {
+            num_q: 3,
+            num_kv: 1,
+            head_dim: 32,
+            window,
+            block_size: 16,
+            dtype: KvDtype::F16,
+        };
+        let mut random = Random::new(23);
+        let data = Data::new(&mut random, &model, &[LENGTH]);
+        let backend = make(1);
+        let want =
+            Run::new(&backend, model, model.heads(), &data, &mut random).all(&data, &whole(&model, &data));
+        let (what, expected) = (format!("attention of {model:?}"), reference(&model, &data));
+        assert_close(&what, &want, &expected, model.head_dim, tolerances.attention);
+        let most: Step = vec![0..LENGTH - 1];
+        let steps = [most, vec![LENGTH - 1..LENGTH]];
+        for threads in THREADS {
+            let backend = make(threads);
+            let got = Run::new(&backend, model, model.heads(), &data, &mut random).all(&data, &steps);
+            assert_same(&format!("{model:?}, {threads} threads"), &got, &want);
+        }
+    }
+}

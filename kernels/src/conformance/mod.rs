@@ -14,7 +14,7 @@ mod random;
 pub use activations::{embedding, fused_add_rms_norm, rms_norm, rotary_embedding, select_rows, silu_and_mul};
 pub use attention::{
     attention_is_of_its_definition, attention_is_the_same_however_prompts_are_cut,
-    attention_is_the_same_on_any_rank,
+    attention_is_the_same_on_any_rank, attention_over_long_contexts_is_the_same,
 };
 pub use candidates::{
     candidates_are_the_best, candidates_do_not_depend_on_the_split, noise_draws_from_the_softmax,

@@ -27,6 +27,10 @@ pub struct CpuKvCache {
 /// Every bit pattern is a value, and the alignment is at most [`super::memory::ALIGN`].
 pub(crate) unsafe trait KvElement: Copy + Send + Sync {
     fn load<S: Simd>(simd: S, from: &[Self; LANES]) -> S::F32;
+    #[inline(always)]
+    fn load_pair<S: Simd>(simd: S, first: &[Self; LANES], second: &[Self; LANES]) -> S::Pair {
+        simd.join(Self::load(simd, first), Self::load(simd, second))
+    }
     /// Rounds to nearest, ties to even; E4M3 saturates. Slices of equal length.
     fn convert(from: &[f32], to: &mut [Self]);
     const ZERO: Self;
@@ -49,6 +53,10 @@ unsafe impl KvElement for f16 {
     #[inline(always)]
     fn load<S: Simd>(simd: S, from: &[f16; LANES]) -> S::F32 {
         simd.load_f16(from)
+    }
+    #[inline(always)]
+    fn load_pair<S: Simd>(simd: S, first: &[f16; LANES], second: &[f16; LANES]) -> S::Pair {
+        simd.load_f16_pair(first, second)
     }
     fn convert(from: &[f32], to: &mut [f16]) {
         to.convert_from_f32_slice(from);

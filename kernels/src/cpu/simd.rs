@@ -21,6 +21,10 @@ pub(crate) trait Kernel {
 
 pub(crate) trait Simd: Copy {
     type F32: Copy;
+    /// Two vectors, in one register where there are such.
+    type Pair: Copy;
+    /// Pairs of sums that registers hold beside their operands.
+    const PAIRS: usize;
 
     /// Runs `kernel` compiled for this instruction set.
     fn vectorize<K: Kernel>(self, kernel: K) -> K::Output;
@@ -49,6 +53,19 @@ pub(crate) trait Simd: Copy {
     /// 0 where `x < limit`, else `y`.
     fn zero_below(self, y: Self::F32, x: Self::F32, limit: Self::F32) -> Self::F32;
 
+    fn join(self, first: Self::F32, second: Self::F32) -> Self::Pair;
+    fn split(self, pair: Self::Pair) -> [Self::F32; 2];
+    fn splat_pair(self, x: f32) -> Self::Pair;
+    /// `a * b + c`.
+    fn fma_pair(self, a: Self::Pair, b: Self::Pair, c: Self::Pair) -> Self::Pair;
+    #[inline(always)]
+    fn load_f16_pair(self, first: &[f16; LANES], second: &[f16; LANES]) -> Self::Pair {
+        self.join(self.load_f16(first), self.load_f16(second))
+    }
+
+    /// Asks for `data`'s cache lines, to be there when they are read soon.
+    fn prefetch<T>(self, data: &[T]);
+
     /// Up to eight values, followed by zeros.
     #[inline(always)]
     fn load_partial(self, from: &[f32]) -> Self::F32 {
@@ -64,13 +81,14 @@ pub(crate) trait Simd: Copy {
         lanes
     }
 
-    /// The sum of the lanes, in one order.
+    /// The sum of the lanes, in the order of this default.
     #[inline(always)]
     fn sum(self, x: Self::F32) -> f32 {
         let l = self.to_array(x);
         ((l[0] + l[4]) + (l[2] + l[6])) + ((l[1] + l[5]) + (l[3] + l[7]))
     }
 
+    /// The largest lane; any of them if one is NaN.
     #[inline(always)]
     fn max_lane(self, x: Self::F32) -> f32 {
         self.to_array(x).into_iter().fold(f32::NEG_INFINITY, f32::max)
@@ -83,6 +101,8 @@ pub(crate) enum Isa {
     Portable,
     #[cfg(target_arch = "x86_64")]
     Avx2(Avx2),
+    #[cfg(target_arch = "x86_64")]
+    Avx512(Avx512),
 }
 
 impl Isa {
@@ -93,7 +113,15 @@ impl Isa {
             && is_x86_feature_detected!("fma")
             && is_x86_feature_detected!("f16c")
         {
-            return Self::Avx2(Avx2(()));
+            let avx2 = Avx2(());
+            if is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512dq")
+                && is_x86_feature_detected!("avx512vl")
+            {
+                return Self::Avx512(Avx512(avx2));
+            }
+            return Self::Avx2(avx2);
         }
         Self::Portable
     }
@@ -103,6 +131,8 @@ impl Isa {
             Self::Portable => "portable",
             #[cfg(target_arch = "x86_64")]
             Self::Avx2(_) => "avx2",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512(_) => "avx512",
         }
     }
 
@@ -111,6 +141,8 @@ impl Isa {
             Self::Portable => Portable.vectorize(kernel),
             #[cfg(target_arch = "x86_64")]
             Self::Avx2(simd) => simd.vectorize(kernel),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512(simd) => simd.vectorize(kernel),
         }
     }
 }
@@ -126,6 +158,8 @@ fn map(f: impl Fn(usize) -> f32) -> [f32; LANES] {
 
 impl Simd for Portable {
     type F32 = [f32; LANES];
+    type Pair = [Self::F32; 2];
+    const PAIRS: usize = 6;
 
     #[inline(always)]
     fn vectorize<K: Kernel>(self, kernel: K) -> K::Output {
@@ -198,10 +232,30 @@ impl Simd for Portable {
     fn zero_below(self, y: Self::F32, x: Self::F32, limit: Self::F32) -> Self::F32 {
         map(|i| if x[i] < limit[i] { 0.0 } else { y[i] })
     }
+    #[inline(always)]
+    fn join(self, first: Self::F32, second: Self::F32) -> Self::Pair {
+        [first, second]
+    }
+    #[inline(always)]
+    fn split(self, pair: Self::Pair) -> [Self::F32; 2] {
+        pair
+    }
+    #[inline(always)]
+    fn splat_pair(self, x: f32) -> Self::Pair {
+        [[x; LANES]; 2]
+    }
+    #[inline(always)]
+    fn fma_pair(self, a: Self::Pair, b: Self::Pair, c: Self::Pair) -> Self::Pair {
+        [self.fma(a[0], b[0], c[0]), self.fma(a[1], b[1], c[1])]
+    }
+    #[inline(always)]
+    fn prefetch<T>(self, _data: &[T]) {}
 }
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx2::Avx2;
+#[cfg(target_arch = "x86_64")]
+pub(crate) use avx512::Avx512;
 
 #[cfg(target_arch = "x86_64")]
 mod avx2 {
@@ -217,6 +271,9 @@ mod avx2 {
 
     impl Simd for Avx2 {
         type F32 = __m256;
+        type Pair = [__m256; 2];
+        // Of 16 registers, 4 are left for operands.
+        const PAIRS: usize = 6;
 
         #[inline(always)]
         fn vectorize<K: Kernel>(self, kernel: K) -> K::Output {
@@ -321,6 +378,145 @@ mod avx2 {
         fn zero_below(self, y: __m256, x: __m256, limit: __m256) -> __m256 {
             // SAFETY: `self` exists, so the machine has AVX.
             unsafe { _mm256_andnot_ps(_mm256_cmp_ps::<_CMP_LT_OQ>(x, limit), y) }
+        }
+        #[inline(always)]
+        fn sum(self, x: __m256) -> f32 {
+            // SAFETY: `self` exists, so the machine has AVX.
+            unsafe {
+                let quarters = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
+                let halves = _mm_add_ps(quarters, _mm_movehl_ps(quarters, quarters));
+                _mm_cvtss_f32(_mm_add_ss(halves, _mm_movehdup_ps(halves)))
+            }
+        }
+        #[inline(always)]
+        fn max_lane(self, x: __m256) -> f32 {
+            // SAFETY: `self` exists, so the machine has AVX.
+            unsafe {
+                let quarters = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
+                let halves = _mm_max_ps(quarters, _mm_movehl_ps(quarters, quarters));
+                _mm_cvtss_f32(_mm_max_ss(halves, _mm_movehdup_ps(halves)))
+            }
+        }
+        #[inline(always)]
+        fn join(self, first: __m256, second: __m256) -> [__m256; 2] {
+            [first, second]
+        }
+        #[inline(always)]
+        fn split(self, pair: [__m256; 2]) -> [__m256; 2] {
+            pair
+        }
+        #[inline(always)]
+        fn splat_pair(self, x: f32) -> [__m256; 2] {
+            [self.splat(x); 2]
+        }
+        #[inline(always)]
+        fn fma_pair(self, a: [__m256; 2], b: [__m256; 2], c: [__m256; 2]) -> [__m256; 2] {
+            [self.fma(a[0], b[0], c[0]), self.fma(a[1], b[1], c[1])]
+        }
+        #[inline(always)]
+        fn prefetch<T>(self, data: &[T]) {
+            let start = data.as_ptr().cast::<i8>();
+            for line in (0..size_of_val(data)).step_by(64) {
+                // SAFETY: a prefetch of any address is a hint.
+                unsafe { _mm_prefetch::<_MM_HINT_T0>(start.wrapping_add(line)) };
+            }
+        }
+    }
+}
+
+/// AVX2's vectors, and pairs of them in one register. Every lane sees the operations that it sees on AVX2, so the bits
+/// are the same.
+#[cfg(target_arch = "x86_64")]
+mod avx512 {
+    use std::arch::x86_64::*;
+
+    use half::{bf16, f16};
+
+    use super::{Avx2, E4m3, Kernel, LANES, Simd};
+
+    /// Proof of AVX-512 F, BW, DQ and VL, and of what [`Avx2`] proves.
+    #[derive(Clone, Copy, Debug)]
+    pub(crate) struct Avx512(pub(super) Avx2);
+
+    /// What 256 bits are enough for.
+    macro_rules! as_avx2 {
+        ($($name:ident($($argument:ident: $type:ty),*) -> $result:ty;)*) => { $(
+            #[inline(always)]
+            fn $name(self, $($argument: $type),*) -> $result {
+                self.0.$name($($argument),*)
+            }
+        )* };
+    }
+
+    impl Simd for Avx512 {
+        type F32 = __m256;
+        type Pair = __m512;
+        // Of 32 registers.
+        const PAIRS: usize = 12;
+
+        #[inline(always)]
+        fn vectorize<K: Kernel>(self, kernel: K) -> K::Output {
+            #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
+            fn compiled<K: Kernel>(simd: Avx512, kernel: K) -> K::Output {
+                kernel.run(simd)
+            }
+            // SAFETY: `self` exists, so the machine has the features.
+            unsafe { compiled(self, kernel) }
+        }
+
+        as_avx2! {
+            splat(x: f32) -> __m256;
+            load(from: &[f32; LANES]) -> __m256;
+            load_f16(from: &[f16; LANES]) -> __m256;
+            load_bf16(from: &[bf16; LANES]) -> __m256;
+            load_e4m3(from: &[E4m3; LANES]) -> __m256;
+            store(to: &mut [f32; LANES], x: __m256) -> ();
+            add(a: __m256, b: __m256) -> __m256;
+            sub(a: __m256, b: __m256) -> __m256;
+            mul(a: __m256, b: __m256) -> __m256;
+            div(a: __m256, b: __m256) -> __m256;
+            fma(a: __m256, b: __m256, c: __m256) -> __m256;
+            max(a: __m256, b: __m256) -> __m256;
+            min(a: __m256, b: __m256) -> __m256;
+            round(x: __m256) -> __m256;
+            ldexp(x: __m256, n: __m256) -> __m256;
+            zero_below(y: __m256, x: __m256, limit: __m256) -> __m256;
+            sum(x: __m256) -> f32;
+            max_lane(x: __m256) -> f32;
+        }
+
+        #[inline(always)]
+        fn join(self, first: __m256, second: __m256) -> __m512 {
+            // SAFETY: `self` exists, so the machine has AVX-512 DQ.
+            unsafe { _mm512_insertf32x8::<1>(_mm512_castps256_ps512(first), second) }
+        }
+        #[inline(always)]
+        fn split(self, pair: __m512) -> [__m256; 2] {
+            // SAFETY: `self` exists, so the machine has AVX-512 DQ.
+            unsafe { [_mm512_castps512_ps256(pair), _mm512_extractf32x8_ps::<1>(pair)] }
+        }
+        #[inline(always)]
+        fn splat_pair(self, x: f32) -> __m512 {
+            // SAFETY: `self` exists, so the machine has AVX-512 F.
+            unsafe { _mm512_set1_ps(x) }
+        }
+        #[inline(always)]
+        fn fma_pair(self, a: __m512, b: __m512, c: __m512) -> __m512 {
+            // SAFETY: `self` exists, so the machine has AVX-512 F.
+            unsafe { _mm512_fmadd_ps(a, b, c) }
+        }
+        #[inline(always)]
+        fn load_f16_pair(self, first: &[f16; LANES], second: &[f16; LANES]) -> __m512 {
+            // SAFETY: `self` exists, so the machine has AVX-512 F; 16 bytes are readable at each, at any alignment.
+            unsafe {
+                let first = _mm_loadu_si128(first.as_ptr().cast());
+                let second = _mm_loadu_si128(second.as_ptr().cast());
+                _mm512_cvtph_ps(_mm256_set_m128i(second, first))
+            }
+        }
+        #[inline(always)]
+        fn prefetch<T>(self, data: &[T]) {
+            self.0.prefetch(data);
         }
     }
 }

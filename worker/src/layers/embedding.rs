@@ -38,9 +38,12 @@ impl<B: Backend> VocabParallelEmbedding<B> {
         owners: &[u32],
     ) -> Result<()> {
         step.comm.start_rows(out, step.rows)?;
-        step.backend
-            .embedding(out, &self.table, self.vocab(), step.batch)?;
-        step.comm.all_gather(out, step.rows, GatherLayout::Rows(owners))
+        step.trace.op("embedding", || {
+            step.backend.embedding(out, &self.table, self.vocab(), step.batch)
+        })?;
+        step.trace.op("all_gather", || {
+            step.comm.all_gather(out, step.rows, GatherLayout::Rows(owners))
+        })
     }
 }
 

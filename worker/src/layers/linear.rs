@@ -106,20 +106,23 @@ impl<B: Backend> RowParallelLinear<B> {
         x: &mut B::Buffer,
     ) -> Result<()> {
         let gather = self.input.style == TensorParallelStyle::Gather;
+        let (comm, rows, trace) = (&mut *step.comm, step.rows, step.trace);
         if gather {
-            step.comm
-                .all_gather(x, step.rows, GatherLayout::Columns(&self.input.columns))?;
+            let columns = GatherLayout::Columns(&self.input.columns);
+            trace.op("all_gather", || comm.all_gather(x, rows, columns))?;
         }
         let part = Columns {
             buffer: &mut *out,
             start: if gather { self.output.start() } else { 0 },
         };
-        step.backend.linear(part, x, &self.dense.view(), step.rows)?;
+        trace.op("linear", || {
+            step.backend.linear(part, x, &self.dense.view(), rows)
+        })?;
         if gather {
-            step.comm
-                .all_gather(out, step.rows, GatherLayout::Columns(&self.output.columns))
+            let columns = GatherLayout::Columns(&self.output.columns);
+            trace.op("all_gather", || comm.all_gather(out, rows, columns))
         } else {
-            step.comm.all_reduce(out, step.rows)
+            trace.op("all_reduce", || comm.all_reduce(out, rows))
         }
     }
 }

@@ -15,6 +15,8 @@ use std::ops::Range;
 use phalanx_kernels::Backend;
 use phalanx_model::TensorParallelStyle;
 
+use crate::trace::Trace;
+
 /// Of a [`VocabParallelEmbedding`].
 pub(crate) const EMBEDDING_COLLECTIVES: usize = 1;
 
@@ -34,6 +36,7 @@ pub struct Step<'a, B: Backend, C> {
     pub batch: &'a B::Batch,
     /// Leading rows of every activation that count.
     pub rows: usize,
+    pub trace: &'a Trace,
 }
 
 /// How an activation is split over the ranks.

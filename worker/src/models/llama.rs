@@ -66,7 +66,8 @@ impl<B: Backend> LlamaForCausalLm<B> {
         if sampled.is_empty() {
             return Ok(());
         }
-        self.compute_logits(step.backend, ws, sampled)
+        step.trace
+            .op("lm_head", || self.compute_logits(step.backend, ws, sampled))
     }
 
     /// Computes the step's tokens: their K and V go to the cache, the final hidden states to `ws.normed`.
@@ -78,19 +79,19 @@ impl<B: Backend> LlamaForCausalLm<B> {
         owners: &[u32],
     ) -> Result<()> {
         self.embed_tokens.forward(step, &mut ws.hidden, owners)?;
-        let (backend, rows) = (step.backend, step.rows);
+        let (backend, rows, trace) = (step.backend, step.rows, step.trace);
         backend.select_rows(&mut ws.residual, &ws.hidden, &ws.row_numbers[..rows])?;
-        backend.rms_norm(
-            &mut ws.normed,
-            &ws.residual,
-            &self.layers[0].input_norm.view(),
-            rows,
-        )?;
+        let norm = self.layers[0].input_norm.view();
+        trace.op("rms_norm", || {
+            backend.rms_norm(&mut ws.normed, &ws.residual, &norm, rows)
+        })?;
         for i in 0..self.layers.len() {
             self.layers[i].forward(step, ws, &self.rotary)?;
             // The sum that closes a layer is one pass with the norm that opens the next.
             let norm = self.layers.get(i + 1).map_or(&self.norm, |next| &next.input_norm);
-            backend.fused_add_rms_norm(&mut ws.normed, &mut ws.residual, &ws.hidden, &norm.view(), rows)?;
+            trace.op("fused_add_rms_norm", || {
+                backend.fused_add_rms_norm(&mut ws.normed, &mut ws.residual, &ws.hidden, &norm.view(), rows)
+            })?;
         }
         Ok(())
     }
@@ -113,8 +114,10 @@ impl<B: Backend> LlamaDecoderLayer<B> {
     ) -> Result<()> {
         self.attention.forward(step, ws, rotary)?;
         let norm = self.post_attention_norm.view();
-        step.backend
-            .fused_add_rms_norm(&mut ws.normed, &mut ws.residual, &ws.hidden, &norm, step.rows)?;
+        step.trace.op("fused_add_rms_norm", || {
+            step.backend
+                .fused_add_rms_norm(&mut ws.normed, &mut ws.residual, &ws.hidden, &norm, step.rows)
+        })?;
         self.mlp.forward(step, ws)
     }
 }
@@ -126,29 +129,44 @@ impl<B: Backend> LlamaAttention<B> {
         ws: &mut Workspace<B>,
         rotary: &RotaryEmbedding<B>,
     ) -> Result<()> {
-        let (backend, heads) = (step.backend, &self.qkv_proj.heads);
-        self.qkv_proj
-            .forward(backend, &mut ws.qkv, &ws.normed, step.rows)?;
-        backend.rotary_embedding(&mut ws.qkv, &rotary.view(), heads, step.batch)?;
-        backend.reshape_and_cache(&mut self.kv_cache, &ws.qkv, heads, step.batch)?;
+        let (backend, trace, heads) = (step.backend, step.trace, &self.qkv_proj.heads);
+        trace.op("qkv_proj", || {
+            self.qkv_proj.forward(backend, &mut ws.qkv, &ws.normed, step.rows)
+        })?;
+        trace.op("rotary_embedding", || {
+            backend.rotary_embedding(&mut ws.qkv, &rotary.view(), heads, step.batch)
+        })?;
+        trace.op("reshape_and_cache", || {
+            backend.reshape_and_cache(&mut self.kv_cache, &ws.qkv, heads, step.batch)
+        })?;
         let part = Columns {
             buffer: &mut ws.wide,
             start: self.o_proj.input_start(),
         };
-        backend.paged_attention(part, &ws.qkv, &self.kv_cache, heads, step.batch)?;
-        self.o_proj.forward(step, &mut ws.hidden, &mut ws.wide)
+        trace.op("paged_attention", || {
+            backend.paged_attention(part, &ws.qkv, &self.kv_cache, heads, step.batch)
+        })?;
+        trace.op("o_proj", || {
+            self.o_proj.forward(step, &mut ws.hidden, &mut ws.wide)
+        })
     }
 }
 
 impl<B: Backend> LlamaMlp<B> {
     fn forward<C: Communicator<B>>(&self, step: &mut Step<'_, B, C>, ws: &mut Workspace<B>) -> Result<()> {
-        self.gate_up_proj
-            .forward(step.backend, &mut ws.gate_up, &ws.normed, step.rows)?;
+        step.trace.op("gate_up_proj", || {
+            self.gate_up_proj
+                .forward(step.backend, &mut ws.gate_up, &ws.normed, step.rows)
+        })?;
         let part = Columns {
             buffer: &mut ws.wide,
             start: self.down_proj.input_start(),
         };
-        step.backend.silu_and_mul(part, &ws.gate_up, step.rows)?;
-        self.down_proj.forward(step, &mut ws.hidden, &mut ws.wide)
+        step.trace.op("silu_and_mul", || {
+            step.backend.silu_and_mul(part, &ws.gate_up, step.rows)
+        })?;
+        step.trace.op("down_proj", || {
+            self.down_proj.forward(step, &mut ws.hidden, &mut ws.wide)
+        })
     }
 }

@@ -104,6 +104,7 @@ pub(crate) fn assign(path: &Path, rank: usize, options: &TensorParallelOptions) 
         max_blocks_per_row: NUM_BLOCKS as u32,
         kv_dtype: v1::KvDtype::F32.into(),
         quantize_to_fp8: false,
+        trace: None,
         threads: 1,
         step_timeout_ms: 30_000,
         max_edits_per_row: 1024,

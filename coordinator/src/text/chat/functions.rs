@@ -6,7 +6,10 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
-use minijinja::{Environment, Error, ErrorKind, Value, value::Kwargs};
+use minijinja::{
+    Environment, Error, ErrorKind, Output, State, Value, escape_formatter,
+    value::{Kwargs, ValueKind},
+};
 use serde::Serialize;
 use serde_json::ser::{Formatter, PrettyFormatter, Serializer};
 
@@ -14,6 +17,18 @@ pub(super) fn install(environment: &mut Environment<'static>) {
     environment.add_function("raise_exception", raise_exception);
     environment.add_function("strftime_now", strftime_now);
     environment.add_filter("tojson", tojson);
+    environment.set_formatter(format);
+}
+
+/// Constants as Python spells them: what templates print is what the model was trained on.
+fn format(out: &mut Output<'_>, state: &State<'_, '_>, value: &Value) -> Result<(), Error> {
+    let word = match value.kind() {
+        ValueKind::Bool if value.is_true() => "True",
+        ValueKind::Bool => "False",
+        ValueKind::None => "None",
+        _ => return escape_formatter(out, state, value),
+    };
+    Ok(out.write_str(word)?)
 }
 
 /// Marks errors of `raise_exception`: their message is meant for the client.

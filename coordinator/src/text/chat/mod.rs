@@ -3,12 +3,20 @@
 //! Templates are Jinja as Hugging Face's `apply_chat_template` runs it: blocks trimmed, Python's string and dictionary
 //! methods, `raise_exception`, `strftime_now`, and a `tojson` that spells JSON like Python.
 
+mod format;
 mod functions;
+mod messages;
+mod request;
 
 use std::io;
 
 use minijinja::{Environment, ErrorKind as JinjaError, Value, context};
-use phalanx_proto::{ErrorKind, RpcError, limits::MAX_MESSAGES, v1::ChatMessage};
+use phalanx_proto::{ErrorKind, RpcError, v1::ChatMessage};
+
+pub use format::ContentFormat;
+pub(super) use messages::message_bytes;
+pub(super) use request::ChatSide;
+pub use request::{ChatOptions, MAX_KWARGS_BYTES};
 
 use super::{TextError, tokenizer::SpecialTokens};
 
@@ -16,40 +24,31 @@ use super::{TextError, tokenizer::SpecialTokens};
 const MAX_TEMPLATE_BYTES: usize = 1 << 20;
 /// Template instructions per rendering: about a second of work.
 const FUEL: u64 = 10_000_000;
-/// Most bytes of `template_kwargs_json`.
-pub const MAX_KWARGS_BYTES: usize = 64 << 10;
 const NAME: &str = "chat_template";
-/// Variables a request cannot replace through `template_kwargs_json`.
-const RESERVED: [&str; 7] = [
-    "messages",
-    "add_generation_prompt",
-    "continue_final_message",
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "pad_token",
-];
-
 /// A compiled chat template.
 #[derive(Debug)]
 pub struct ChatTemplate {
     environment: Environment<'static>,
     tokens: Value,
+    /// Contents are shown as lists of parts.
+    wants_parts: bool,
 }
 
 /// What one rendering depends on.
 pub struct Conversation<'a> {
     pub messages: &'a [ChatMessage],
     pub add_generation_prompt: bool,
-    /// A JSON object; empty: none.
-    pub template_kwargs_json: &'a str,
+    /// The prompt ends where the last message's content does.
+    pub continue_final_message: bool,
+    /// More variables: a map.
+    pub variables: Value,
     /// Most bytes of the rendered prompt.
     pub max_bytes: usize,
 }
 
 impl ChatTemplate {
     /// Compiles `source`. Errors: it is too long or not Jinja.
-    pub fn new(source: &str, tokens: &SpecialTokens) -> Result<Self, TextError> {
+    pub fn new(source: &str, tokens: &SpecialTokens, format: ContentFormat) -> Result<Self, TextError> {
         TextError::check_limit("bytes of the chat template", source.len(), MAX_TEMPLATE_BYTES)?;
         let mut environment = Environment::new();
         environment.set_trim_blocks(true);
@@ -62,6 +61,7 @@ impl ChatTemplate {
             .map_err(|error| TextError::Template(describe(&error)))?;
         Ok(Self {
             environment,
+            wants_parts: format.wants_parts(source),
             tokens: context! {
                 bos_token => tokens.bos_token,
                 eos_token => tokens.eos_token,
@@ -76,9 +76,12 @@ impl ChatTemplate {
     /// Renders a prompt. Errors: `InvalidArgument` with the template's own message when it refuses the conversation or
     /// takes too long, `ContextLengthExceeded` when the prompt outgrows its limit.
     pub fn render(&self, conversation: &Conversation<'_>) -> Result<String, RpcError> {
-        let messages = messages(conversation.messages)?;
-        let kwargs = kwargs(conversation.template_kwargs_json)?;
-        let extra = context! { ..kwargs, ..self.tokens.clone() };
+        let shape = messages::Shape {
+            parts: self.wants_parts,
+            cut: conversation.continue_final_message,
+        };
+        let messages = messages::to_value(conversation.messages, shape)?;
+        let extra = context! { ..conversation.variables.clone(), ..self.tokens.clone() };
         let variables = context! {
             messages => messages,
             add_generation_prompt => conversation.add_generation_prompt,
@@ -104,63 +107,13 @@ impl ChatTemplate {
             }
             Err(error) => return Err(RpcError::invalid("messages", describe(&error))),
         }
-        String::from_utf8(prompt.bytes)
-            .map_err(|_| RpcError::new(ErrorKind::Internal, "the chat template rendered invalid UTF-8"))
-    }
-}
-
-fn messages(messages: &[ChatMessage]) -> Result<Value, RpcError> {
-    if messages.is_empty() {
-        return Err(RpcError::invalid(
-            "messages",
-            "messages must hold at least one message.",
-        ));
-    }
-    if messages.len() > MAX_MESSAGES {
-        let message = format!(
-            "messages has {} messages, at most {MAX_MESSAGES} are allowed.",
-            messages.len()
-        );
-        return Err(RpcError::invalid("messages", message));
-    }
-    let values = messages.iter().enumerate().map(|(at, message)| {
-        if message.role.is_empty() {
-            let param = format!("messages[{at}].role");
-            return Err(RpcError::invalid(param, "a message's role cannot be empty."));
+        let prompt = String::from_utf8(prompt.bytes)
+            .map_err(|_| RpcError::new(ErrorKind::Internal, "the chat template rendered invalid UTF-8"))?;
+        if conversation.continue_final_message {
+            return messages::cut(prompt);
         }
-        let (role, content) = (&message.role, &message.content);
-        // A template tells an absent name from an empty one.
-        Ok(match &message.name {
-            Some(name) => context! { role, content, name },
-            None => context! { role, content },
-        })
-    });
-    values.collect::<Result<Vec<_>, _>>().map(Value::from_iter)
-}
-
-fn kwargs(json: &str) -> Result<Value, RpcError> {
-    const PARAM: &str = "chat_template_kwargs";
-    if json.is_empty() {
-        return Ok(context! {});
+        Ok(prompt)
     }
-    if json.len() > MAX_KWARGS_BYTES {
-        let message = format!(
-            "chat_template_kwargs has {} bytes, at most {MAX_KWARGS_BYTES} are allowed.",
-            json.len()
-        );
-        return Err(RpcError::invalid(PARAM, message));
-    }
-    let parsed: serde_json::Map<String, serde_json::Value> = serde_json::from_str(json).map_err(|error| {
-        RpcError::invalid(
-            PARAM,
-            format!("chat_template_kwargs is not a JSON object: {error}"),
-        )
-    })?;
-    if let Some(name) = RESERVED.into_iter().find(|&name| parsed.contains_key(name)) {
-        let message = format!("chat_template_kwargs cannot replace `{name}`.");
-        return Err(RpcError::invalid(PARAM, message));
-    }
-    Ok(Value::from_serialize(parsed))
 }
 
 /// `{% generation %}` marks what to train on; it is Hugging Face's own and renders its body.
@@ -232,26 +185,33 @@ impl io::Write for Limited {
 
 #[cfg(test)]
 mod tests {
+    use phalanx_proto::limits::MAX_MESSAGES;
+
     use super::*;
 
     fn message(role: &str, content: &str) -> ChatMessage {
         ChatMessage {
             role: role.to_owned(),
             content: content.to_owned(),
-            name: None,
+            ..ChatMessage::default()
         }
     }
 
-    fn render_with(source: &str, kwargs: &str) -> Result<String, RpcError> {
+    fn render_with(source: &str) -> Result<String, RpcError> {
+        render(source, ContentFormat::Auto, false)
+    }
+
+    fn render(source: &str, format: ContentFormat, open: bool) -> Result<String, RpcError> {
         let tokens = SpecialTokens {
             bos_token: Some("<s>".into()),
             ..SpecialTokens::default()
         };
-        let template = ChatTemplate::new(source, &tokens).expect("compiles");
+        let template = ChatTemplate::new(source, &tokens, format).expect("compiles");
         template.render(&Conversation {
-            messages: &[message("user", " Hi <b> "), message("assistant", "Yo")],
-            add_generation_prompt: true,
-            template_kwargs_json: kwargs,
+            messages: &[message("user", " Hi <b> "), message("assistant", "Yo ")],
+            add_generation_prompt: !open,
+            continue_final_message: open,
+            variables: context! {},
             max_bytes: 1000,
         })
     }
@@ -262,20 +222,28 @@ mod tests {
             {%- if m['role'].upper() == 'USER' %}U:{{ m.content.strip() }}{% elif m.role.startswith('a') %}|{{ m['content'] | trim }}{% endif %}\n\
             {% endfor %}{% if tools is not none %}T{% endif %}{{ messages | tojson }}";
         assert_eq!(
-            render_with(source, "").expect("renders"),
-            r#"<s>U:Hi <b>|Yo[{"role": "user", "content": " Hi <b> "}, {"role": "assistant", "content": "Yo"}]"#
+            render_with(source).expect("renders"),
+            r#"<s>U:Hi <b>|Yo[{"role": "user", "content": " Hi <b> "}, {"role": "assistant", "content": "Yo "}]"#
+        );
+    }
+
+    #[test]
+    fn constants_are_pythons() {
+        assert_eq!(
+            render_with("{{ true }} {{ false }} {{ none }} {{ missing }}{{ 1.0 }}").expect("renders"),
+            "True False None 1.0"
         );
     }
 
     #[test]
     fn generation_tags_render_their_body() {
         let source = "{%- generation -%} a {%- endgeneration %}{% if true %}b{% endif %}{% set generation = 'c' %}{{ generation }}";
-        assert_eq!(render_with(source, "").expect("renders"), "abc");
+        assert_eq!(render_with(source).expect("renders"), "abc");
     }
 
     #[test]
     fn the_templates_own_refusal_reaches_the_client() {
-        let error = render_with("{{ raise_exception('Roles must alternate') }}", "").expect_err("refused");
+        let error = render_with("{{ raise_exception('Roles must alternate') }}").expect_err("refused");
         assert_eq!(
             (error.kind, error.message.as_str()),
             (ErrorKind::InvalidArgument, "Roles must alternate")
@@ -286,39 +254,54 @@ mod tests {
     fn endless_and_oversized_renderings_end() {
         let endless = "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}";
         assert!(
-            render_with(endless, "")
+            render_with(endless)
                 .expect_err("out of fuel")
                 .message
                 .contains("too long")
         );
         let large = "{% for a in range(9999) %}xxxx{% endfor %}";
         assert_eq!(
-            render_with(large, "").expect_err("too large").kind,
+            render_with(large).expect_err("too large").kind,
             ErrorKind::ContextLengthExceeded
         );
     }
 
     #[test]
-    fn kwargs_add_variables_but_replace_none() {
+    fn contents_are_parts_for_templates_that_want_them() {
+        let source = "{% for m in messages %}{% for part in m.content %}{{ part.type }}:{{ part.text }};{% endfor %}{% endfor %}";
+        assert_eq!(render_with(source).expect("renders"), "text: Hi <b> ;text:Yo ;");
+        let source = "{{ messages[0].content is string }}";
         assert_eq!(
-            render_with("{{ x.y[1] }}", r#"{"x": {"y": [1, 2]}}"#).expect("renders"),
-            "2"
+            render(source, ContentFormat::OpenAi, false).expect("renders"),
+            "False"
         );
-        let large = format!(r#"{{"x": "{}"}}"#, "x".repeat(MAX_KWARGS_BYTES));
-        for bad in ["[]", "{", r#"{"messages": []}"#, r#"{"bos_token": ""}"#, &large] {
-            let error = render_with("", bad).expect_err("refused");
-            assert_eq!(error.param.as_deref(), Some("chat_template_kwargs"), "{bad}");
-        }
+    }
+
+    #[test]
+    fn an_open_message_ends_the_prompt() {
+        let open = |source| render(source, ContentFormat::Auto, true);
+        let plain = "{% for m in messages %}[{{ m.content }}]{% endfor %}end";
+        assert_eq!(open(plain).expect("renders"), "[ Hi <b> ][Yo ");
+        // What the template trims is trimmed.
+        let trimmed = "{% for m in messages %}[{{ m.content | trim }}]{% endfor %}end";
+        assert_eq!(open(trimmed).expect("renders"), "[Hi <b>][Yo");
+        let parts =
+            "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}|{% endfor %}";
+        assert_eq!(open(parts).expect("renders"), " Hi <b> |Yo ");
+        let error = open("{{ messages[0].content }}").expect_err("not shown");
+        assert_eq!(error.param.as_deref(), Some("continue_final_message"));
     }
 
     #[test]
     fn empty_conversations_and_roles_are_refused() {
-        let template = ChatTemplate::new("", &SpecialTokens::default()).expect("compiles");
+        let template =
+            ChatTemplate::new("", &SpecialTokens::default(), ContentFormat::Auto).expect("compiles");
         let render = |messages: &[ChatMessage]| {
             let conversation = Conversation {
                 messages,
                 add_generation_prompt: true,
-                template_kwargs_json: "",
+                continue_final_message: false,
+                variables: context! {},
                 max_bytes: 10,
             };
             template.render(&conversation).expect_err("refused").param
@@ -332,7 +315,8 @@ mod tests {
 
     #[test]
     fn broken_templates_are_refused_at_load() {
-        let error = ChatTemplate::new("{% for %}", &SpecialTokens::default()).expect_err("syntax error");
+        let error = ChatTemplate::new("{% for %}", &SpecialTokens::default(), ContentFormat::Auto)
+            .expect_err("syntax error");
         assert!(error.to_string().starts_with("chat template: syntax error"));
     }
 }

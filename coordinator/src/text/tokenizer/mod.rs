@@ -79,6 +79,11 @@ impl Tokenizer {
         text
     }
 
+    /// The token that is spelled `text`, if there is one.
+    pub fn token_id(&self, text: &str) -> Option<u32> {
+        self.inner.token_to_id(text)
+    }
+
     pub fn table(&self) -> &Arc<TokenTable> {
         &self.table
     }

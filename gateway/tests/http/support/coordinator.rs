@@ -12,8 +12,8 @@ use phalanx_proto::{
         AbortRequestRequest, AbortRequestResponse, ChatRequest, Choice, FinishReason, GenerateChunk,
         GenerateRequest, GenerateResponse, GetMetricsRequest, GetMetricsResponse, GetStatusRequest,
         GetStatusResponse, GroupState, ListModelsRequest, ListModelsResponse, ModelCard, OutputOptions,
-        ResumedChoice, SamplingParams, TokenLogprob, TokenLogprobs, Usage, admin_server, choice::StopReason,
-        inference_server,
+        ResumedChoice, SamplingParams, TokenLogprob, TokenLogprobs, ToolCall, Usage, admin_server,
+        choice::StopReason, inference_server,
     },
 };
 use tokio::{net::TcpListener, sync::mpsc, task::JoinHandle};
@@ -30,6 +30,8 @@ pub(crate) const CREATED: i64 = 1_700_000_000;
 pub(crate) enum Script {
     /// Every choice says "Hello" and " world", one chunk each, and stops at the string "!".
     Hello,
+    /// Every choice thinks "Hm.", calls `f` with `{}`, one chunk for each brace, and stops.
+    Call,
     /// An error instead of a stream.
     Refuse(RpcError),
     /// An error after the first chunk.
@@ -152,10 +154,15 @@ impl Scripted {
         output: &OutputOptions,
         resume: &[ResumedChoice],
     ) -> Result<Chunks, Status> {
-        let mut chunks = hello(sampling.n.unwrap_or(1), output).into_iter().map(Ok);
+        let n = sampling.n.unwrap_or(1);
+        let chunks = match self.script {
+            Script::Call => call(n, output),
+            _ => hello(n, output),
+        };
+        let mut chunks = chunks.into_iter().map(Ok);
         let first = chunks.next().expect("never empty");
         match &self.script {
-            Script::Hello => Ok(stream::iter([first].into_iter().chain(chunks)).boxed()),
+            Script::Hello | Script::Call => Ok(stream::iter([first].into_iter().chain(chunks)).boxed()),
             Script::Refuse(error) => Err(error.clone().into()),
             Script::Break(error) => Ok(stream::iter([first, Err(error.clone().into())]).boxed()),
             Script::EndEarly => Ok(stream::iter([first]).boxed()),
@@ -229,6 +236,12 @@ impl Scripted {
                 Some(choice) => {
                     choice.text.push_str(&piece.text);
                     choice.logprobs.extend(piece.logprobs);
+                    for piece in piece.tool_calls {
+                        match choice.tool_calls.last_mut() {
+                            Some(call) => call.arguments.push_str(&piece.arguments),
+                            None => choice.tool_calls.push(piece),
+                        }
+                    }
                     choice.finish_reason = piece.finish_reason;
                     choice.stop_reason = piece.stop_reason;
                 }
@@ -248,6 +261,39 @@ fn chunk(choice: Choice) -> GenerateChunk {
         choice: Some(choice),
         usage: None,
     }
+}
+
+/// A thought and a call in two pieces of every choice, and the usage if it is asked for.
+fn call(n: u32, output: &OutputOptions) -> Vec<GenerateChunk> {
+    let piece = |index, id: &str, name: &str, arguments: &str| Choice {
+        index,
+        tool_calls: vec![ToolCall {
+            index: 0,
+            id: id.to_owned(),
+            name: name.to_owned(),
+            arguments: arguments.to_owned(),
+        }],
+        ..Choice::default()
+    };
+    let mut chunks = Vec::new();
+    for index in 0..n {
+        let thought = Choice {
+            index,
+            reasoning: Some("Hm.".to_owned()),
+            ..Choice::default()
+        };
+        let mut end = piece(index, "", "", "}");
+        end.set_finish_reason(FinishReason::ToolCalls);
+        chunks.extend([thought, piece(index, "call-1", "f", "{"), end].map(chunk));
+    }
+    if output.include_usage {
+        chunks.push(GenerateChunk {
+            choice: None,
+            usage: Some(usage(3 * n)),
+            ..chunk(Choice::default())
+        });
+    }
+    chunks
 }
 
 /// What is still to be counted, a token of each choice in turn.

@@ -4,42 +4,35 @@ use std::cell::Cell;
 use std::ops::Range;
 
 use super::super::kv_cache::{Elements, KvElement, KvGroup};
-use super::super::math::exp;
 use super::super::simd::{Kernel, LANES, Simd};
-use super::{Attention, Output, Task};
-
-/// Positions of a tile.
-const TILE: usize = 64;
-const TILE_GROUPS: usize = TILE / LANES;
-/// Query vectors multiplied at once: 6 x 2 accumulators leave 4 of AVX2's 16 registers for operands.
-const BLOCK: usize = 6;
+use super::state::State;
+use super::tile::{Queries, TILE, TILE_GROUPS, Tile};
+use super::{Attention, Output, Parts, SEGMENT, Task};
 
 thread_local! {
     /// Memory of the last task, for the next one.
     static SCRATCH: Cell<Scratch> = const { Cell::new(Scratch::new()) };
 }
 
-/// State of a task's query vectors. They are numbered row by row, and head by head within a row.
+/// Query vectors of a task, and what was found out of them. They are numbered row by row, and head by head within a row.
 struct Scratch {
-    /// By blocks of up to [`BLOCK`] vectors: `[head_dim][vectors of the block]`, scaled.
+    /// By blocks of [`block_of`] vectors: `[head_dim][vectors of the block]`, scaled.
     queries: Vec<f32>,
-    /// Weighted sums of V so far: `[vector][v_vectors]`.
-    sums: Vec<[f32; LANES]>,
-    /// Largest score so far, and the sum of weights relative to it.
-    max: Vec<f32>,
-    weight: Vec<f32>,
     /// Positions that a vector sees.
     visible: Vec<Range<usize>>,
+    /// Of the segment.
+    state: State,
+    /// Of the segments before it.
+    total: State,
 }
 
 impl Scratch {
     const fn new() -> Self {
         Self {
             queries: Vec::new(),
-            sums: Vec::new(),
-            max: Vec::new(),
-            weight: Vec::new(),
             visible: Vec::new(),
+            state: State::new(),
+            total: State::new(),
         }
     }
 }
@@ -56,6 +49,17 @@ pub(super) struct TileRows<'a, E> {
     pub(super) attention: Attention<'a>,
     pub(super) elements: Elements<'a, E>,
     pub(super) out: Output<'a>,
+    pub(super) parts: Parts<'a>,
+}
+
+/// How many of `left` query vectors are multiplied at once: 12, 6 or fewer.
+#[inline(always)]
+fn block_of<S: Simd>(left: usize) -> usize {
+    if S::PAIRS >= 12 && left >= 12 {
+        12
+    } else {
+        left.min(6)
+    }
 }
 
 impl<E: KvElement> Kernel for TileRows<'_, E> {
@@ -65,32 +69,90 @@ impl<E: KvElement> Kernel for TileRows<'_, E> {
     fn run<S: Simd>(self, simd: S) {
         // Taken out and put back, not borrowed by a closure, whose code would not be compiled for the instruction set.
         let mut scratch = SCRATCH.take();
-        self.start(&mut scratch);
-        let first = scratch.visible[0].start / TILE * TILE;
-        let end = scratch.visible[scratch.visible.len() - 1].end;
-        for tile_start in (first..end).step_by(TILE) {
-            let tile = self.tile(tile_start, end);
-            let mut vector = 0;
-            while vector < scratch.visible.len() {
-                match scratch.visible.len() - vector {
-                    1 => tile.attend::<S, 1>(simd, &mut scratch, vector),
-                    2 => tile.attend::<S, 2>(simd, &mut scratch, vector),
-                    3 => tile.attend::<S, 3>(simd, &mut scratch, vector),
-                    4 => tile.attend::<S, 4>(simd, &mut scratch, vector),
-                    5 => tile.attend::<S, 5>(simd, &mut scratch, vector),
-                    _ => tile.attend::<S, BLOCK>(simd, &mut scratch, vector),
+        self.start::<S>(&mut scratch);
+        let vectors = scratch.visible.len();
+        let (first, end) = (scratch.visible[0].start, scratch.visible[vectors - 1].end);
+        let segments = first / SEGMENT..end.div_ceil(SEGMENT);
+        for segment in self.task.segment.map_or(segments.clone(), |one| one..one + 1) {
+            scratch.state.reset(vectors, self.elements.layout.v_vectors());
+            let start = first.max(segment * SEGMENT) / TILE * TILE;
+            self.attend(simd, &mut scratch, start..end.min((segment + 1) * SEGMENT));
+            if segments.len() > 1 && self.task.segment.is_none() {
+                if segment == segments.start {
+                    std::mem::swap(&mut scratch.total, &mut scratch.state);
+                } else {
+                    scratch.total.merge(simd, &scratch.state);
                 }
-                vector += BLOCK;
             }
         }
-        self.finish(&scratch);
+        match self.task.part {
+            Some(part) => self.parts.put(part, &mut scratch.state),
+            None if segments.len() > 1 => self.finish(&scratch.total),
+            None => self.finish(&scratch.state),
+        }
         SCRATCH.set(scratch);
     }
 }
 
+/// Puts the segments of a task together that were attended to one by one.
+pub(super) struct Join<'a, E>(pub(super) TileRows<'a, E>, pub(super) Range<usize>);
+
+impl<E: KvElement> Kernel for Join<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let Self(rows, parts) = self;
+        let mut total = State::new();
+        for part in parts.clone() {
+            let mut state = rows.parts.get(part);
+            if part == parts.start {
+                std::mem::swap(&mut total, &mut state);
+            } else {
+                total.merge(simd, &state);
+            }
+        }
+        rows.finish(&total);
+    }
+}
+
 impl<'a, E: KvElement> TileRows<'a, E> {
-    /// Loads the queries and resets the state.
-    fn start(&self, scratch: &mut Scratch) {
+    /// Adds the tiles of `positions`, which begin where a tile does, to the state.
+    #[inline(always)]
+    fn attend<S: Simd>(&self, simd: S, scratch: &mut Scratch, positions: Range<usize>) {
+        let Range { start, end } = positions;
+        let mut next = Some(self.tile(start, end));
+        next.iter().for_each(|tile| tile.prefetch_keys(simd));
+        for tile_start in (start..end).step_by(TILE) {
+            let Some(tile) = next else { break };
+            next = (tile_start + TILE < end).then(|| self.tile(tile_start + TILE, end));
+            // Blocks lie anywhere: without these, every one begins with a wait for memory. V is used after the first
+            // block of vectors has its scores, the next tile after all of this.
+            tile.prefetch_values(simd);
+            next.iter().for_each(|tile| tile.prefetch_keys(simd));
+            let queries = Queries {
+                packed: &scratch.queries,
+                visible: &scratch.visible,
+            };
+            let (state, mut vector) = (&mut scratch.state, 0);
+            while vector < queries.visible.len() {
+                let block = block_of::<S>(queries.visible.len() - vector);
+                match block {
+                    1 => tile.attend::<S, 1>(simd, queries, state, vector),
+                    2 => tile.attend::<S, 2>(simd, queries, state, vector),
+                    3 => tile.attend::<S, 3>(simd, queries, state, vector),
+                    4 => tile.attend::<S, 4>(simd, queries, state, vector),
+                    5 => tile.attend::<S, 5>(simd, queries, state, vector),
+                    6 => tile.attend::<S, 6>(simd, queries, state, vector),
+                    _ => tile.attend::<S, 12>(simd, queries, state, vector),
+                }
+                vector += block;
+            }
+        }
+    }
+
+    /// Loads the queries.
+    fn start<S: Simd>(&self, scratch: &mut Scratch) {
         let Attention {
             qkv, heads, batch, ..
         } = self.attention;
@@ -109,8 +171,7 @@ impl<'a, E: KvElement> TileRows<'a, E> {
             for (j, head) in self.task.q_heads.clone().enumerate() {
                 scratch.visible.push(start..end);
                 let vector = i * group + j;
-                let first = vector / BLOCK * BLOCK;
-                let block = (vectors - first).min(BLOCK);
+                let (first, block) = place::<S>(vector, vectors);
                 let query = &qkv.row(row)[head * head_dim..][..head_dim];
                 let packed = scratch.queries[first * head_dim + vector - first..].iter_mut();
                 for (packed, q) in packed.step_by(block).zip(query) {
@@ -118,15 +179,6 @@ impl<'a, E: KvElement> TileRows<'a, E> {
                 }
             }
         }
-        scratch.sums.clear();
-        scratch
-            .sums
-            .resize(vectors * self.elements.layout.v_vectors(), [0.0; LANES]);
-        scratch.max.clear();
-        // Finite, so that a tile of which a vector sees nothing changes nothing: exp(max - max) is 1.
-        scratch.max.resize(vectors, f32::MIN);
-        scratch.weight.clear();
-        scratch.weight.resize(vectors, 0.0);
     }
 
     /// K and V of the positions from `start`, up to `end` or the end of the tile.
@@ -150,12 +202,12 @@ impl<'a, E: KvElement> TileRows<'a, E> {
     }
 
     /// Divides by the sums of weights and writes the rows.
-    fn finish(&self, scratch: &Scratch) {
+    fn finish(&self, state: &State) {
         let head_dim = self.attention.heads.head_dim;
         let first = self.out.start + self.task.q_heads.start * head_dim;
         let width = self.task.q_heads.len() * head_dim;
-        let sums = scratch.sums.chunks_exact(self.elements.layout.v_vectors());
-        let mut heads = sums.zip(&scratch.weight);
+        let sums = state.sums.chunks_exact(self.elements.layout.v_vectors());
+        let mut heads = sums.zip(&state.weight);
         for row in self.task.rows.clone() {
             // SAFETY: no other task has these rows and heads.
             let out = unsafe { self.out.rows.part(row, first..first + width) };
@@ -168,226 +220,15 @@ impl<'a, E: KvElement> TileRows<'a, E> {
     }
 }
 
-/// K and V of up to 64 positions.
-struct Tile<'a, E> {
-    start: usize,
-    groups: [KvGroup<'a, E>; TILE_GROUPS],
-    head_dim: usize,
-    v_vectors: usize,
-}
-
-/// Scores, then weights, of a block of query vectors over a tile.
-type Scores<const M: usize> = [[f32; TILE]; M];
-
-impl<E: KvElement> Tile<'_, E> {
-    /// Adds the tile to the state of query vectors `vector..vector + M`.
-    #[inline(always)]
-    fn attend<S: Simd, const M: usize>(&self, simd: S, scratch: &mut Scratch, vector: usize) {
-        let mut seen = [(0, 0); M];
-        let (mut first, mut last) = (TILE, 0);
-        for (seen, visible) in seen.iter_mut().zip(&scratch.visible[vector..]) {
-            *seen = (
-                visible.start.saturating_sub(self.start).min(TILE),
-                visible.end.saturating_sub(self.start).min(TILE),
-            );
-            if seen.0 < seen.1 {
-                first = first.min(seen.0);
-                last = last.max(seen.1);
-            }
-        }
-        if first >= last {
-            return;
-        }
-        let groups = first / LANES..last.div_ceil(LANES);
-
-        let mut scores: Scores<M> = [[0.0; TILE]; M];
-        let queries = &scratch.queries[vector * self.head_dim..][..M * self.head_dim];
-        self.scores(simd, queries.as_chunks().0, groups.clone(), &mut scores);
-
-        let sums = &mut scratch.sums[vector * self.v_vectors..][..M * self.v_vectors];
-        for m in 0..M {
-            let (max, weight) = (&mut scratch.max[vector + m], &mut scratch.weight[vector + m]);
-            let correction = softmax(simd, &mut scores[m], groups.clone(), seen[m], max);
-            *weight = *weight * correction.factor + correction.weight;
-            if correction.factor != 1.0 {
-                for sum in &mut sums[m * self.v_vectors..][..self.v_vectors] {
-                    let scaled = simd.mul(simd.load(sum), simd.splat(correction.factor));
-                    simd.store(sum, scaled);
-                }
-            }
-        }
-        self.accumulate_block(simd, sums, &scores, &seen);
-    }
-
-    /// Products of M queries with the K of `groups`, summed in rising dimension.
-    #[inline(always)]
-    fn scores<S: Simd, const M: usize>(
-        &self,
-        simd: S,
-        queries: &[[f32; M]],
-        groups: Range<usize>,
-        scores: &mut Scores<M>,
-    ) {
-        let mut group = groups.start;
-        while group + 2 <= groups.end {
-            let mut sums = [[simd.splat(0.0); 2]; M];
-            let (k0, k1) = (self.groups[group].k, self.groups[group + 1].k);
-            for ((query, k0), k1) in queries.iter().zip(k0).zip(k1) {
-                let (k0, k1) = (E::load(simd, k0), E::load(simd, k1));
-                for m in 0..M {
-                    let q = simd.splat(query[m]);
-                    sums[m][0] = simd.fma(q, k0, sums[m][0]);
-                    sums[m][1] = simd.fma(q, k1, sums[m][1]);
-                }
-            }
-            for m in 0..M {
-                let to = scores[m].as_chunks_mut::<LANES>().0;
-                simd.store(&mut to[group], sums[m][0]);
-                simd.store(&mut to[group + 1], sums[m][1]);
-            }
-            group += 2;
-        }
-        if group < groups.end {
-            let mut sums = [simd.splat(0.0); M];
-            for (query, k) in queries.iter().zip(self.groups[group].k) {
-                let k = E::load(simd, k);
-                for m in 0..M {
-                    sums[m] = simd.fma(simd.splat(query[m]), k, sums[m]);
-                }
-            }
-            for m in 0..M {
-                simd.store(&mut scores[m].as_chunks_mut::<LANES>().0[group], sums[m]);
-            }
-        }
-    }
-
-    /// Adds V, weighted, to the sums of M vectors: together where all of them see, one by one elsewhere. Each vector
-    /// adds the positions that it sees in rising order.
-    #[inline(always)]
-    fn accumulate_block<S: Simd, const M: usize>(
-        &self,
-        simd: S,
-        sums: &mut [[f32; LANES]],
-        weights: &Scores<M>,
-        seen: &[(usize, usize); M],
-    ) {
-        let (mut start, mut end) = (0, TILE);
-        for s in seen {
-            start = start.max(s.0);
-            end = end.min(s.1);
-        }
-        if start >= end {
-            // Nothing in common: each vector's whole range is "before".
-            (start, end) = (TILE, TILE);
-        }
-        for m in 0..M {
-            let own = &mut sums[m * self.v_vectors..][..self.v_vectors];
-            self.accumulate::<S, 1>(simd, own, &weights[m..], seen[m].0..seen[m].1.min(start));
-        }
-        self.accumulate::<S, M>(simd, sums, weights, start..end);
-        for m in 0..M {
-            let own = &mut sums[m * self.v_vectors..][..self.v_vectors];
-            self.accumulate::<S, 1>(simd, own, &weights[m..], end.max(seen[m].0)..seen[m].1);
-        }
-    }
-
-    /// `sums[m] += weights[m][p] * v[p]` for the positions `p` of the tile in `positions`, in rising order.
-    #[inline(always)]
-    fn accumulate<S: Simd, const M: usize>(
-        &self,
-        simd: S,
-        sums: &mut [[f32; LANES]],
-        weights: &[[f32; TILE]],
-        positions: Range<usize>,
-    ) {
-        if positions.is_empty() {
-            return;
-        }
-        let n = self.v_vectors;
-        let mut column = 0;
-        while column + 2 <= n {
-            let mut acc = [[simd.splat(0.0); 2]; M];
-            for m in 0..M {
-                let from = &sums[m * n + column..][..2];
-                acc[m] = [simd.load(&from[0]), simd.load(&from[1])];
-            }
-            for group in positions.start / LANES..positions.end.div_ceil(LANES) {
-                let first = group * LANES;
-                let within = positions.start.max(first) - first..positions.end.min(first + LANES) - first;
-                let mut of_group = [[0.0; LANES]; M];
-                for m in 0..M {
-                    of_group[m] = weights[m].as_chunks::<LANES>().0[group];
-                }
-                let rows = self.groups[group].v.chunks_exact(n);
-                for (p, row) in rows.enumerate().take(within.end).skip(within.start) {
-                    let (v0, v1) = (E::load(simd, &row[column]), E::load(simd, &row[column + 1]));
-                    for m in 0..M {
-                        let weight = simd.splat(of_group[m][p]);
-                        acc[m][0] = simd.fma(weight, v0, acc[m][0]);
-                        acc[m][1] = simd.fma(weight, v1, acc[m][1]);
-                    }
-                }
-            }
-            for m in 0..M {
-                let to = &mut sums[m * n + column..][..2];
-                simd.store(&mut to[0], acc[m][0]);
-                simd.store(&mut to[1], acc[m][1]);
-            }
-            column += 2;
-        }
-        if column < n {
-            for m in 0..M {
-                let mut acc = simd.load(&sums[m * n + column]);
-                for p in positions.clone() {
-                    let v = E::load(simd, &self.groups[p / LANES].v[p % LANES * n + column]);
-                    acc = simd.fma(simd.splat(weights[m][p]), v, acc);
-                }
-                simd.store(&mut sums[m * n + column], acc);
-            }
-        }
-    }
-}
-
-/// How a tile changes a vector's state.
-struct Correction {
-    /// Multiplies what was summed so far.
-    factor: f32,
-    /// The tile's sum of weights.
-    weight: f32,
-}
-
-/// Turns the scores of one vector into weights relative to the new maximum. Positions not seen get weight 0.
+/// First vector and size of the block that vector `vector` of `vectors` is in.
 #[inline(always)]
-fn softmax<S: Simd>(
-    simd: S,
-    scores: &mut [f32; TILE],
-    groups: Range<usize>,
-    seen: (usize, usize),
-    max: &mut f32,
-) -> Correction {
-    for score in &mut scores[groups.start * LANES..seen.0.max(groups.start * LANES)] {
-        *score = f32::NEG_INFINITY;
-    }
-    for score in &mut scores[seen.1.max(groups.start * LANES).min(groups.end * LANES)..groups.end * LANES] {
-        *score = f32::NEG_INFINITY;
-    }
-    let scores = &mut scores.as_chunks_mut::<LANES>().0[groups];
-    let mut tile_max = simd.splat(*max);
-    for s in scores.iter() {
-        tile_max = simd.max(tile_max, simd.load(s));
-    }
-    let new_max = simd.max_lane(tile_max);
-
-    let mut sum = simd.splat(0.0);
-    for s in scores {
-        let weight = exp(simd, simd.sub(simd.load(s), simd.splat(new_max)));
-        sum = simd.add(sum, weight);
-        simd.store(s, weight);
-    }
-    let factor = simd.to_array(exp(simd, simd.splat(*max - new_max)))[0];
-    *max = new_max;
-    Correction {
-        factor,
-        weight: simd.sum(sum),
+fn place<S: Simd>(vector: usize, vectors: usize) -> (usize, usize) {
+    let mut first = 0;
+    loop {
+        let block = block_of::<S>(vectors - first);
+        if vector < first + block {
+            return (first, block);
+        }
+        first += block;
     }
 }

@@ -1,19 +1,26 @@
 //! Causal attention over paged K and V: flash attention's online softmax (Milakov & Gimelshein, 2018; Dao et al.,
 //! 2022) over tiles of 64 positions.
 //!
-//! Tiles start at multiples of 64 positions of the sequence. A query row's scores, maxima and sums are those of its own
-//! tiles in rising order, and positions outside its causal range or window add exactly nothing: a row's bits depend
-//! neither on the rows beside it, nor on how the prompt was cut, nor on the block size, nor on the rank's other heads.
+//! Tiles start at multiples of 64 positions of the sequence, segments at multiples of 512. A query row's scores, maxima
+//! and sums are those of its own tiles in rising order within a segment, then those of its segments in rising order, and
+//! positions outside its causal range or window add exactly nothing: a row's bits depend neither on the rows beside it,
+//! nor on how the prompt was cut, nor on the block size, nor on the rank's other heads. Nor on the threads: where there
+//! is less to do at once than there are threads, the segments of a long context are attended to side by side (Dao et
+//! al., "Flash-Decoding", 2023) and put together in the same order.
 
 mod kernel;
+mod state;
+mod tile;
 
 use std::cmp::Reverse;
 use std::ops::Range;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use half::{bf16, f16};
 use phalanx_model::KvDtype;
 
-use self::kernel::TileRows;
+use self::kernel::{Join, TileRows};
+use self::state::State;
 use super::batch::CpuBatch;
 use super::buffer::{CpuBuffer, RowWriter};
 use super::exec::{Exec, check};
@@ -22,6 +29,10 @@ use crate::{E4m3, Heads, Result};
 
 /// Query vectors (rows times the heads that share a KV head) of one task: they share the loads of K and V.
 const VECTORS_PER_TASK: usize = 48;
+/// Positions that are summed by themselves before they are added to those before them.
+const SEGMENT: usize = 512;
+/// With fewer tasks per thread, long contexts are cut.
+const TASKS_PER_THREAD: usize = 2;
 
 /// What attention reads.
 #[derive(Clone, Copy)]
@@ -39,6 +50,25 @@ struct Task {
     rows: Range<usize>,
     kv_head: usize,
     q_heads: Range<usize>,
+    /// Only these positions, of the sequence's segments.
+    segment: Option<usize>,
+    /// Where the result goes if it is not the row's whole.
+    part: Option<usize>,
+}
+
+/// Results of tasks that are one segment each.
+#[derive(Clone, Copy)]
+struct Parts<'a>(&'a [Mutex<State>]);
+
+impl Parts<'_> {
+    fn get(&self, part: usize) -> MutexGuard<'_, State> {
+        // A state is swapped whole or not at all.
+        self.0[part].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn put(&self, part: usize, state: &mut State) {
+        std::mem::swap(&mut *self.get(part), state);
+    }
 }
 
 /// Writes columns `start..` of `out`, `[q heads][head_dim]`.
@@ -69,10 +99,10 @@ pub(crate) fn paged_attention(
         start,
     };
     match kv.spec().dtype {
-        KvDtype::F32 => run::<f32>(exec, out, attention, &tasks),
-        KvDtype::F16 => run::<f16>(exec, out, attention, &tasks),
-        KvDtype::BF16 => run::<bf16>(exec, out, attention, &tasks),
-        KvDtype::E4M3 => run::<E4m3>(exec, out, attention, &tasks),
+        KvDtype::F32 => run::<f32>(exec, out, attention, tasks),
+        KvDtype::F16 => run::<f16>(exec, out, attention, tasks),
+        KvDtype::BF16 => run::<bf16>(exec, out, attention, tasks),
+        KvDtype::E4M3 => run::<E4m3>(exec, out, attention, tasks),
     }
     Ok(())
 }
@@ -83,16 +113,71 @@ struct Output<'a> {
     start: usize,
 }
 
-fn run<E: KvElement>(exec: Exec<'_>, out: Output<'_>, attention: Attention<'_>, tasks: &[Task]) {
+fn run<E: KvElement>(exec: Exec<'_>, out: Output<'_>, attention: Attention<'_>, tasks: Vec<Task>) {
     let elements = attention.kv.elements::<E>();
-    exec.pool.run(tasks.len(), |i| {
-        exec.isa.run(TileRows {
-            task: &tasks[i],
-            attention,
-            elements,
-            out,
-        })
+    let (tasks, joins) = cut(exec, attention, tasks);
+    let parts: Vec<Mutex<State>> = joins
+        .last()
+        .map_or(0..0, |(_, parts)| 0..parts.end)
+        .map(|_| Mutex::new(State::new()))
+        .collect();
+    let rows = |task| TileRows {
+        task,
+        attention,
+        elements,
+        out,
+        parts: Parts(&parts),
+    };
+    exec.pool.run(tasks.len(), |i| exec.isa.run(rows(&tasks[i])));
+    exec.pool.run(joins.len(), |i| {
+        let (task, parts) = &joins[i];
+        exec.isa.run(Join(rows(task), parts.clone()));
     });
+}
+
+/// A task that was cut, and its parts.
+type CutTask = (Task, Range<usize>);
+
+/// Cuts tasks of several segments if there are too few tasks for the threads. The most expensive tasks come first, so
+/// that no thread starts one when the others are done.
+fn cut(exec: Exec<'_>, attention: Attention<'_>, whole: Vec<Task>) -> (Vec<Task>, Vec<CutTask>) {
+    let (mut tasks, mut cut, mut parts) = (Vec::new(), Vec::new(), 0);
+    let too_few = exec.pool.threads() > 1 && whole.len() < exec.pool.threads() * TASKS_PER_THREAD;
+    for task in whole {
+        let visible = visible(attention, &task);
+        let segments = visible.start / SEGMENT..visible.end.div_ceil(SEGMENT);
+        if !too_few || segments.len() < 2 {
+            tasks.push(task);
+            continue;
+        }
+        let first = parts;
+        for segment in segments {
+            tasks.push(Task {
+                segment: Some(segment),
+                part: Some(parts),
+                ..task.clone()
+            });
+            parts += 1;
+        }
+        cut.push((task, first..parts));
+    }
+    let cost = |task: &Task| {
+        let visible = visible(attention, task);
+        let positions = task.segment.map_or(visible.len(), |segment| {
+            visible.end.min((segment + 1) * SEGMENT) - visible.start.max(segment * SEGMENT)
+        });
+        task.rows.len() * positions
+    };
+    tasks.sort_by_key(|task| Reverse(cost(task)));
+    (tasks, cut)
+}
+
+/// Positions that any row of a task sees.
+fn visible(attention: Attention<'_>, task: &Task) -> Range<usize> {
+    let positions = &attention.batch.input().positions;
+    let window = attention.heads.sliding_window.map(|window| window.max(1));
+    let first = positions[task.rows.start] as usize + 1;
+    window.map_or(0, |window| first.saturating_sub(window))..positions[task.rows.end - 1] as usize + 1
 }
 
 /// An error unless every q head of the rank reads one of its KV heads.
@@ -105,7 +190,6 @@ fn check_mapping(op: &'static str, heads: &Heads) -> Result<()> {
     })
 }
 
-/// The most expensive tasks come first, so that no thread starts one when the others are done.
 fn tasks(attention: Attention<'_>) -> Vec<Task> {
     let heads = attention.heads;
     let input = attention.batch.input();
@@ -126,10 +210,10 @@ fn tasks(attention: Attention<'_>) -> Vec<Task> {
                 rows: first..rows.end.min(first + per_task),
                 kv_head,
                 q_heads: q_heads.clone(),
+                segment: None,
+                part: None,
             }));
         }
     }
-    let cost = |task: &Task| task.rows.len() * (1 + input.positions[task.rows.end - 1] as usize);
-    tasks.sort_by_key(|task| Reverse(cost(task)));
     tasks
 }
