@@ -11,6 +11,7 @@ use clap::{
 };
 
 pub(crate) use self::tls::{CoordinatorTlsArgs, TlsArgs};
+use crate::output_args::{GenerationArgs, ReplyArgs};
 
 /// A distributed tensor-parallel LLM serving cluster.
 #[derive(Debug, Parser)]
@@ -124,6 +125,9 @@ pub(crate) struct ModelArgs {
     /// Most tokens in one step; longer prompts are computed in chunks.
     #[arg(long, env = "PHALANX_MAX_NUM_BATCHED_TOKENS", default_value_t = 512)]
     pub(crate) max_num_batched_tokens: usize,
+    /// Most alternatives per token that a request may ask log-probabilities of.
+    #[arg(long, env = "PHALANX_MAX_LOGPROBS", default_value_t = 20)]
+    pub(crate) max_logprobs: usize,
     /// Tokens per KV block.
     #[arg(long, env = "PHALANX_BLOCK_SIZE", default_value_t = 16)]
     pub(crate) block_size: usize,
@@ -194,6 +198,9 @@ pub(crate) enum KvCacheDtype {
     /// 8-bit floats with no scale: half the bytes of f16, 3 bits of mantissa.
     #[value(name = "fp8", alias = "fp8_e4m3")]
     Fp8,
+    /// 8-bit integers with a scale for each token and head: half the bytes of f16, on CPUs only.
+    #[value(name = "int8", alias = "int8_per_token_head")]
+    Int8,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum, PartialEq, Eq)]
@@ -233,6 +240,8 @@ pub(crate) struct EngineArgs {
     pub(crate) max_num_queued_reqs: usize,
     #[command(flatten)]
     pub(crate) chat: crate::chat_args::ChatArgs,
+    #[command(flatten)]
+    pub(crate) generation: GenerationArgs,
     /// Seed of requests that bring none; default: a new one for every request.
     #[arg(long, env = "PHALANX_SEED")]
     pub(crate) seed: Option<u64>,
@@ -289,6 +298,8 @@ pub(crate) struct FrontendArgs {
     /// Unix socket to listen on instead of host and port.
     #[arg(long, env = "PHALANX_UDS")]
     pub(crate) uds: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) reply: ReplyArgs,
     /// Role of the messages that the model makes.
     #[arg(long, env = "PHALANX_RESPONSE_ROLE", default_value = "assistant")]
     pub(crate) response_role: String,

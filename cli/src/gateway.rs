@@ -126,6 +126,7 @@ fn config(frontend: FrontendArgs, backends: Backends, drain_timeout: Duration) -
         config.listen.clear();
     }
     config.uds = frontend.uds;
+    config.reply = frontend.reply.options();
     config.response_role = frontend.response_role;
     config.drain_timeout = drain_timeout;
     config

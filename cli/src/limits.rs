@@ -2,6 +2,7 @@
 
 use std::ops::RangeInclusive;
 
+use phalanx_proto::limits::MAX_LOGPROBS;
 use phalanx_shm::MAX_WORLD_SIZE;
 
 use crate::args::{EngineArgs, ModelArgs};
@@ -43,6 +44,11 @@ pub(crate) fn model(args: &ModelArgs) -> Result<(), LimitError> {
         "--max-num-batched-tokens",
         args.max_num_batched_tokens as u64,
         1..=1 << 20,
+    )?;
+    within(
+        "--max-logprobs",
+        args.max_logprobs as u64,
+        0..=MAX_LOGPROBS.into(),
     )?;
     // One token of prompt and one of completion; positions fit an i32 on every device.
     given("--max-model-len", args.max_model_len, 2..=1 << 30)?;
@@ -141,6 +147,10 @@ mod tests {
             (
                 &["--block-size", "2048"],
                 "--block-size is 2048, allowed are 8 to 1024",
+            ),
+            (
+                &["--max-logprobs", "1025"],
+                "--max-logprobs is 1025, allowed are 0 to 1024",
             ),
             (
                 &["--block-size", "12"],

@@ -10,6 +10,7 @@ mod gateway;
 mod keys;
 mod limits;
 mod logging;
+mod output_args;
 mod plan;
 mod progress;
 mod resolve;

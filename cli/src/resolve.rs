@@ -51,6 +51,7 @@ pub(crate) fn model(args: &ModelArgs) -> anyhow::Result<ModelOptions> {
         max_model_len: args.max_model_len,
         max_num_seqs: args.max_num_seqs,
         max_num_batched_tokens: args.max_num_batched_tokens,
+        max_logprobs: args.max_logprobs,
         block_size: args.block_size,
         kv_cache,
         kv_dtype: args.kv_cache_dtype.into(),
@@ -74,6 +75,7 @@ impl From<KvCacheDtype> for KvDtype {
             KvCacheDtype::F32 => Self::F32,
             KvCacheDtype::Bf16 => Self::BF16,
             KvCacheDtype::Fp8 => Self::E4M3,
+            KvCacheDtype::Int8 => Self::INT8,
         }
     }
 }
@@ -94,6 +96,7 @@ pub(crate) fn engine(args: &EngineArgs, model: &ModelOptions) -> anyhow::Result<
         max_num_queued_reqs: args.max_num_queued_reqs,
         chat_template: args.chat.chat_template.clone(),
         chat: args.chat.resolve()?,
+        generation: args.generation.options(),
         seed: args.seed,
         step_timeout: Duration::from_secs(args.execute_model_timeout_seconds),
     })

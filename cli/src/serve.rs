@@ -189,6 +189,7 @@ impl GatewayCommand {
         flag("--response-role", frontend.response_role.clone());
         flag("--shutdown-timeout", args.engine.shutdown_timeout.to_string());
         flag("--parent-pid", std::process::id().to_string());
+        arguments.extend(frontend.reply.arguments());
         if let Some(path) = &args.engine.api_key_file {
             arguments.push(format!("--api-key-file={}", path.display()));
         }

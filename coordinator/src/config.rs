@@ -5,7 +5,11 @@ use std::{ffi::OsString, net::SocketAddr, path::PathBuf, time::Duration};
 use phalanx_model::{KvDtype, QuantizationMethod, TensorParallelStyle};
 use phalanx_proto::{secret::ApiKeys, tls::TlsFiles};
 
-use crate::{api::Observers, engine::SchedulingPolicy, text::ChatOptions};
+use crate::{
+    api::Observers,
+    engine::SchedulingPolicy,
+    text::{ChatOptions, GenerationOptions},
+};
 
 #[derive(Clone, Debug)]
 pub struct CoordinatorConfig {
@@ -29,6 +33,8 @@ pub struct ModelOptions {
     pub max_model_len: Option<usize>,
     pub max_num_seqs: usize,
     pub max_num_batched_tokens: usize,
+    /// Most alternatives per token that a request may ask for.
+    pub max_logprobs: usize,
     pub block_size: usize,
     pub kv_cache: KvCacheSize,
     pub kv_dtype: KvDtype,
@@ -88,6 +94,8 @@ pub struct EngineOptions {
     pub max_num_queued_reqs: usize,
     /// Replaces the model's chat template.
     pub chat_template: Option<PathBuf>,
+    /// What requests leave unset.
+    pub generation: GenerationOptions,
     pub chat: ChatOptions,
     /// Seed of requests that bring none.
     pub seed: Option<u64>,

@@ -466,10 +466,11 @@ fn text_processor(
     proposal: &Proposal,
     config: &CoordinatorConfig,
 ) -> Result<TextProcessor, CoordinatorError> {
-    let model = match proposal.checkpoint.gguf() {
+    let mut model = match proposal.checkpoint.gguf() {
         Some(gguf) => TextModel::from_gguf(gguf)?,
         None => TextModel::from_dir(proposal.checkpoint.path())?,
     };
+    model.defaults = config.engine.generation.resolve(model.defaults)?;
     let template = config.engine.chat_template.as_ref().map(|path| {
         let read = std::fs::read_to_string(path);
         read.map_err(|source| CoordinatorError::ChatTemplate {

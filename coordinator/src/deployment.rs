@@ -60,6 +60,8 @@ pub enum DeploymentError {
         value: usize,
         limit: usize,
     },
+    #[error("--kv-cache-dtype int8 is offered on CPUs only; fp8 takes as many bytes")]
+    Int8OnGpus,
     #[error("cannot read {what}: {source}")]
     Host { what: String, source: std::io::Error },
 }

@@ -24,7 +24,7 @@ use std::{
 
 use phalanx_proto::{
     ErrorKind, RpcError, secret,
-    step::{SampledToken, SequenceId},
+    step::{SampledToken, ScoredToken, SequenceId},
 };
 use tokio::sync::{mpsc, watch};
 
@@ -53,7 +53,11 @@ pub struct NewSequence {
 /// What a sequence's owner hears of it. `Finished` or `Failed` is the last.
 #[derive(Clone, Debug)]
 pub enum StreamEvent {
-    Started { cached_tokens: u32 },
+    Started {
+        cached_tokens: u32,
+    },
+    /// The next prompt tokens that were to be scored; all come before the first `Token`.
+    PromptLogprobs(Vec<ScoredToken>),
     Token(SampledToken),
     Finished(FinishReason),
     Failed(RpcError),

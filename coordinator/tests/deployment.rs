@@ -24,6 +24,7 @@ fn options(tensor_parallel_size: usize) -> ModelOptions {
         max_model_len: Some(2048),
         max_num_seqs: 16,
         max_num_batched_tokens: 256,
+        max_logprobs: 20,
         block_size: 16,
         kv_cache: KvCacheSize::Auto,
         kv_dtype: KvDtype::F16,

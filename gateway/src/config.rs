@@ -8,7 +8,7 @@ use phalanx_proto::{
     tls::{TlsError, TlsFiles},
 };
 
-use crate::{limits::HttpLimits, router::Backends};
+use crate::{limits::HttpLimits, openai::output::ReplyOptions, router::Backends};
 
 /// A gateway's configuration. All of it is fixed at start.
 #[derive(Clone, Debug)]
@@ -23,12 +23,12 @@ pub struct GatewayConfig {
     pub backends: Backends,
     /// Keys of which a client must present one; without any, no key is needed. Coordinators are shown the first.
     pub api_keys: ApiKeys,
-    /// Whether `usage` reports how many prompt tokens came from the prefix cache.
-    pub prompt_tokens_details: bool,
     /// A log line for every request that is answered.
     pub log_requests: bool,
     /// Where the spans of requests go.
     pub tracer: Tracer,
+    /// What replies contain.
+    pub reply: ReplyOptions,
     /// Role of the messages that the model makes.
     pub response_role: String,
     /// How long running requests may go on after the shutdown signal.
@@ -46,9 +46,9 @@ impl GatewayConfig {
             tls: None,
             backends,
             api_keys: ApiKeys::default(),
-            prompt_tokens_details: false,
             log_requests: false,
             tracer: Tracer::default(),
+            reply: ReplyOptions::default(),
             response_role: "assistant".to_owned(),
             drain_timeout: Duration::from_secs(30),
             limits: HttpLimits::default(),

@@ -26,6 +26,7 @@ mod trace;
 
 pub use config::{GatewayConfig, GatewayError};
 pub use limits::HttpLimits;
+pub use openai::output::ReplyOptions;
 pub use router::{Backends, RoutingPolicy};
 pub use server::Gateway;
 

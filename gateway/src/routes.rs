@@ -18,7 +18,7 @@ use crate::{
     limits::HttpLimits,
     metrics::HttpMetrics,
     observe::{Observer, observe},
-    openai::{self, error::ApiError},
+    openai::{self, error::ApiError, output::ReplyOptions},
     operator,
     router::Replicas,
 };
@@ -30,7 +30,7 @@ pub(crate) struct Service {
     pub(crate) lifecycle: Arc<Lifecycle>,
     pub(crate) metrics: Arc<HttpMetrics>,
     pub(crate) limits: HttpLimits,
-    pub(crate) prompt_tokens_details: bool,
+    pub(crate) reply: ReplyOptions,
     pub(crate) response_role: Arc<str>,
 }
 

@@ -62,7 +62,7 @@ impl Gateway {
             backend: Replicas::new(&config.backends, &config.api_keys, router_metrics)?,
             lifecycle: Arc::clone(&lifecycle),
             limits: config.limits.clone(),
-            prompt_tokens_details: config.prompt_tokens_details,
+            reply: config.reply,
             response_role: config.response_role.into(),
         };
         let observer = Observer {

@@ -109,6 +109,8 @@ pub trait Backend: Sized {
     /// Sampling candidates of rows of `logits`.
     fn candidates(&self, logits: &Self::Buffer, requests: &[CandidateRequest<'_>])
     -> Result<Vec<Candidates>>;
+    /// How many of the first `columns` values of each threshold's row are at least its value.
+    fn count_at_least(&self, x: &Self::Buffer, columns: usize, thresholds: &[Threshold]) -> Result<Vec<u32>>;
 }
 
 /// Decode steps, each of another number of rows, whose ops were captured once and are launched as one.
@@ -178,6 +180,13 @@ impl<B: Backend> GraphCache<B> for NoGraphs {
 pub struct Columns<'a, B: Backend> {
     pub buffer: &'a mut B::Buffer,
     pub start: usize,
+}
+
+/// A row of a buffer, and what its values are compared with.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Threshold {
+    pub row: usize,
+    pub value: f32,
 }
 
 pub struct Norm<'a, B: Backend> {

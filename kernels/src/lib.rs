@@ -21,7 +21,7 @@ pub mod philox;
 
 pub use backend::{
     Backend, CapturedCollectives, Columns, Communicator, DecodeShape, GatherLayout, GraphCache, Heads,
-    KvSpec, Linear, NoGraphs, Norm, Rope, WeightSource,
+    KvSpec, Linear, NoGraphs, Norm, Rope, Threshold, WeightSource,
 };
 pub use batch::BatchInput;
 pub use candidates::{

@@ -215,6 +215,8 @@ pub enum KvDtype {
     BF16,
     /// 8-bit floats of the OCP specification, with no infinity and no scale.
     E4M3,
+    /// 8-bit integers, with a scale for each position and head. On CPUs only.
+    INT8,
 }
 
 impl fmt::Display for KvDtype {
@@ -224,11 +226,25 @@ impl fmt::Display for KvDtype {
 }
 
 impl KvDtype {
+    /// Of an element.
     pub const fn bytes(self) -> usize {
         match self {
             Self::F32 => 4,
             Self::F16 | Self::BF16 => 2,
-            Self::E4M3 => 1,
+            Self::E4M3 | Self::INT8 => 1,
         }
+    }
+
+    /// Bytes of the scale of a position and head of K, or of V.
+    pub const fn scale_bytes(self) -> usize {
+        match self {
+            Self::F32 | Self::F16 | Self::BF16 | Self::E4M3 => 0,
+            Self::INT8 => 4,
+        }
+    }
+
+    /// Bytes of K, or of V, of a position and head.
+    pub const fn row_bytes(self, head_dim: usize) -> usize {
+        head_dim * self.bytes() + self.scale_bytes()
     }
 }

@@ -317,7 +317,7 @@ impl MemoryRequest<'_> {
             .into_iter()
             .filter(|buffer| !buffer.shared);
         let kv_heads = shards.ranks.get(rank).map_or(0, |held| held.kv_heads.len());
-        let layer_bytes = 2 * self.block_size * kv_heads * config.head_dim * self.kv_dtype.bytes();
+        let layer_bytes = 2 * self.block_size * kv_heads * self.kv_dtype.row_bytes(config.head_dim);
         let layers = config.num_hidden_layers;
         let (overhead, communicator, graphs) = match self.placement {
             Placement::Host => (PROCESS_OVERHEAD_BYTES, 0, 0),

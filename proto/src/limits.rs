@@ -9,6 +9,9 @@ pub const MAX_STOP_STRINGS: usize = 64;
 pub const MAX_STOP_TOKEN_IDS: usize = 128;
 /// Entries of `logit_bias`.
 pub const MAX_LOGIT_BIAS: usize = 512;
+/// Alternatives per token that a server may be told to allow (`--max-logprobs`): a step's output has room for as many
+/// of every token.
+pub const MAX_LOGPROBS: u32 = 1024;
 /// Bytes of `cache_salt`.
 pub const MAX_CACHE_SALT_BYTES: usize = 256;
 /// Messages of a conversation; each takes some tokens, so more hardly fit any context.

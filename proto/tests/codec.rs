@@ -18,7 +18,8 @@ fn penalties() -> impl Strategy<Value = Penalties> {
         0.1f32..3.0,
         -2.0f32..2.0,
         -2.0f32..2.0,
-        vec((0..1000u32, 0..9u32), 0..=6),
+        // More than any row may have bias entries.
+        vec((0..1000u32, 0..9u32), 0..=60),
     )
         .prop_map(|(repetition, presence, frequency, history)| Penalties {
             repetition,
@@ -57,21 +58,32 @@ fn sampling() -> impl Strategy<Value = RowSampling> {
         )
 }
 
+/// Targets after some of the tokens of a row with `len`.
+fn prompt_logprobs(len: usize) -> impl Strategy<Value = PromptLogprobs> {
+    (0..len)
+        .prop_flat_map(move |first| (0..=5u32, Just(first as u32), vec(0..1000u32, 1..=len - first)))
+        .prop_map(|(top, first, targets)| PromptLogprobs { top, first, targets })
+}
+
 fn row() -> impl Strategy<Value = StepRow> {
-    (
-        any::<u64>(),
-        any::<u32>(),
-        vec(0..1000u32, 1..=8),
-        vec(0..100u32, 1..=10),
-        option::of(sampling()),
-    )
+    (1..=8usize)
+        .prop_flat_map(|len| {
+            (
+                (any::<u64>(), any::<u32>()),
+                vec(0..1000u32, len),
+                vec(0..100u32, 1..=10),
+                option::of(sampling()),
+                option::of(prompt_logprobs(len)),
+            )
+        })
         .prop_map(
-            |(sequence, num_computed_tokens, token_ids, blocks, sampling)| StepRow {
+            |((sequence, num_computed_tokens), token_ids, blocks, sampling, prompt_logprobs)| StepRow {
                 sequence: SequenceId(sequence),
                 token_ids,
                 num_computed_tokens,
                 block_table: blocks.into_iter().map(BlockId).collect(),
                 sampling,
+                prompt_logprobs,
             },
         )
 }
@@ -87,26 +99,47 @@ fn plan() -> impl Strategy<Value = StepPlan> {
     )
 }
 
+fn top_logprobs() -> impl Strategy<Value = Vec<(u32, f32)>> {
+    vec((0..1000u32, -9.0f32..0.0), 0..=5)
+}
+
+fn scored_prompt() -> impl Strategy<Value = ScoredPrompt> {
+    let token = (0..1000u32, -50.0f32..0.0, 1..1000u32, top_logprobs());
+    let token = token.prop_map(|(token, logprob, rank, top_logprobs)| ScoredToken {
+        token,
+        logprob,
+        rank,
+        top_logprobs,
+    });
+    (any::<u64>(), vec(token, 1..=8)).prop_map(|(sequence, tokens)| ScoredPrompt {
+        sequence: SequenceId(sequence),
+        tokens,
+    })
+}
+
 fn output() -> impl Strategy<Value = StepOutput> {
     let sampled = (
         any::<u64>(),
         0..1000u32,
         any::<bool>(),
-        option::of(-50.0f32..0.0),
-        vec((0..1000u32, -9.0f32..0.0), 0..=5),
+        option::of((-50.0f32..0.0, 1..1000u32)),
+        top_logprobs(),
     );
-    let sampled = sampled.prop_map(|(sequence, token, finite, logprob, top_logprobs)| SampledToken {
+    let sampled = sampled.prop_map(|(sequence, token, finite, scored, top_logprobs)| SampledToken {
         sequence: SequenceId(sequence),
         token,
         finite,
-        logprob,
+        logprob: scored.map(|(logprob, _)| logprob),
+        rank: scored.map(|(_, rank)| rank),
         top_logprobs,
     });
-    (any::<u32>(), any::<u64>(), any::<u32>(), vec(sampled, 0..=8)).prop_map(
-        |(epoch, step, forward_us, sampled)| StepOutput {
+    let lists = (vec(sampled, 0..=8), vec(scored_prompt(), 0..=8));
+    (any::<u32>(), any::<u64>(), any::<u32>(), lists).prop_map(
+        |(epoch, step, forward_us, (sampled, prompt_logprobs))| StepOutput {
             epoch,
             step,
             sampled,
+            prompt_logprobs,
             forward_us,
         },
     )
@@ -133,6 +166,15 @@ proptest! {
     }
 
     #[test]
+    fn every_proper_prefix_of_an_output_is_refused(output in output()) {
+        let mut slot = vec![0; LIMITS.output_bytes()];
+        let used = encode_output(&output, &mut slot).expect("fits");
+        for end in 0..used {
+            prop_assert!(decode_output(&slot[..end], &LIMITS).is_err());
+        }
+    }
+
+    #[test]
     fn every_proper_prefix_and_every_extension_is_refused(plan in plan()) {
         let mut bytes = encoded(&plan);
         for end in 0..bytes.len() {
@@ -153,6 +195,10 @@ proptest! {
             prop_assert!(plan.rows.len() <= LIMITS.max_rows as usize && plan.num_tokens() <= LIMITS.max_tokens as usize);
             let blocks = plan.rows.iter().flat_map(|row| &row.block_table);
             prop_assert!(blocks.copied().all(|block| block.0 < LIMITS.num_blocks));
+            for row in &plan.rows {
+                let scored = row.prompt_logprobs.as_ref().map_or(0, |wanted| wanted.first as usize + wanted.targets.len());
+                prop_assert!(scored <= row.token_ids.len());
+            }
         }
     }
 
@@ -177,6 +223,7 @@ fn errors_name_the_field_and_the_limit() {
         num_computed_tokens: 0,
         block_table: vec![BlockId(0)],
         sampling: Some(RowSampling::GREEDY),
+        prompt_logprobs: None,
     };
     let plan = |row: &StepRow| StepPlan {
         epoch: 1,
@@ -230,5 +277,85 @@ fn errors_name_the_field_and_the_limit() {
             field: "block_table",
             value: 0
         })
+    );
+}
+
+fn plan_of(rows: Vec<StepRow>) -> StepPlan {
+    StepPlan {
+        epoch: 1,
+        step: 1,
+        rows,
+        masks_follow: false,
+    }
+}
+
+fn plain_row() -> StepRow {
+    StepRow {
+        sequence: SequenceId(1),
+        token_ids: vec![1, 2, 3],
+        num_computed_tokens: 0,
+        block_table: vec![BlockId(0)],
+        sampling: None,
+        prompt_logprobs: None,
+    }
+}
+
+#[test]
+fn targets_stay_within_their_row() {
+    let refused = |first: u32, targets: Vec<u32>| {
+        let wanted = PromptLogprobs {
+            top: 0,
+            first,
+            targets,
+        };
+        let row = StepRow {
+            prompt_logprobs: Some(wanted),
+            ..plain_row()
+        };
+        let error = decode_plan(&encoded(&plan_of(vec![row])), &LIMITS).unwrap_err();
+        error.to_string()
+    };
+    assert_eq!(refused(1, vec![7, 7, 7]), "prompt_logprobs.targets is 3, limit 2");
+    assert_eq!(refused(3, vec![7]), "prompt_logprobs.first is 3, limit 2");
+    assert_eq!(
+        refused(0, vec![]),
+        "prompt_logprobs.targets is 0, which is not valid"
+    );
+    assert_eq!(
+        refused(0, vec![1000]),
+        "prompt_logprobs.targets is 1000, limit 999"
+    );
+}
+
+/// A row's history may be long; those of a plan together may not be longer than the slot was sized for.
+#[test]
+fn histories_share_one_bound() {
+    let limits = StepLimits {
+        max_rows: 2,
+        vocab_size: 5000,
+        ..LIMITS
+    };
+    assert_eq!(limits.max_history(), 5000);
+    let row = |len: u32| StepRow {
+        sampling: Some(RowSampling {
+            penalties: Some(Penalties {
+                repetition: 1.5,
+                presence: 0.0,
+                frequency: 0.0,
+                history: (0..len).map(|id| (id, 1)).collect(),
+            }),
+            ..RowSampling::GREEDY
+        }),
+        ..plain_row()
+    };
+    let code = |rows: Vec<StepRow>| {
+        let mut slot = vec![0; limits.plan_bytes()];
+        let used = encode_plan(&plan_of(rows), &mut slot).expect("fits");
+        decode_plan(&slot[..used], &limits)
+    };
+    assert!(code(vec![row(5000)]).is_ok() && code(vec![row(2000), row(3000)]).is_ok());
+    assert_eq!(
+        code(vec![row(2001), row(3000)]).unwrap_err().to_string(),
+        "history is 3000, limit 2999"
     );
 }

@@ -6,6 +6,7 @@ use std::{
     time::Duration,
 };
 
+use rustix::process::Signal;
 use serde_json::Value;
 
 use crate::{
@@ -70,7 +71,7 @@ fn strings(words: &[&str]) -> Vec<String> {
 pub struct Replica {
     /// `host:port` of its gRPC.
     pub address: String,
-    _process: Process,
+    process: Process,
 }
 
 impl Replica {
@@ -85,10 +86,18 @@ impl Replica {
         arguments.extend(strings(&["--served-model-name", "demo"]));
         arguments.extend(strings(&["--max-model-len", "2048", "--threads-per-rank", "1"]));
         arguments.extend(strings(&["--kv-cache-memory-bytes", "256Mi"]));
+        // Whoever is told to end cuts its streams off at once.
+        arguments.extend(strings(&["--shutdown-timeout", "0"]));
         Self {
             address: format!("127.0.0.1:{port}"),
-            _process: Process::start(&arguments),
+            process: Process::start(&arguments),
         }
+    }
+
+    /// Ends it as an update does, by SIGTERM.
+    pub fn terminate(mut self) {
+        processes::kill(self.process.child.id(), Signal::TERM);
+        assert!(self.process.child.wait().expect("it ends").success());
     }
 
     pub fn port(&self) -> u16 {

@@ -2,7 +2,10 @@
 
 use std::{
     collections::BTreeMap,
-    sync::atomic::{AtomicUsize, Ordering},
+    sync::{
+        Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
     thread,
     time::Duration,
 };
@@ -30,8 +33,11 @@ fn streams_outlive_their_replica() {
     a_name_is_as_good_as_addresses(&first);
     let undisturbed = play(&gateway, |_| {});
     let port = first.port();
-    a_kill_changes_no_stream(&gateway, first, &undisturbed);
+    losing_one_changes_no_stream(&gateway, || drop(first), &undisturbed);
     let first = one_that_returns_is_used_again(&gateway, port);
+    let port = second.port();
+    losing_one_changes_no_stream(&gateway, || second.terminate(), &undisturbed);
+    let second = one_that_returns_is_used_again(&gateway, port);
     without_any_streams_end_with_an_error(&gateway, [first, second]);
 }
 
@@ -135,12 +141,17 @@ fn note(outcome: &mut Outcome, event: &Value) {
     }
 }
 
-fn a_kill_changes_no_stream(gateway: &Gateway, victim: Replica, undisturbed: &[Outcome]) {
-    let victim = std::sync::Mutex::new(Some(victim));
+/// `harm` ends one replica under its streams.
+fn losing_one_changes_no_stream(gateway: &Gateway, harm: impl FnOnce() + Send, undisturbed: &[Outcome]) {
+    let migrations = |outcome| gateway.metric("phalanx_gateway_migrations_total", outcome);
+    let before = migrations("resumed");
+    let harm = Mutex::new(Some(harm));
     // By then every stream has begun and none has ended.
     let disturbed = play(gateway, |event| {
-        if event == STREAMS * MAX_TOKENS as usize / 4 {
-            drop(victim.lock().expect("not poisoned").take());
+        if event == STREAMS * MAX_TOKENS as usize / 4
+            && let Some(harm) = harm.lock().expect("not poisoned").take()
+        {
+            harm();
         }
     });
     for (index, (got, expected)) in disturbed.iter().zip(undisturbed).enumerate() {
@@ -154,12 +165,12 @@ fn a_kill_changes_no_stream(gateway: &Gateway, victim: Replica, undisturbed: &[O
         }
         assert_eq!(got, expected, "stream {index}");
     }
-    let moved = gateway.metric("phalanx_gateway_migrations_total", "resumed");
+    let moved = migrations("resumed") - before;
     assert!(
         moved >= STREAMS as f64 / 4.0,
-        "only {moved} streams were on the replica that died"
+        "only {moved} streams were on the replica that ended"
     );
-    assert_eq!(gateway.metric("phalanx_gateway_migrations_total", "failed"), 0.0);
+    assert_eq!(migrations("failed"), 0.0);
     let health = http::get(&gateway.address, "/health").expect("a reply");
     assert_eq!((health.status, &health.json()["state"]), (200, &json!("ready")));
     assert_eq!(

@@ -1,5 +1,7 @@
 //! `--trace-file`: one file in Chrome's Trace Event Format, written by the engine and by every rank.
 
+use std::time::Duration;
+
 use phalanx_tests::{
     http,
     server::{Server, chat},
@@ -61,7 +63,8 @@ fn engine_and_ranks_write_what_they_did() {
 #[test]
 fn a_file_that_cannot_be_written_ends_the_start() {
     let missing = ["--trace-file", "/nonexistent/trace.json"];
-    let server = Server::launch(&phalanx_tests::demo_model().to_string_lossy(), &missing);
-    let log = server.wait_failed();
+    let mut server = Server::launch(&phalanx_tests::demo_model().to_string_lossy(), &missing);
+    assert!(!server.wait(Duration::from_secs(30)).success());
+    let log = server.log_text();
     assert!(log.contains("--trace-file: No such file or directory"), "{log}");
 }

@@ -6,13 +6,10 @@ use phalanx_model::{
     ConfigError, KvDtype, ModelConfig, RankShard, RopeConfig, RopeLayout, RopeScaling, ShardError, ShardPlan,
     TensorParallelStyle,
 };
-use phalanx_proto::{step::StepLimits, v1};
+use phalanx_proto::{limits::MAX_LOGPROBS, step::StepLimits, v1};
 use phalanx_shm::MAX_WORLD_SIZE;
 
 use crate::trace::TraceOptions;
-
-/// Log-probabilities that a row may ask for at most; the coordinator derives the same limit.
-pub const MAX_LOGPROBS: u32 = 20;
 
 const MAX_RANKS: u64 = MAX_WORLD_SIZE as u64;
 const MAX_BLOCK_SIZE: u64 = 1 << 12;
@@ -103,6 +100,7 @@ impl TryFrom<&v1::Assign> for Assignment {
             v1::KvDtype::F16 => KvDtype::F16,
             v1::KvDtype::Bf16 => KvDtype::BF16,
             v1::KvDtype::E4m3 => KvDtype::E4M3,
+            v1::KvDtype::Int8 => KvDtype::INT8,
             v1::KvDtype::Unspecified => return Err(AssignmentError::Missing("kv_dtype")),
         };
         let device = match assign.device() {

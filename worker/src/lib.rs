@@ -23,7 +23,7 @@ pub mod sampler;
 pub mod trace;
 pub mod workspace;
 
-pub use assignment::{Assignment, AssignmentError, Device, MAX_LOGPROBS, step_limits};
+pub use assignment::{Assignment, AssignmentError, Device, step_limits};
 pub use attach::{WorkerConfig, run, serve};
 pub use device::DeviceChoice;
 pub use error::{JoinError, PlanError, RunError, WorkerError};

@@ -155,7 +155,7 @@ pub fn allocate_kv<B: Backend>(
 /// Bytes of K and V of all layers on this rank.
 fn kv_bytes(assignment: &Assignment) -> u64 {
     let spec = kv_spec(assignment);
-    let block = 2 * spec.block_size * spec.num_kv_heads * spec.head_dim * spec.dtype.bytes();
+    let block = 2 * spec.block_size * spec.num_kv_heads * spec.dtype.row_bytes(spec.head_dim);
     block as u64 * spec.num_blocks as u64 * assignment.config.num_hidden_layers as u64
 }
 

@@ -47,6 +47,7 @@ fn largest_step(assignment: &Assignment) -> StepPlan {
             .map(|block| BlockId(block as u32))
             .collect(),
         sampling: Some(RowSampling::GREEDY),
+        prompt_logprobs: None,
     };
     StepPlan {
         epoch: 0,

@@ -3,7 +3,7 @@
 use std::{ops::Range, path::PathBuf, time::Instant};
 
 use phalanx_kernels::{Backend, BatchInput, Communicator};
-use phalanx_proto::step::{StepOutput, StepPlan, StepRow};
+use phalanx_proto::step::{ScoredPrompt, StepOutput, StepPlan, StepRow};
 
 use crate::{
     assignment::Assignment,
@@ -11,7 +11,7 @@ use crate::{
     graphs::DecodeGraphs,
     layers::Step,
     models::LlamaForCausalLm,
-    sampler::{self, SamplingRow, Vocabulary},
+    sampler::{self, KnownRow, SamplingRow, Vocabulary},
     trace::Trace,
     workspace::Workspace,
 };
@@ -149,8 +149,41 @@ impl<'a, B: Backend, C: Communicator<B>> ModelRunner<'a, B, C> {
             epoch: plan.epoch,
             step: plan.step,
             sampled,
+            prompt_logprobs: self.score_prompts(plan)?,
             forward_us: 0,
         })
+    }
+
+    /// Scores the prompt tokens that the last [`Self::forward`], of this plan, was asked for. The LM head runs over as
+    /// many rows at a time as the workspace has logits for, which are overwritten.
+    fn score_prompts(&mut self, plan: &StepPlan) -> Result<Vec<ScoredPrompt>, RunError> {
+        let wanted = prompt_rows(plan);
+        let vocab = Vocabulary {
+            ranks: &self.vocab,
+            rank: self.loaded.assignment.rank,
+        };
+        let LoadedModel {
+            backend,
+            assignment,
+            model,
+            ..
+        } = &*self.loaded;
+        let mut scored = Vec::with_capacity(wanted.len());
+        for some in wanted.chunks(assignment.limits.max_rows as usize) {
+            let (rows, known): (Vec<u32>, Vec<KnownRow>) = some.iter().copied().unzip();
+            model.compute_logits(backend, &mut self.workspace, &rows)?;
+            let logits = &self.workspace.logits;
+            scored.extend(sampler::score(backend, &mut self.comm, logits, vocab, &known)?);
+        }
+        let mut scored = scored.into_iter();
+        let asked = plan.rows.iter().filter_map(|row| {
+            let targets = row.prompt_logprobs.as_ref()?.targets.len();
+            Some(ScoredPrompt {
+                sequence: row.sequence,
+                tokens: scored.by_ref().take(targets).collect(),
+            })
+        });
+        Ok(asked.collect())
     }
 
     /// Runs `plan` and returns this rank's columns of the logits, one row after another, of the rows that would be
@@ -201,6 +234,23 @@ impl<'a, B: Backend, C: Communicator<B>> ModelRunner<'a, B, C> {
 /// Index in its sequence of the token after the row's last.
 fn end_position(row: &StepRow) -> u64 {
     u64::from(row.num_computed_tokens) + row.token_ids.len() as u64
+}
+
+/// The rows of activations that prompt tokens are scored by, in the plan's order.
+fn prompt_rows(plan: &StepPlan) -> Vec<(u32, KnownRow)> {
+    let mut rows = Vec::new();
+    let mut start = 0;
+    for row in &plan.rows {
+        if let Some(wanted) = &row.prompt_logprobs {
+            let known = wanted.targets.iter().map(|&token| KnownRow {
+                token,
+                top: wanted.top,
+            });
+            rows.extend((start + wanted.first..).zip(known));
+        }
+        start += row.token_ids.len() as u32;
+    }
+    rows
 }
 
 /// Flattens a plan, and names the rows of activations that are sampled from. Everything that becomes an index on the
@@ -268,6 +318,13 @@ fn check_row(i: usize, row: &StepRow, assignment: &Assignment) -> Result<(), Pla
     }
     for block in &row.block_table {
         bounded("block_table", block.0.into(), last_block)?;
+    }
+    if let Some(wanted) = &row.prompt_logprobs {
+        let end = u64::from(wanted.first) + wanted.targets.len() as u64;
+        bounded("prompt_logprobs.targets", end, row.token_ids.len() as u64)?;
+        for &id in &wanted.targets {
+            bounded("prompt_logprobs.targets", id.into(), last_token)?;
+        }
     }
     let blocks = row.block_table.len();
     bounded("blocks", blocks as u64, limits.max_blocks_per_row.into())?;

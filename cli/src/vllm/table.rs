@@ -110,13 +110,10 @@ pub(super) const GROUPS: &[Group] = &[
     Group::refused("would change what is generated or reported, and is not offered", &[
         many("--kv-cache-dtype-skip-layers"), switch("--kv-sharing-fast-prefill"), value("--watermark-config", &["{}"]),
         switch("--disable-sliding-window"), switch("--return-sampling-mask"), switch("--enable-return-routed-experts"),
-        value("--logprobs-mode", &["raw_logprobs"]), value("--max-logprobs", &["20"]),
-        value("--generation-config", &["auto"]), value("--override-generation-config", &["{}"]),
+
         value("--aux-output-config", &["{}"]),
-        switch("--return-tokens-as-token-ids"),
         value("--tool-server", &[]),
         value("--reasoning-effort-map", &[]), value("--tool-strict-level", &[]),
-        switch("--enable-force-include-usage"), switch("--enable-prompt-tokens-details"),
         switch("--enable-tokenizer-info-endpoint"),
     ]),
     Group::refused("KV is neither moved to nor fetched from elsewhere", &[

@@ -7,6 +7,7 @@ use phalanx_proto::{
     v1::{self, choice::StopReason},
 };
 
+use super::logprobs;
 use crate::{
     engine::{FinishReason, StopRules},
     text::{Detokenizer, OutputParser, Parsed, PreparedRequest, StopMatcher, TokenTable, Tokenizer},
@@ -22,6 +23,10 @@ pub(super) struct ChoiceAssembler {
     eos: Option<u32>,
     include_stop_in_output: bool,
     logprobs: bool,
+    /// Whether there is more than the echo.
+    generates: bool,
+    /// Another server has begun it.
+    resumed: bool,
     /// A stop token whose text is not shown until it turns out not to have ended the sequence.
     undecided: Option<u32>,
     /// Tokens of the completion.
@@ -55,6 +60,8 @@ impl ChoiceAssembler {
             rules,
             eos: tokenizer.special_tokens().eos,
             logprobs: request.output.logprobs.is_some() && !request.plan.hides_tokens(),
+            generates: request.generates,
+            resumed: false,
             undecided: None,
             tokens: 0,
             chars: echo.chars().count() as u32,
@@ -66,6 +73,14 @@ impl ChoiceAssembler {
                 ..v1::Choice::default()
             },
             parsed: Parsed::default(),
+        }
+    }
+
+    /// Puts the echoed prompt's log-probabilities before all others, unless another server has. Before the first
+    /// [`Self::take`].
+    pub(super) fn echo(&mut self, logprobs: impl IntoIterator<Item = v1::TokenLogprobs>) {
+        if !self.resumed {
+            self.piece.logprobs.splice(0..0, logprobs);
         }
     }
 
@@ -88,7 +103,7 @@ impl ChoiceAssembler {
         if let Some(before) = self.undecided.take() {
             self.push_text_of(before);
         }
-        if self.finished {
+        if self.finished || !self.generates {
             return;
         }
         self.tokens += 1;
@@ -110,27 +125,27 @@ impl ChoiceAssembler {
         if tokens.is_empty() {
             return;
         }
+        self.resumed = true;
         for &token in tokens {
             self.token(&SampledToken {
                 sequence: SequenceId(0),
                 token,
                 finite: true,
                 logprob: None,
+                rank: None,
                 top_logprobs: Vec::new(),
             });
         }
-        self.parsed = Parsed::default();
-        self.piece = v1::Choice {
-            index: self.piece.index,
-            finish_reason: self.piece.finish_reason,
-            stop_reason: self.piece.stop_reason.take(),
-            ..v1::Choice::default()
-        };
+        if let Some(told) = self.take() {
+            self.piece.finish_reason = told.finish_reason;
+            self.piece.stop_reason = told.stop_reason;
+        }
     }
 
     /// The client has got the whole completion, of so many tokens, from another server.
     pub(super) fn skip(&mut self, tokens: u32) {
         self.tokens = tokens;
+        self.resumed = true;
         self.finished = true;
     }
 
@@ -153,6 +168,7 @@ impl ChoiceAssembler {
         if !self.show(&rest) {
             self.put(|stop_strings, out| stop_strings.finish(out));
             self.end(match reason {
+                FinishReason::Stop if !self.generates => v1::FinishReason::Length,
                 FinishReason::Stop => v1::FinishReason::Stop,
                 FinishReason::Length => v1::FinishReason::Length,
                 FinishReason::Abort => v1::FinishReason::Abort,
@@ -221,20 +237,12 @@ impl ChoiceAssembler {
     }
 
     fn logprobs_of(&self, sampled: &SampledToken) -> Option<v1::TokenLogprobs> {
-        let entry = |token_id: u32, logprob: f32| {
-            let bytes = self.table.bytes(token_id);
-            v1::TokenLogprob {
-                token_id,
-                token: String::from_utf8_lossy(bytes).into_owned(),
-                logprob,
-                bytes: bytes.to_vec(),
-            }
-        };
-        let top = sampled.top_logprobs.iter();
-        Some(v1::TokenLogprobs {
-            chosen: Some(entry(sampled.token, sampled.logprob?)),
-            top: top.map(|&(token, logprob)| entry(token, logprob)).collect(),
-            text_offset: self.chars,
-        })
+        let chosen = (sampled.token, sampled.logprob?, sampled.rank?);
+        Some(logprobs::of(
+            &self.table,
+            chosen,
+            &sampled.top_logprobs,
+            self.chars,
+        ))
     }
 }

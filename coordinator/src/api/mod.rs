@@ -7,7 +7,9 @@ mod choice;
 mod engine;
 mod inference;
 mod listen;
+mod logprobs;
 mod observe;
+mod prompt;
 mod registry;
 mod secured;
 mod status;
@@ -163,6 +165,7 @@ impl Envelope {
             created,
             choice,
             usage,
+            prompt: None,
         }
     }
     fn response(self, choices: Vec<v1::Choice>, usage: v1::Usage) -> v1::GenerateResponse {
@@ -172,6 +175,7 @@ impl Envelope {
             created: self.created,
             choices,
             usage: Some(usage),
+            prompt: None,
         }
     }
 }

@@ -10,6 +10,7 @@ use super::{
     choice::{Choice, Queued},
     inference::Parts,
     observe::Observation,
+    prompt::PromptReport,
     registry::Registration,
 };
 use crate::{engine::FinishReason, engine_thread::StreamEvent, metrics::Metrics, text::PreparedRequest};
@@ -22,6 +23,7 @@ pub(super) struct RequestStream {
     envelope: Envelope,
     registration: Registration,
     choices: Vec<Choice>,
+    prompt: PromptReport,
     /// The choice that is looked at first, so that a fast one does not starve the others.
     turn: usize,
     prompt_tokens: u32,
@@ -64,22 +66,29 @@ impl RequestStream {
             (Some(observation), Err(error)) => observation.failed(error),
             (None, _) => {}
         }
+        let prompt = PromptReport::new(&mut request, parts.text.tokenizer());
         let choices = queued?.into_iter().enumerate();
         let choices =
             choices.map(|(index, queued)| Choice::new(&request, index, queued, parts.text.tokenizer()));
-        Ok(Self {
+        let mut stream = Self {
             choices: choices.collect(),
             metrics: Some(parts.metrics.clone()),
             observation,
             envelope,
             registration,
+            prompt,
             turn: 0,
             prompt_tokens: request.prompt_tokens,
             cached_tokens: 0,
             continuous_usage: request.output.continuous_usage,
             final_usage: request.output.include_usage,
             failure: None,
-        })
+        };
+        // A prompt of one token has nothing to be scored.
+        if stream.prompt.is_complete() {
+            stream.echo();
+        }
+        Ok(stream)
     }
 
     /// The next chunk; none after the last. An error is the last; what was made before it comes first.
@@ -118,12 +127,18 @@ impl RequestStream {
                 ..v1::Choice::default()
             })
             .collect();
+        let mut prompt = None;
         while let Some(chunk) = self.next().await {
-            let Some(piece) = chunk?.choice else { continue };
+            let chunk = chunk?;
+            prompt = prompt.or(chunk.prompt);
+            let Some(piece) = chunk.choice else { continue };
             append(&mut choices[piece.index as usize], piece);
         }
         let usage = self.usage();
-        Ok(self.envelope.response(choices, usage))
+        Ok(v1::GenerateResponse {
+            prompt,
+            ..self.envelope.response(choices, usage)
+        })
     }
 
     async fn wake(&mut self) -> Wake {
@@ -155,6 +170,13 @@ impl RequestStream {
                     self.cached_tokens = cached_tokens;
                 }
                 Some(StreamEvent::Started { .. }) => {}
+                Some(StreamEvent::PromptLogprobs(scored)) => {
+                    self.prompt.extend(scored);
+                    if self.prompt.is_complete() {
+                        self.echo();
+                        return Ok(());
+                    }
+                }
                 Some(StreamEvent::Token(sampled)) => choice.assembler.token(&sampled),
                 Some(StreamEvent::Finished(reason)) => choice.assembler.finish(reason),
                 Some(StreamEvent::Failed(error)) => return Err(error),
@@ -182,7 +204,19 @@ impl RequestStream {
         }
     }
 
+    /// The prompt's scores are complete: every choice begins with them, if it echoes.
+    fn echo(&mut self) {
+        let echoed = self.prompt.echoed();
+        for choice in &mut self.choices {
+            choice.assembler.echo(echoed.iter().cloned());
+        }
+    }
+
     fn abort(&mut self) {
+        if !self.prompt.is_complete() {
+            self.prompt.give_up();
+            self.echo();
+        }
         for choice in &mut self.choices {
             if choice.submission.take().is_some() {
                 choice.assembler.finish(FinishReason::Abort);
@@ -202,6 +236,9 @@ impl RequestStream {
     }
 
     fn take_piece(&mut self) -> Option<v1::GenerateChunk> {
+        if !self.prompt.is_complete() {
+            return None;
+        }
         let piece = self
             .choices
             .iter_mut()
@@ -210,7 +247,10 @@ impl RequestStream {
             observation.piece(&piece, self.cached_tokens);
         }
         let usage = self.continuous_usage.then(|| self.usage());
-        Some(self.envelope.chunk(Some(piece), usage))
+        Some(v1::GenerateChunk {
+            prompt: self.prompt.take(),
+            ..self.envelope.chunk(Some(piece), usage)
+        })
     }
 
     fn usage(&self) -> v1::Usage {

@@ -31,6 +31,7 @@ impl Deployment {
                 KvDtype::F16 => v1::KvDtype::F16.into(),
                 KvDtype::BF16 => v1::KvDtype::Bf16.into(),
                 KvDtype::E4M3 => v1::KvDtype::E4m3.into(),
+                KvDtype::INT8 => v1::KvDtype::Int8.into(),
             },
             threads: *threads as u32,
             step_timeout_ms: step_timeout.as_millis() as u64,

@@ -3,8 +3,8 @@
 use std::{fs, path::Path};
 
 use phalanx_model::{
-    Checkpoint, CheckpointError, Geometry, GpuBudget, GpuPlacement, MemoryBudget, MemoryError, MemoryPlan,
-    MemoryRequest, Placement, QuantizationMethod, RankBudget, ShardError, TensorParallelOptions,
+    Checkpoint, CheckpointError, Geometry, GpuBudget, GpuPlacement, KvDtype, MemoryBudget, MemoryError,
+    MemoryPlan, MemoryRequest, Placement, QuantizationMethod, RankBudget, ShardError, TensorParallelOptions,
     TensorParallelStyle, memory::HumanBytes,
 };
 use phalanx_proto::{step::StepLimits, v1::DeviceKind};
@@ -87,6 +87,9 @@ impl Blueprint {
     /// # Errors
     /// Options that do not fit the model, or a host that does not tell its memory.
     pub fn draft(&self, hardware: &Hardware, shared_memory: u64) -> Result<Draft, DeploymentError> {
+        if matches!(hardware, Hardware::Cuda(_)) && self.options.kv_dtype == KvDtype::INT8 {
+            return Err(DeploymentError::Int8OnGpus);
+        }
         let (style, memory) = self.memory(hardware)?;
         let ranks = match hardware {
             Hardware::Cpu => RankBudget::Pooled(host::available_memory()?),
@@ -227,6 +230,7 @@ impl Blueprint {
             block_size: options.block_size.max(1) as u32,
             max_num_seqs: options.max_num_seqs as u32,
             max_num_batched_tokens: options.max_num_batched_tokens as u32,
+            max_logprobs: options.max_logprobs as u32,
             ..EngineConfig::new(num_blocks, self.max_model_len as u32, vocab_size)
         }
         .step_limits()

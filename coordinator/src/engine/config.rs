@@ -30,7 +30,7 @@ pub struct EngineConfig {
     pub vocab_size: u32,
     /// Most log-probabilities a request may ask for, per token.
     pub max_logprobs: u32,
-    /// Most penalty-history entries and most bias entries of a row, see [`StepLimits`].
+    /// Most bias entries of a row, see [`StepLimits`].
     pub max_edits_per_row: u32,
     /// Keep the KV of finished and preempted sequences for others that begin with the same tokens.
     pub enable_prefix_caching: bool,

@@ -156,7 +156,8 @@ impl<E: Executor, C: Clock> EngineCore<E, C> {
     }
 }
 
-/// The ranks' answer is believed only if it answers this plan: one token for each row that asked, in the plan's order.
+/// The ranks' answer is believed only if it answers this plan: one token for each row that asked, and a score for each
+/// prompt token that was to be scored, in the plan's order.
 fn check_output(plan: &StepPlan, output: &StepOutput, vocab_size: u32) -> Result<(), ExecutorError> {
     let protocol = |message: String| Err(ExecutorError::Protocol(message));
     if (output.epoch, output.step) != (plan.epoch, plan.step) {
@@ -175,6 +176,12 @@ fn check_output(plan: &StepPlan, output: &StepOutput, vocab_size: u32) -> Result
             plan.step
         ));
     }
+    if !answers_prompts(plan, output) {
+        return protocol(format!(
+            "output of step {} does not score the plan's prompt tokens",
+            plan.step
+        ));
+    }
     let known = |token: u32| token < vocab_size;
     match output.sampled.iter().find(|sampled| !known(sampled.token)) {
         Some(sampled) => protocol(format!(
@@ -183,4 +190,19 @@ fn check_output(plan: &StepPlan, output: &StepOutput, vocab_size: u32) -> Result
         )),
         None => Ok(()),
     }
+}
+
+fn answers_prompts(plan: &StepPlan, output: &StepOutput) -> bool {
+    let mut answers = output.prompt_logprobs.iter();
+    let mut asked = plan
+        .rows
+        .iter()
+        .filter_map(|row| Some((row.sequence, &row.prompt_logprobs.as_ref()?.targets)));
+    let all_scored = asked.all(|(sequence, targets)| {
+        answers.next().is_some_and(|answer| {
+            let tokens = answer.tokens.iter().map(|scored| scored.token);
+            answer.sequence == sequence && tokens.eq(targets.iter().copied())
+        })
+    });
+    all_scored && answers.next().is_none()
 }

@@ -65,14 +65,20 @@ impl KvCacheManager {
         }
     }
 
-    /// Takes what the prefix cache knows of `tokens`, if the rest would fit as well. Returns how many tokens need no
-    /// computation, always fewer than there are: the last one's logits are wanted. None, and nothing taken, if the free
-    /// blocks do not suffice; with `alone` the watermark does not count.
+    /// Takes what the prefix cache knows of the first `num_cacheable` tokens, which leave at least the last one, if the
+    /// rest would fit as well. Returns how many tokens need no computation. None, and nothing taken, if the free blocks
+    /// do not suffice; with `alone` the watermark does not count.
     ///
     /// The whole sequence has to fit although only its first chunk is allocated now, because a prompt that is admitted
     /// and then preempted halfway was computed for nothing.
-    pub(super) fn admit(&mut self, kv: &mut SequenceKv, tokens: &[u32], alone: bool) -> Option<usize> {
-        let cached = self.find_prefix(kv, tokens);
+    pub(super) fn admit(
+        &mut self,
+        kv: &mut SequenceKv,
+        tokens: &[u32],
+        num_cacheable: usize,
+        alone: bool,
+    ) -> Option<usize> {
+        let cached = self.find_prefix(kv, &tokens[..num_cacheable]);
         let new_blocks = tokens.len().div_ceil(self.block_size) - cached.len();
         let revived = cached.iter().filter(|id| self.pool.is_free(**id)).count();
         let reserve = if alone { 0 } else { self.watermark_blocks };
@@ -90,7 +96,7 @@ impl KvCacheManager {
         if !self.enable_prefix_caching {
             return Vec::new();
         }
-        let num_blocks = (tokens.len() - 1) / self.block_size;
+        let num_blocks = tokens.len() / self.block_size;
         kv.extend_hashes(tokens, num_blocks, self.block_size);
         let hashes = kv.hashes.iter().take(num_blocks);
         hashes.map_while(|hash| self.pool.find(hash)).collect()
@@ -161,7 +167,7 @@ mod tests {
     /// Computes `tokens` to the end and gives the blocks back.
     fn run(manager: &mut KvCacheManager, tokens: &[u32], salt: Option<&str>) -> Option<usize> {
         let mut kv = manager.sequence(salt);
-        let cached = manager.admit(&mut kv, tokens, true);
+        let cached = manager.admit(&mut kv, tokens, tokens.len() - 1, true);
         assert!(manager.grow(&mut kv, tokens.len()));
         manager.offer(&mut kv, tokens, tokens.len());
         manager.check([&kv].into_iter());
@@ -185,6 +191,21 @@ mod tests {
     }
 
     #[test]
+    fn tokens_whose_logits_are_wanted_are_not_taken_from_the_cache() {
+        let mut manager = manager();
+        let tokens: Vec<u32> = (0..12).collect();
+        run(&mut manager, &tokens, None);
+        for (num_cacheable, expected) in [(0, 0), (3, 0), (4, 4), (11, 8)] {
+            let mut kv = manager.sequence(None);
+            assert_eq!(
+                manager.admit(&mut kv, &tokens, num_cacheable, true),
+                Some(expected)
+            );
+            manager.free(&mut kv);
+        }
+    }
+
+    #[test]
     fn another_salt_sees_nothing() {
         let mut manager = manager();
         let tokens: Vec<u32> = (0..9).collect();
@@ -199,8 +220,8 @@ mod tests {
         let mut manager = manager();
         let tokens = vec![1; 28]; // 7 of 8 blocks, the watermark is 2
         let mut kv = manager.sequence(None);
-        assert_eq!(manager.admit(&mut kv, &tokens, false), None);
-        assert_eq!(manager.admit(&mut kv, &tokens, true), Some(0));
+        assert_eq!(manager.admit(&mut kv, &tokens, 27, false), None);
+        assert_eq!(manager.admit(&mut kv, &tokens, 27, true), Some(0));
     }
 
     #[test]
@@ -209,7 +230,7 @@ mod tests {
         let tokens: Vec<u32> = (0..29).collect(); // all 8 blocks
         run(&mut manager, &tokens, None);
         let mut kv = manager.sequence(None);
-        assert_eq!(manager.admit(&mut kv, &tokens, true), Some(28));
+        assert_eq!(manager.admit(&mut kv, &tokens, 28, true), Some(28));
         assert_eq!(manager.num_free_blocks(), 1);
         assert!(manager.grow(&mut kv, 29) && !manager.grow(&mut kv, 33));
         manager.check([&kv].into_iter());
@@ -220,7 +241,7 @@ mod tests {
         let mut manager = manager();
         let tokens: Vec<u32> = (0..12).collect();
         let mut kv = manager.sequence(None);
-        manager.admit(&mut kv, &tokens, true);
+        manager.admit(&mut kv, &tokens, 11, true);
         manager.grow(&mut kv, 12);
         manager.offer(&mut kv, &tokens, 12);
         manager.discard(&mut kv);

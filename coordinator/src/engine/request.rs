@@ -165,7 +165,10 @@ fn check_sampling(sampling: &SamplingParams, config: &EngineConfig) -> Result<()
         }
     }
     check_tokens("logit_bias", s.logit_bias.iter().map(|&(id, _)| id), config)?;
-    check_count("logprobs", s.logprobs.unwrap_or(0) as usize, config.max_logprobs)
+    for (param, count) in [("logprobs", s.logprobs), ("prompt_logprobs", s.prompt_logprobs)] {
+        check_count(param, count.unwrap_or(0) as usize, config.max_logprobs)?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -239,6 +242,10 @@ mod tests {
             "presence_penalty"
         );
         assert_eq!(refused(&|r| r.sampling.logprobs = Some(21)), "logprobs");
+        assert_eq!(
+            refused(&|r| r.sampling.prompt_logprobs = Some(21)),
+            "prompt_logprobs"
+        );
         assert_eq!(
             refused(&|r| r.sampling.logit_bias = vec![(1, f32::INFINITY)]),
             "logit_bias"

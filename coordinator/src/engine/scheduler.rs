@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 
-use phalanx_proto::step::{SampledToken, SequenceId, StepOutput, StepPlan};
+use phalanx_proto::step::{SampledToken, ScoredPrompt, SequenceId, StepOutput, StepPlan, StepRow};
 
 use super::{
     Command, EngineConfig, EngineRequest, Event, FinishReason, SchedulingPolicy,
@@ -161,16 +161,28 @@ impl Scheduler {
             return None;
         }
         self.step += 1;
-        let rows = chosen.iter().map(|(urgency, &num_tokens)| {
-            let sequence = &self.sequences[&self.running[urgency]];
-            sequence.row(num_tokens, self.config.max_edits_per_row)
-        });
         Some(StepPlan {
             epoch: self.epoch,
             step: self.step,
-            rows: rows.collect(),
+            rows: self.rows(&chosen),
             masks_follow: false,
         })
+    }
+
+    /// The rows of the chosen sequences, the most urgent first. One whose penalties look at more tokens than the plan
+    /// has room for is left to a later step: alone, every history fits.
+    fn rows(&self, chosen: &BTreeMap<Urgency, usize>) -> Vec<StepRow> {
+        let mut history_left = self.config.step_limits().max_history() as usize;
+        let mut rows = Vec::with_capacity(chosen.len());
+        for (urgency, &num_tokens) in chosen {
+            let sequence = &self.sequences[&self.running[urgency]];
+            let history = sequence.history_len(num_tokens);
+            if history <= history_left {
+                history_left -= history;
+                rows.push(sequence.row(num_tokens));
+            }
+        }
+        rows
     }
 
     /// Gives tokens to the running sequences whose number of remaining tokens passes `turn`.
@@ -233,7 +245,11 @@ impl Scheduler {
                 return;
             }
             let alone = self.running.is_empty();
-            let Some(num_cached_tokens) = self.kv.admit(&mut sequence.kv, &sequence.tokens, alone) else {
+            let cacheable = sequence.num_cacheable_tokens();
+            let admitted = self
+                .kv
+                .admit(&mut sequence.kv, &sequence.tokens, cacheable, alone);
+            let Some(num_cached_tokens) = admitted else {
                 return;
             };
             draft.on_last_chance |= last_chance;
@@ -259,10 +275,10 @@ impl Scheduler {
     /// Books what a step has computed. The output must answer the plan; sequences that ended meanwhile are skipped.
     pub(super) fn update(&mut self, plan: &StepPlan, output: StepOutput, events: &mut Vec<Event>) {
         // First, because nobody may find the blocks of a sequence whose logits are no numbers.
-        for sampled in output.sampled.iter().filter(|sampled| !sampled.finite) {
-            if let Some(sequence) = self.sequences.get_mut(&sampled.sequence) {
+        for id in not_finite(&output) {
+            if let Some(sequence) = self.sequences.get_mut(&id) {
                 self.kv.discard(&mut sequence.kv);
-                self.finish(sampled.sequence, FinishReason::NotFinite, events);
+                self.finish(id, FinishReason::NotFinite, events);
             }
         }
         for row in &plan.rows {
@@ -273,8 +289,19 @@ impl Scheduler {
                 self.kv.offer(&mut sequence.kv, &sequence.tokens, num_computed);
             }
         }
+        for scored in output.prompt_logprobs {
+            self.accept_scored(scored, events);
+        }
         for sampled in output.sampled {
             self.accept(sampled, events);
+        }
+    }
+
+    fn accept_scored(&mut self, scored: ScoredPrompt, events: &mut Vec<Event>) {
+        let ScoredPrompt { sequence: id, tokens } = scored;
+        if let Some(sequence) = self.sequences.get_mut(&id) {
+            sequence.scored(tokens.len());
+            events.push(Event::PromptLogprobs { sequence: id, tokens });
         }
     }
 
@@ -365,6 +392,18 @@ impl Scheduler {
             }
         }
     }
+}
+
+/// The sequences whose logits held a NaN or an infinity.
+fn not_finite(output: &StepOutput) -> impl Iterator<Item = SequenceId> {
+    let sampled = output.sampled.iter().filter(|sampled| !sampled.finite);
+    let scored = output
+        .prompt_logprobs
+        .iter()
+        .filter(|scored| scored.tokens.iter().any(|token| token.logprob.is_nan()));
+    sampled
+        .map(|sampled| sampled.sequence)
+        .chain(scored.map(|scored| scored.sequence))
 }
 
 /// How many tokens a sequence may compute in this step.

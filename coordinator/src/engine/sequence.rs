@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use phalanx_proto::step::{RowSampling, SequenceId, StepRow};
+use phalanx_proto::step::{PromptLogprobs, RowSampling, SequenceId, StepRow};
 
 use super::{EngineRequest, FinishReason, SamplingParams, StopRules, kv_cache_manager::SequenceKv};
 
@@ -23,6 +23,8 @@ pub(super) struct Sequence {
     /// Prompt and output.
     pub(super) tokens: Vec<u32>,
     num_prompt_tokens: usize,
+    /// The next prompt token to be scored; the prompt's length if there is none left. The first has nothing before it.
+    next_scored: usize,
     /// Tokens whose KV is in the blocks.
     pub(super) num_computed_tokens: usize,
     pub(super) kv: SequenceKv,
@@ -43,9 +45,17 @@ impl Sequence {
             id: request.id,
             urgency,
             num_prompt_tokens: request.prompt.len(),
+            next_scored: match request.sampling.prompt_logprobs {
+                Some(_) => 1,
+                None => request.prompt.len(),
+            },
             num_computed_tokens: 0,
             kv,
-            history: penalized.then(|| TokenHistory::of_prompt(&request.prompt)),
+            history: penalized.then(|| {
+                // The other penalties look at the output only.
+                let repetition = request.sampling.repetition_penalty != 1.0;
+                TokenHistory::of_prompt(if repetition { &request.prompt } else { &[] })
+            }),
             tokens: request.prompt,
             sampling: request.sampling,
             stop: request.stop,
@@ -71,25 +81,59 @@ impl Sequence {
         self.tokens.len() - self.num_prompt_tokens
     }
 
+    /// Leading tokens whose logits nobody wants, so that their KV may come from the prefix cache.
+    pub(super) fn num_cacheable_tokens(&self) -> usize {
+        // The token at `next_scored` is scored by the logits of the one before.
+        let wanted = if self.next_scored < self.num_prompt_tokens {
+            self.next_scored
+        } else {
+            self.tokens.len()
+        };
+        wanted - 1
+    }
+
+    /// Entries of the penalty history of a row of the next `num_new_tokens` tokens.
+    pub(super) fn history_len(&self, num_new_tokens: usize) -> usize {
+        let samples = self.num_computed_tokens + num_new_tokens == self.tokens.len();
+        self.history
+            .as_ref()
+            .filter(|_| samples)
+            .map_or(0, |history| history.counts.len())
+    }
+
     /// The next `num_new_tokens` tokens; samples if they reach the last one.
-    pub(super) fn row(&self, num_new_tokens: usize, max_edits: u32) -> StepRow {
+    pub(super) fn row(&self, num_new_tokens: usize) -> StepRow {
         let end = self.num_computed_tokens + num_new_tokens;
         StepRow {
             sequence: self.id,
             token_ids: self.tokens[self.num_computed_tokens..end].to_vec(),
             num_computed_tokens: self.num_computed_tokens as u32,
             block_table: self.kv.table.clone(),
-            sampling: (end == self.tokens.len()).then(|| self.row_sampling(max_edits as usize)),
+            sampling: (end == self.tokens.len()).then(|| self.row_sampling()),
+            prompt_logprobs: self.row_prompt_logprobs(end),
         }
     }
 
-    fn row_sampling(&self, max_edits: usize) -> RowSampling {
+    /// What a row that ends before token `end` has to score.
+    fn row_prompt_logprobs(&self, end: usize) -> Option<PromptLogprobs> {
+        let top = self.sampling.prompt_logprobs?;
+        let last = self.num_prompt_tokens.min(end + 1);
+        (self.next_scored < last).then(|| PromptLogprobs {
+            top,
+            first: (self.next_scored - 1 - self.num_computed_tokens) as u32,
+            targets: self.tokens[self.next_scored..last].to_vec(),
+        })
+    }
+
+    /// So many more prompt tokens have been scored.
+    pub(super) fn scored(&mut self, num_tokens: usize) {
+        self.next_scored += num_tokens;
+        debug_assert!(self.next_scored <= self.num_prompt_tokens, "{:?}", self.id);
+    }
+
+    fn row_sampling(&self) -> RowSampling {
         let s = &self.sampling;
-        let history = || {
-            self.history
-                .as_ref()
-                .map_or_else(Vec::new, |history| history.entries(max_edits))
-        };
+        let history = || self.history.as_ref().map_or_else(Vec::new, TokenHistory::entries);
         RowSampling {
             temperature: s.temperature,
             top_p: s.top_p,
@@ -121,56 +165,35 @@ impl Sequence {
     /// Appends a sampled token; the reason if it is the last.
     pub(super) fn push(&mut self, token: u32) -> Option<FinishReason> {
         if let Some(history) = &mut self.history {
-            history.push_output(token, self.tokens.len());
+            history.push_output(token);
         }
         self.tokens.push(token);
         self.stop.end_after(self.num_output_tokens(), token)
     }
 }
 
-/// Each distinct token of a sequence, maintained as it grows.
+/// Each distinct token of a sequence, maintained as it grows, with how often the output holds it.
 struct TokenHistory {
-    uses: BTreeMap<u32, TokenUse>,
-}
-
-#[derive(Clone, Copy)]
-struct TokenUse {
-    num_in_output: u32,
-    last_position: usize,
+    counts: BTreeMap<u32, u32>,
 }
 
 impl TokenHistory {
     fn of_prompt(prompt: &[u32]) -> Self {
-        let uses = prompt.iter().enumerate().map(|(position, &token)| {
-            let token_use = TokenUse {
-                num_in_output: 0,
-                last_position: position,
-            };
-            (token, token_use)
-        });
-        Self { uses: uses.collect() }
-    }
-
-    fn push_output(&mut self, token: u32, position: usize) {
-        let token_use = self.uses.entry(token).or_insert(TokenUse {
-            num_in_output: 0,
-            last_position: position,
-        });
-        token_use.num_in_output += 1;
-        token_use.last_position = position;
-    }
-
-    /// At most `limit` tokens with their counts, by rising id. Where there are more, those seen last count: output
-    /// before prompt, and the same choice wherever and whenever the sequence runs.
-    fn entries(&self, limit: usize) -> Vec<(u32, u32)> {
-        let mut since = 0;
-        if self.uses.len() > limit {
-            let mut positions: Vec<_> = self.uses.values().map(|u| u.last_position).collect();
-            let forgotten = positions.len() - limit;
-            since = *positions.select_nth_unstable(forgotten).1;
+        Self {
+            counts: prompt.iter().map(|&token| (token, 0)).collect(),
         }
-        let recent = self.uses.iter().filter(|(_, u)| u.last_position >= since);
-        recent.map(|(&token, u)| (token, u.num_in_output)).collect()
+    }
+
+    fn push_output(&mut self, token: u32) {
+        *self.counts.entry(token).or_default() += 1;
+    }
+
+    /// By rising id.
+    fn entries(&self) -> Vec<(u32, u32)> {
+        self.counts
+            .iter()
+            .map(|(&token, &count)| (token, count))
+            .collect()
     }
 }
 
@@ -179,14 +202,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn history_counts_output_and_keeps_the_latest() {
+    fn history_counts_output_and_forgets_nothing() {
         let mut history = TokenHistory::of_prompt(&[5, 3, 5, 9]);
-        assert_eq!(history.entries(8), [(3, 0), (5, 0), (9, 0)]);
-        history.push_output(5, 4);
-        history.push_output(1, 5);
-        history.push_output(5, 6);
-        assert_eq!(history.entries(8), [(1, 1), (3, 0), (5, 2), (9, 0)]);
-        assert_eq!(history.entries(3), [(1, 1), (5, 2), (9, 0)]);
-        assert_eq!(history.entries(1), [(5, 2)]);
+        assert_eq!(history.entries(), [(3, 0), (5, 0), (9, 0)]);
+        for token in [5, 1, 5] {
+            history.push_output(token);
+        }
+        assert_eq!(history.entries(), [(1, 1), (3, 0), (5, 2), (9, 0)]);
     }
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use phalanx_proto::step::{Penalties, SampledToken, SequenceId, StepOutput, StepPlan};
+use phalanx_proto::step::{Penalties, SampledToken, ScoredToken, SequenceId, StepOutput, StepPlan};
 
 use super::request::RequestError;
 
@@ -64,6 +64,8 @@ pub struct SamplingParams {
     pub frequency_penalty: f32,
     pub seed: u64,
     pub logprobs: Option<u32>,
+    /// Score every prompt token after the first, and report so many of the best tokens beside each.
+    pub prompt_logprobs: Option<u32>,
     pub logit_bias: Vec<(u32, f32)>,
 }
 
@@ -78,6 +80,7 @@ impl SamplingParams {
         frequency_penalty: 0.0,
         seed: 0,
         logprobs: None,
+        prompt_logprobs: None,
         logit_bias: Vec::new(),
     };
     /// None when every penalty is off, so that nothing has to be counted or sent.
@@ -146,6 +149,12 @@ pub enum Event {
     Started {
         sequence: SequenceId,
         cached_tokens: u32,
+    },
+    /// The next prompt tokens that were asked to be scored: each token after the first exactly once, in order, and all
+    /// of them before the first `Token`.
+    PromptLogprobs {
+        sequence: SequenceId,
+        tokens: Vec<ScoredToken>,
     },
     Token(SampledToken),
     /// Exactly one of `Finished`, `Rejected` and `Lost` is every submitted sequence's last event.

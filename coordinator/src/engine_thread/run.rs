@@ -167,6 +167,9 @@ impl<E: Executor> EngineThread<E> {
                         self.send(sequence, StreamEvent::Started { cached_tokens });
                     }
                 }
+                Event::PromptLogprobs { sequence, tokens } => {
+                    self.send(sequence, StreamEvent::PromptLogprobs(tokens));
+                }
                 Event::Token(sampled) => {
                     if let Some(live) = self.live.get_mut(&sampled.sequence) {
                         live.lifecycle.token(now, &self.shared.metrics);

@@ -85,7 +85,7 @@ fn expected(id: SequenceId, new: &NewSequence) -> Vec<u32> {
         priority: 0,
         cache_salt: None,
     };
-    oracle(&request, 1024).0
+    oracle(&request).0
 }
 
 async fn within<T>(future: impl Future<Output = T>) -> T {

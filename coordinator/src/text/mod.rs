@@ -3,6 +3,7 @@
 mod chat;
 mod detokenizer;
 mod error;
+mod generation;
 mod json;
 mod output;
 mod pool;
@@ -16,10 +17,11 @@ mod tools;
 pub use chat::{ChatOptions, ChatTemplate, ContentFormat, Conversation, MAX_KWARGS_BYTES};
 pub use detokenizer::Detokenizer;
 pub use error::TextError;
+pub use generation::{GenerationConfig, GenerationDefaults, GenerationOptions};
 pub use output::{OutputParser, OutputPlan, Parsed, ReasoningParser, ToolParser};
 pub use pool::TextPool;
 pub use processor::{PreparedRequest, TextModel, TextOptions, TextProcessor};
-pub use sampling::{DEFAULT_MAX_LOGPROBS, GenerationDefaults, ModelLimits};
+pub use sampling::ModelLimits;
 pub use stop::{MAX_STOP_STRING_BYTES, StopMatcher};
 pub use tokenizer::{
     GgufVocab, HfFiles, MAX_VOCAB_SIZE, SpecialTokens, TokenEncoding, TokenTable, Tokenizer,

@@ -25,13 +25,13 @@ pub struct TextModel {
 }
 
 impl TextModel {
-    /// From a GGUF file's metadata, which has no generation defaults.
+    /// From a GGUF file's metadata.
     pub fn from_gguf<B: AsRef<[u8]>>(file: &Gguf<B>) -> Result<Self, TextError> {
         let vocab = GgufVocab::from_metadata(file)?;
         Ok(Self {
             tokenizer: Tokenizer::from_gguf(&vocab)?,
             chat_template: vocab.chat_template,
-            defaults: GenerationDefaults::default(),
+            defaults: GenerationDefaults::from_gguf(file)?,
         })
     }
 
@@ -78,8 +78,12 @@ pub struct PreparedRequest {
     /// How many tokens a completion has that another server has ended; none of one that is to run.
     pub ended_after: Vec<Option<u32>>,
     pub prompt_tokens: u32,
+    /// The prompt's tokens, if the reply tells of them.
+    pub prompt: Option<Vec<u32>>,
     /// The prompt's text, if it comes first in the output.
     pub echo: Option<String>,
+    /// Whether anything comes after the prompt. If not, the one token that is sampled is nobody's.
+    pub generates: bool,
     pub stop_strings: StopMatcher,
     pub skip_special_tokens: bool,
     pub output: v1::OutputOptions,
@@ -129,9 +133,10 @@ impl TextProcessor {
         let output = request.output.take().unwrap_or_default();
         let place = Place::checked(request.priority, request.cache_salt.take())?;
         let params = self.check(&request.sampling.take().unwrap_or_default(), &output)?;
+        let cut = Cut::checked(request.truncate_prompt_tokens, &params, &self.limits)?;
         let resume = std::mem::take(&mut request.resume);
         let add_special_tokens = request.add_special_tokens.unwrap_or(true);
-        let (prompt, echo) = match request.prompt {
+        let (mut prompt, mut echo) = match request.prompt {
             None => {
                 return Err(RpcError::invalid(
                     "prompt",
@@ -151,21 +156,27 @@ impl TextProcessor {
                 (ids.ids, echo)
             }
         };
+        if cut.apply(&mut prompt) && output.echo {
+            echo = Some(self.tokenizer.decode(&prompt, params.skip_special_tokens));
+        }
         self.assemble(params, prompt, place, (echo, output))?
             .resume(resume)
     }
 
     /// Renders, checks and tokenizes a conversation. Errors as [`Self::prepare`], and those of the template.
     pub async fn prepare_chat(&self, mut request: v1::ChatRequest) -> Result<PreparedRequest, RpcError> {
-        let output = request.output.unwrap_or_default();
+        let mut output = request.output.unwrap_or_default();
+        // It is the last message that is echoed, not the prompt, of which there would be log-probabilities.
+        output.echo = false;
         let place = Place::checked(request.priority, request.cache_salt.take())?;
         let params = self.check(&request.sampling.take().unwrap_or_default(), &output)?;
+        let cut = Cut::checked(request.truncate_prompt_tokens, &params, &self.limits)?;
         let max_bytes = self.max_prompt_bytes();
         let given = request.messages.iter().map(message_bytes);
         self.check_bytes(given.fold(0, usize::saturating_add), "messages")?;
         let resume = std::mem::take(&mut request.resume);
         let (chat, tokenizer) = (self.chat.clone(), self.tokenizer.clone());
-        let (prompt, echo, plan) = self
+        let (mut prompt, echo, plan) = self
             .pool
             .run(move || {
                 let rendered = chat.render(&request, max_bytes)?;
@@ -173,6 +184,7 @@ impl TextProcessor {
                 Ok((prompt, rendered.echo, rendered.plan))
             })
             .await?;
+        cut.apply(&mut prompt);
         let prepared = self.assemble(params, prompt, place, (echo, output))?;
         PreparedRequest { plan, ..prepared }.resume(resume)
     }
@@ -182,10 +194,6 @@ impl TextProcessor {
         params: &v1::SamplingParams,
         output: &v1::OutputOptions,
     ) -> Result<CheckedParams, RpcError> {
-        if output.echo && output.logprobs.is_some() {
-            let message = "echo cannot be combined with logprobs: there are none of the prompt";
-            return Err(RpcError::invalid("echo", message));
-        }
         let rules = Rules {
             limits: &self.limits,
             defaults: &self.defaults,
@@ -259,11 +267,15 @@ impl TextProcessor {
             priority: place.priority,
             cache_salt: place.cache_salt.clone(),
         });
+        let sequences = sequences.collect();
+        let tells_of_prompt = output.return_prompt_token_ids || params.sampling.prompt_logprobs.is_some();
         Ok(PreparedRequest {
-            sequences: sequences.collect(),
+            sequences,
             ended_after: vec![None; params.n as usize],
             prompt_tokens,
+            prompt: tells_of_prompt.then_some(prompt),
             echo,
+            generates: params.generates(),
             stop_strings: params.stop_strings,
             skip_special_tokens: params.skip_special_tokens,
             output,
@@ -287,6 +299,42 @@ impl Place {
             return Err(RpcError::invalid("cache_salt", message));
         }
         Ok(Self { priority, cache_salt })
+    }
+}
+
+/// How many of a prompt's last tokens are kept.
+struct Cut(Option<usize>);
+
+impl Cut {
+    /// `asked`: -1 for as many as fit. Errors: `InvalidArgument` for a number that cuts nothing or all.
+    fn checked(asked: Option<i32>, params: &CheckedParams, limits: &ModelLimits) -> Result<Self, RpcError> {
+        const PARAM: &str = "truncate_prompt_tokens";
+        let most = limits.max_model_len;
+        match asked {
+            None => Ok(Self(None)),
+            Some(-1) => Ok(Self(Some(params.room_for_prompt(limits).max(1)))),
+            Some(kept) if u32::try_from(kept).is_ok_and(|kept| (1..=most).contains(&kept)) => {
+                Ok(Self(Some(kept as usize)))
+            }
+            Some(kept) if kept > 0 => {
+                let message = format!(
+                    "truncate_prompt_tokens value ({kept}) is greater than max_model_len ({most}). Please, select a \
+                     smaller truncation size."
+                );
+                Err(RpcError::invalid(PARAM, message))
+            }
+            Some(kept) => {
+                let message = format!("truncate_prompt_tokens must be -1 or at least 1, got {kept}.");
+                Err(RpcError::invalid(PARAM, message))
+            }
+        }
+    }
+
+    /// Whether anything was cut off.
+    fn apply(&self, prompt: &mut Vec<u32>) -> bool {
+        let surplus = self.0.map_or(0, |kept| prompt.len().saturating_sub(kept));
+        prompt.drain(..surplus);
+        surplus > 0
     }
 }
 

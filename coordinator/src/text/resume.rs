@@ -27,7 +27,21 @@ impl PreparedRequest {
             *ended_after = choice.ended_after;
             give(sequence, choice)?;
         }
+        self.score_for_new_ones();
         Ok(self)
+    }
+
+    /// The prompt has been told to the clients of all completions but those that have not begun: the first of them
+    /// scores it.
+    fn score_for_new_ones(&mut self) {
+        let wanted = self.sequences.first_mut();
+        let wanted = wanted.and_then(|first| first.sampling.prompt_logprobs.take());
+        let mut completions = self.sequences.iter_mut().zip(&self.ended_after);
+        match completions.find(|(sequence, ended_after)| sequence.output.is_empty() && ended_after.is_none())
+        {
+            Some((new, _)) => new.sampling.prompt_logprobs = wanted,
+            None => self.prompt = None,
+        }
     }
 }
 

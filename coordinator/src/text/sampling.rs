@@ -8,50 +8,14 @@ use phalanx_proto::{
     secret::random_u64,
     v1,
 };
-use serde::Deserialize;
-use serde_json::Value;
 
-use super::{StopMatcher, TextError, tokenizer::SpecialTokens};
+use super::{GenerationDefaults, StopMatcher, tokenizer::SpecialTokens};
 use crate::engine::{SamplingParams, StopRules};
 
-/// Most alternatives reported per token, unless the server is told otherwise.
-pub const DEFAULT_MAX_LOGPROBS: u32 = 20;
 /// Smaller temperatures than this are raised to it, as in vLLM: dividing logits by less overflows.
 const MIN_TEMPERATURE: f32 = 0.01;
 /// Larger biases are lowered to it, as in vLLM: it forces or bans a token already.
 const MOST_BIAS: f32 = 100.0;
-
-/// A model's own defaults, from generation_config.json; unset ones are the fields' standard defaults.
-#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
-pub struct GenerationDefaults {
-    pub temperature: Option<f32>,
-    pub top_p: Option<f32>,
-    /// 0 and -1 both mean no limit.
-    pub top_k: Option<i64>,
-    pub min_p: Option<f32>,
-    pub repetition_penalty: Option<f32>,
-    /// Cap on the tokens of a request that sets no `max_tokens`.
-    pub max_new_tokens: Option<u32>,
-}
-
-impl GenerationDefaults {
-    /// Reads generation_config.json. Errors: a value of the wrong type or out of its range.
-    pub fn from_json(json: &Value) -> Result<Self, TextError> {
-        const FILE: &str = "generation_config.json";
-        if json.is_null() {
-            return Ok(Self::default());
-        }
-        let defaults = Self::deserialize(json).map_err(|error| TextError::file(FILE, error))?;
-        let numbers = Numbers::resolve(&v1::SamplingParams::default(), &defaults);
-        numbers
-            .check()
-            .map_err(|error| TextError::file(FILE, error.message))?;
-        if defaults.max_new_tokens == Some(0) {
-            return Err(TextError::file(FILE, "max_new_tokens must be at least 1, got 0."));
-        }
-        Ok(defaults)
-    }
-}
 
 /// What a model and its server allow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,6 +51,11 @@ pub(crate) struct CheckedParams {
     stop_token_ids: Vec<u32>,
 }
 
+/// Errors: a default that no request might ask for.
+pub(super) fn check_defaults(defaults: &GenerationDefaults) -> Result<(), RpcError> {
+    Numbers::resolve(&v1::SamplingParams::default(), defaults).check()
+}
+
 /// Checks `params` and `output` and fills in defaults. Errors: `InvalidArgument` naming field, value and limit.
 pub(crate) fn check(
     params: &v1::SamplingParams,
@@ -97,13 +66,8 @@ pub(crate) fn check(
     numbers.check()?;
     let greedy = numbers.temperature == 0.0;
     let n = checked_n(params.n.unwrap_or(1), greedy)?;
-    if let Some(logprobs) = output.logprobs.filter(|&count| count > rules.limits.max_logprobs) {
-        let limit = rules.limits.max_logprobs;
-        let message =
-            format!("Requested sample logprobs of {logprobs}, which is greater than max allowed: {limit}");
-        return Err(RpcError::invalid("logprobs", message));
-    }
-    if params.max_tokens == Some(0) {
+    check_alternatives(output, rules.limits.max_logprobs)?;
+    if params.max_tokens == Some(0) && !output.echo {
         return Err(RpcError::invalid(
             "max_tokens",
             "max_tokens must be at least 1, got 0.",
@@ -132,6 +96,7 @@ pub(crate) fn check(
             frequency_penalty: numbers.frequency_penalty,
             seed: params.seed.unwrap_or_else(random_u64),
             logprobs: output.logprobs,
+            prompt_logprobs: prompt_alternatives(output),
             logit_bias: logit_bias(params, rules.limits)?,
         },
         stop_strings: StopMatcher::new(&params.stop, params.include_stop_str_in_output)?,
@@ -171,6 +136,8 @@ impl CheckedParams {
         }
         let max_tokens = self
             .max_tokens
+            // A prompt that is only echoed is computed by sampling once; nobody sees the token.
+            .map(|max| max.max(1))
             .unwrap_or_else(|| self.default_max_tokens.map_or(left, |max| max.min(left)));
         if self.min_tokens > max_tokens {
             let message = format!(
@@ -186,13 +153,47 @@ impl CheckedParams {
         })
     }
 
-    /// The sampling parameters of completion `index`.
+    /// The sampling parameters of completion `index`. The first scores the prompt for all.
     pub(crate) fn sampling_of(&self, index: u32) -> SamplingParams {
         SamplingParams {
             seed: self.sampling.seed.wrapping_add(index.into()),
+            prompt_logprobs: self.sampling.prompt_logprobs.filter(|_| index == 0),
             ..self.sampling.clone()
         }
     }
+
+    /// Whether anything comes after the prompt.
+    pub(crate) fn generates(&self) -> bool {
+        self.max_tokens != Some(0)
+    }
+
+    /// The most tokens of a prompt that is cut to what fits beside its completion.
+    pub(crate) fn room_for_prompt(&self, limits: &ModelLimits) -> usize {
+        limits
+            .max_model_len
+            .saturating_sub(self.max_tokens.unwrap_or(1).max(1)) as usize
+    }
+}
+
+/// Alternatives of prompt tokens, for whichever part of the reply has more of them.
+fn prompt_alternatives(output: &v1::OutputOptions) -> Option<u32> {
+    let echoed = output.logprobs.filter(|_| output.echo);
+    output.prompt_logprobs.max(echoed)
+}
+
+fn check_alternatives(output: &v1::OutputOptions, limit: u32) -> Result<(), RpcError> {
+    for (param, kind, count) in [
+        ("logprobs", "sample", output.logprobs),
+        ("prompt_logprobs", "prompt", output.prompt_logprobs),
+    ] {
+        if let Some(count) = count.filter(|&count| count > limit) {
+            let message = format!(
+                "Requested {kind} logprobs of {count}, which is greater than max allowed: {limit} (--max-logprobs)"
+            );
+            return Err(RpcError::invalid(param, message));
+        }
+    }
+    Ok(())
 }
 
 /// The numeric fields with their defaults.

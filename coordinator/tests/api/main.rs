@@ -1,6 +1,7 @@
 //! The services over a real gRPC server on a unix socket and the real engine; only the ranks are scripted.
 
 mod operations;
+mod prompts;
 mod ranks;
 mod requests;
 mod resume;

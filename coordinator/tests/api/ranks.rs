@@ -3,7 +3,7 @@
 use std::{collections::HashMap, sync::mpsc::Receiver, time::Duration};
 
 use phalanx_coordinator::engine::{Executor, ExecutorError};
-use phalanx_proto::step::{SampledToken, StepOutput, StepPlan, StepRow};
+use phalanx_proto::step::{SampledToken, ScoredPrompt, ScoredToken, StepOutput, StepPlan, StepRow};
 
 /// Every prompt of these tests, `Hello world`.
 pub(crate) const PROMPT: &str = "Hello world";
@@ -31,7 +31,7 @@ impl ScriptedRanks {
         let sampling = row.sampling.as_ref()?;
         let known = row.num_computed_tokens + row.token_ids.len() as u32;
         let script = self.scripts.get(&sampling.seed).map_or(&[][..], Vec::as_slice);
-        let scripted = script.get((known - PROMPT_TOKENS) as usize).copied();
+        let scripted = script.get(known.saturating_sub(PROMPT_TOKENS) as usize).copied();
         let forced = sampling.bias.iter().find(|(_, bias)| *bias >= 100.0);
         let token = forced.map(|(token, _)| *token).or(scripted).unwrap_or(FILLER);
         let count = sampling.logprobs.unwrap_or(0);
@@ -40,9 +40,28 @@ impl ScriptedRanks {
             token,
             finite: true,
             logprob: sampling.logprobs.map(|_| -0.5),
+            rank: sampling.logprobs.map(|_| 1),
             top_logprobs: (0..count).map(|at| (token + at, -0.5 - at as f32)).collect(),
         })
     }
+}
+
+/// Every known token is the second of two.
+fn scored(row: &StepRow) -> Option<ScoredPrompt> {
+    let wanted = row.prompt_logprobs.as_ref()?;
+    let tokens = wanted.targets.iter().map(|&token| ScoredToken {
+        token,
+        logprob: -1.5,
+        rank: 2,
+        top_logprobs: [(FILLER, -0.25), (token, -1.5)]
+            .into_iter()
+            .take(wanted.top as usize)
+            .collect(),
+    });
+    Some(ScoredPrompt {
+        sequence: row.sequence,
+        tokens: tokens.collect(),
+    })
 }
 
 impl Executor for ScriptedRanks {
@@ -57,6 +76,7 @@ impl Executor for ScriptedRanks {
             epoch: plan.epoch,
             step: plan.step,
             sampled: plan.rows.iter().filter_map(|row| self.sample(row)).collect(),
+            prompt_logprobs: plan.rows.iter().filter_map(scored).collect(),
             forward_us: 1,
         });
         Ok(())

@@ -43,9 +43,9 @@ async fn a_stream_carries_text_tokens_logprobs_and_usage() {
     ask.model = "alias".into();
     ask.output = Some(v1::OutputOptions {
         logprobs: Some(1),
-        echo: false,
         include_usage: true,
         continuous_usage: true,
+        ..Default::default()
     });
     let mut stream = open(&mut client, ask.clone()).await;
     server.permit(Permit::Step);
@@ -77,29 +77,6 @@ async fn a_stream_carries_text_tokens_logprobs_and_usage() {
 
     let again = client.generate(ask).await.expect("a reply").into_inner();
     assert_eq!(again.usage, Some(usage(2, 1)), "the second time finds the prefix");
-}
-
-#[tokio::test]
-async fn the_prompt_comes_first_if_asked_for_but_has_no_logprobs() {
-    let server = Server::free(scripted([(1, vec![FILLER, EOS])]));
-    let mut client = server.inference().await;
-    let mut ask = request(1, |_| {});
-    ask.output = Some(v1::OutputOptions {
-        echo: true,
-        ..Default::default()
-    });
-    let reply = client.generate(ask.clone()).await.expect("a reply").into_inner();
-    assert_eq!(reply.choices[0].text, "Hello world world");
-    ask.output = Some(v1::OutputOptions {
-        echo: true,
-        logprobs: Some(0),
-        ..Default::default()
-    });
-    let error = RpcError::from(&client.generate(ask).await.expect_err("refused"));
-    assert_eq!(
-        (error.kind, error.param.as_deref()),
-        (ErrorKind::InvalidArgument, Some("echo"))
-    );
 }
 
 #[tokio::test]

@@ -152,3 +152,47 @@ async fn a_call_that_was_cut_short_ends_for_its_length() {
     assert_eq!(choice.tool_calls.len(), 1);
     assert_eq!(choice.finish_reason(), FinishReason::Length);
 }
+
+/// Reasoning, text, names and arguments of calls, and the end.
+fn told(pieces: &[v1::Choice]) -> ([String; 4], FinishReason) {
+    let mut all: [String; 4] = Default::default();
+    for piece in pieces {
+        all[0].push_str(piece.reasoning.as_deref().unwrap_or_default());
+        all[1].push_str(&piece.text);
+        for call in &piece.tool_calls {
+            all[2].push_str(&call.name);
+            all[3].push_str(&call.arguments);
+        }
+    }
+    let end = pieces
+        .last()
+        .map_or(FinishReason::Unspecified, v1::Choice::finish_reason);
+    (all, end)
+}
+
+#[tokio::test]
+async fn calls_and_reasoning_go_on_where_another_server_was_lost() {
+    let play = async |resume: Vec<v1::ResumedChoice>| {
+        let server = Server::start(says(SAYS));
+        let request = v1::ChatRequest { resume, ..ask(TOOLS) };
+        let mut client = server.inference().await;
+        let mut stream = client.chat_stream(request).await.expect("accepted").into_inner();
+        let mut pieces = Vec::new();
+        loop {
+            server.permit(Permit::Step);
+            let Some(chunk) = next(&mut stream).await.expect("no error") else {
+                return pieces;
+            };
+            pieces.push(chunk.choice.expect("a choice"));
+        }
+    };
+    let undisturbed = play(Vec::new()).await;
+    for cut in 1..undisturbed.len() {
+        let (known, rest) = undisturbed.split_at(cut);
+        let resumed = v1::ResumedChoice {
+            token_ids: known.iter().flat_map(|piece| piece.token_ids.clone()).collect(),
+            ended_after: None,
+        };
+        assert_eq!(told(&play(vec![resumed]).await), told(rest), "after {cut} pieces");
+    }
+}

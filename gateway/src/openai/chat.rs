@@ -20,9 +20,11 @@ use super::{
     error::ApiError,
     logprobs::ChatLogprobs,
     messages::{self, Messages},
+    output::{OutputFields, Style},
     params::Params,
+    prompt_reply::PromptReply,
     reply::{Head, Reply, Stop, Whole, finish_reason, stop_reason},
-    sse::{self, Events, Streaming},
+    sse::{self, Events, Piece, Streaming},
     tools::ToolChoice,
     unoffered,
     usage::Usage,
@@ -77,25 +79,20 @@ struct Call {
     user: Option<String>,
     streams: bool,
     n: u32,
-    style: Style,
-}
-
-/// What the reply must contain beside the text.
-#[derive(Clone)]
-struct Style {
     role: Arc<str>,
-    logprobs: bool,
-    include_usage: bool,
-    prompt_tokens_details: bool,
+    style: Style,
 }
 
 fn prepare(body: &[u8], id: &str, service: &Service) -> Result<Call, RpcError> {
     let mut params: Params = parse(body)?;
     let fields: ChatFields = parse(body)?;
+    let outputs: OutputFields = parse(body)?;
     unoffered::refuse_for_chat(body)?;
     let logprobs = fields.alternatives()?;
     let sampling = params.sampling(fields.max_completion_tokens.or(fields.max_tokens))?;
-    let output = params.output(logprobs, fields.echo.unwrap_or(false))?;
+    let echo = fields.echo.unwrap_or(false);
+    let mut output = params.output(logprobs, echo, service.reply.force_include_usage)?;
+    outputs.complete(&mut output, params.streams())?;
     let messages = messages::to_grpc(fields.messages)?;
     let continue_final_message = fields.continue_final_message.unwrap_or(false);
     let opens_turn = fields.add_generation_prompt.unwrap_or(!continue_final_message);
@@ -103,12 +100,6 @@ fn prepare(body: &[u8], id: &str, service: &Service) -> Result<Call, RpcError> {
         .last()
         .filter(|_| !opens_turn)
         .map(|last| last.role.as_str().into());
-    let style = Style {
-        role: last_role.unwrap_or_else(|| service.response_role.clone()),
-        logprobs: logprobs.is_some(),
-        include_usage: output.include_usage,
-        prompt_tokens_details: service.prompt_tokens_details,
-    };
     let request = ChatRequest {
         request_id: id.to_owned(),
         messages,
@@ -119,6 +110,7 @@ fn prepare(body: &[u8], id: &str, service: &Service) -> Result<Call, RpcError> {
         model: params.model.take().unwrap_or_default(),
         priority: params.priority(),
         cache_salt: params.cache_salt.take(),
+        truncate_prompt_tokens: outputs.truncate_prompt_tokens,
         tools_json: raw("tools", '[', fields.tools)?,
         tool_choice: fields.tool_choice.map(|choice| choice.0),
         parallel_tool_calls: fields.parallel_tool_calls,
@@ -135,7 +127,8 @@ fn prepare(body: &[u8], id: &str, service: &Service) -> Result<Call, RpcError> {
         user: params.user.take(),
         streams: params.streams(),
         n: params.n(),
-        style,
+        role: last_role.unwrap_or_else(|| service.response_role.clone()),
+        style: outputs.style(&output, service.reply),
     })
 }
 
@@ -167,13 +160,15 @@ pub(crate) async fn handle(
     if !call.streams {
         return whole(&replicas, id, call, ticket).await;
     }
-    let chunks = replicas.chat_stream(call.request).await?;
+    let chunks = replicas.chat_stream(call.request).await;
+    let chunks = chunks.map_err(in_chat_terms)?;
     let streaming = Streaming {
         id,
         n: call.n,
         prompts: vec![chunks],
         events: ChatEvents {
             n: call.n,
+            role: call.role,
             style: call.style,
             opened: false,
         },
@@ -189,18 +184,30 @@ async fn whole(
     mut ticket: Ticket,
 ) -> Result<Response, ApiError> {
     let reply = tokio::select! {
-        reply = replicas.chat(call.request) => reply?,
+        reply = replicas.chat(call.request) => reply.map_err(in_chat_terms)?,
         error = ticket.stopped() => return Err(error.into()),
     };
     let whole = Whole::join(id, call.n, vec![reply])?;
     let choices = whole
         .choices
         .iter()
-        .map(|choice| ChatChoice::of(choice, &call.style))
+        .map(|choice| ChatChoice::of(choice, &call.role, call.style))
         .collect::<Result<Vec<_>, _>>()?;
     let usage = Usage::of(whole.usage, call.style.prompt_tokens_details);
-    let reply = Reply::new(&whole.head, "chat.completion", &choices).with_usage(Some(Some(usage)));
+    let prompt = whole.prompts.first();
+    let prompt = prompt.map_or(PromptReply::NONE, |prompt| PromptReply::of(prompt, call.style));
+    let reply = Reply::new(&whole.head, "chat.completion", &choices)
+        .with_usage(Some(Some(usage)))
+        .with_prompt(prompt);
     Ok(Json(reply).into_response())
+}
+
+/// The coordinator calls the number of alternatives as completions do.
+fn in_chat_terms(mut error: RpcError) -> RpcError {
+    if error.param.as_deref() == Some("logprobs") {
+        error.param = Some("top_logprobs".to_owned());
+    }
+    error
 }
 
 #[derive(Serialize)]
@@ -210,16 +217,21 @@ struct ChatChoice<'a> {
     logprobs: Option<ChatLogprobs<'a>>,
     finish_reason: Option<&'static str>,
     stop_reason: Option<Stop<'a>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token_ids: Option<&'a [u32]>,
 }
 
 impl<'a> ChatChoice<'a> {
-    fn of(choice: &'a Choice, style: &'a Style) -> Result<Self, RpcError> {
+    fn of(choice: &'a Choice, role: &'a str, style: Style) -> Result<Self, RpcError> {
         Ok(Self {
             index: choice.index,
-            message: ReplyMessage::of(&style.role, choice),
-            logprobs: style.logprobs.then(|| ChatLogprobs::of(&choice.logprobs)),
+            message: ReplyMessage::of(role, choice),
+            logprobs: style
+                .logprobs
+                .then(|| ChatLogprobs::of(&choice.logprobs, style.tokens_as_ids)),
             finish_reason: finish_reason(choice)?,
             stop_reason: stop_reason(choice),
+            token_ids: style.token_ids.then_some(choice.token_ids.as_slice()),
         })
     }
 }
@@ -232,68 +244,94 @@ struct DeltaChoice<'a> {
     finish_reason: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     stop_reason: Option<Stop<'a>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token_ids: Option<&'a [u32]>,
 }
 
 struct ChatEvents {
     n: u32,
+    role: Arc<str>,
     style: Style,
     /// The events that open each choice with the role have been sent.
     opened: bool,
 }
 
 impl ChatEvents {
-    fn write(&self, out: &mut Vec<u8>, head: &Head, choices: &[DeltaChoice<'_>], usage: Option<v1::Usage>) {
-        let usage = usage.map(|usage| Usage::of(usage, self.style.prompt_tokens_details));
+    fn write(&self, out: &mut Vec<u8>, head: &Head, event: Event<'_>) {
+        let usage = event
+            .usage
+            .map(|usage| Usage::of(usage, self.style.prompt_tokens_details));
         let usage = self.style.include_usage.then_some(usage);
-        sse::event(
-            out,
-            &Reply::new(head, "chat.completion.chunk", choices).with_usage(usage),
-        );
+        let reply = Reply::new(head, "chat.completion.chunk", event.choices)
+            .with_usage(usage)
+            .with_prompt(event.prompt);
+        sse::event(out, &reply);
     }
 
-    fn open(&self, out: &mut Vec<u8>, head: &Head) {
+    fn open(&self, out: &mut Vec<u8>, head: &Head, prompt: PromptReply<'_>) {
         for index in 0..self.n {
             let choice = DeltaChoice {
                 index,
-                delta: Delta::opening(&self.style.role),
+                delta: Delta::opening(&self.role),
                 logprobs: None,
                 finish_reason: None,
                 stop_reason: None,
+                token_ids: None,
             };
-            self.write(out, head, &[choice], None);
+            let event = Event {
+                choices: &[choice],
+                usage: None,
+                prompt,
+            };
+            self.write(out, head, event);
         }
     }
 }
 
+/// What differs from event to event.
+struct Event<'a> {
+    choices: &'a [DeltaChoice<'a>],
+    usage: Option<v1::Usage>,
+    prompt: PromptReply<'a>,
+}
+
 impl Events for ChatEvents {
-    fn piece(
-        &mut self,
-        out: &mut Vec<u8>,
-        head: &Head,
-        choice: &Choice,
-        usage: Option<v1::Usage>,
-    ) -> Result<(), RpcError> {
+    fn piece(&mut self, out: &mut Vec<u8>, head: &Head, piece: Piece<'_>) -> Result<(), RpcError> {
+        let (choice, style) = (piece.choice, self.style);
         if !std::mem::replace(&mut self.opened, true) {
-            self.open(out, head);
+            let prompt = piece.prompt;
+            let prompt = prompt.map_or(PromptReply::NONE, |prompt| PromptReply::of(prompt, style));
+            self.open(out, head, prompt);
         }
         // A token in the middle of a tag, or of a character.
-        if says_nothing(choice) && usage.is_none() {
+        if says_nothing(choice) && piece.usage.is_none() && !style.token_ids {
             return Ok(());
         }
         let delta = DeltaChoice {
             index: choice.index,
             delta: Delta::of(choice),
-            logprobs: (self.style.logprobs && !choice.logprobs.is_empty())
-                .then(|| ChatLogprobs::of(&choice.logprobs)),
+            logprobs: (style.logprobs && !choice.logprobs.is_empty())
+                .then(|| ChatLogprobs::of(&choice.logprobs, style.tokens_as_ids)),
             finish_reason: finish_reason(choice)?,
             stop_reason: stop_reason(choice),
+            token_ids: style.token_ids.then_some(choice.token_ids.as_slice()),
         };
-        self.write(out, head, &[delta], usage);
+        let event = Event {
+            choices: &[delta],
+            usage: piece.usage,
+            prompt: PromptReply::NONE,
+        };
+        self.write(out, head, event);
         Ok(())
     }
 
     fn usage(&mut self, out: &mut Vec<u8>, head: &Head, usage: v1::Usage) {
-        self.write(out, head, &[], Some(usage));
+        let event = Event {
+            choices: &[],
+            usage: Some(usage),
+            prompt: PromptReply::NONE,
+        };
+        self.write(out, head, event);
     }
 }
 

@@ -8,7 +8,7 @@ use axum::{
 use futures_util::future::try_join_all;
 use phalanx_proto::{
     RpcError,
-    v1::{self, Choice, GenerateRequest},
+    v1::{self, Choice, GenerateRequest, PromptOutput},
 };
 use serde::{Deserialize, Serialize};
 
@@ -16,10 +16,12 @@ use super::{
     body::{self, parse},
     error::ApiError,
     logprobs::CompletionLogprobs,
+    output::{OutputFields, ReplyOptions, Style},
     params::Params,
     prompt::Prompts,
+    prompt_reply::PromptReply,
     reply::{Head, Reply, Stop, Whole, finish_reason, stop_reason},
-    sse::{self, Events, Streaming},
+    sse::{self, Events, Piece, Streaming},
     unoffered,
     usage::Usage,
 };
@@ -60,20 +62,15 @@ struct Call {
     style: Style,
 }
 
-/// What the reply must contain beside the text.
-#[derive(Clone, Copy)]
-struct Style {
-    logprobs: bool,
-    include_usage: bool,
-    prompt_tokens_details: bool,
-}
-
-fn prepare(body: &[u8], id: &str, prompt_tokens_details: bool) -> Result<Call, RpcError> {
+fn prepare(body: &[u8], id: &str, options: ReplyOptions) -> Result<Call, RpcError> {
     let mut params: Params = parse(body)?;
     let fields: CompletionFields = parse(body)?;
+    let outputs: OutputFields = parse(body)?;
     unoffered::refuse_for_completions(body)?;
     let sampling = params.sampling(fields.max_tokens)?;
-    let output = params.output(fields.logprobs, fields.echo.unwrap_or(false))?;
+    let echo = fields.echo.unwrap_or(false);
+    let mut output = params.output(fields.logprobs, echo, options.force_include_usage)?;
+    outputs.complete(&mut output, params.streams())?;
     let prompts = fields.prompt.map(|prompts| prompts.0).unwrap_or_default();
     if prompts.is_empty() {
         return Err(RpcError::invalid("prompt", "prompt: at least one is needed"));
@@ -87,11 +84,6 @@ fn prepare(body: &[u8], id: &str, prompt_tokens_details: bool) -> Result<Call, R
         );
         return Err(RpcError::invalid("n", message));
     }
-    let style = Style {
-        logprobs: fields.logprobs.is_some(),
-        include_usage: output.include_usage,
-        prompt_tokens_details,
-    };
     let (model, several) = (params.model.take().unwrap_or_default(), prompts.len() > 1);
     let (priority, cache_salt) = (params.priority(), params.cache_salt.take());
     let requests = prompts
@@ -110,6 +102,7 @@ fn prepare(body: &[u8], id: &str, prompt_tokens_details: bool) -> Result<Call, R
             add_special_tokens: fields.add_special_tokens,
             priority,
             cache_salt: cache_salt.clone(),
+            truncate_prompt_tokens: outputs.truncate_prompt_tokens,
             ..GenerateRequest::default()
         });
     Ok(Call {
@@ -117,7 +110,7 @@ fn prepare(body: &[u8], id: &str, prompt_tokens_details: bool) -> Result<Call, R
         user: params.user.take(),
         streams: params.streams(),
         n,
-        style,
+        style: outputs.style(&output, options),
     })
 }
 
@@ -130,7 +123,7 @@ pub(crate) async fn handle(
     let header = request.headers().get(X_SESSION_ID).cloned();
     let body = body::read(request, &service.limits).await?;
     let id = format!("cmpl-{}", request_id.0);
-    let call = prepare(&body, &id, service.prompt_tokens_details)?;
+    let call = prepare(&body, &id, service.reply)?;
     drop(body);
     ticket.start(call.requests.len())?;
     let replicas = service
@@ -169,9 +162,8 @@ async fn whole(
     };
     let whole = Whole::join(id, call.n, replies)?;
     let choices = whole
-        .choices
-        .iter()
-        .map(|choice| CompletionChoice::of(choice, call.style))
+        .choices_and_prompts()
+        .map(|(choice, prompt)| CompletionChoice::of(choice, Some(prompt), call.style))
         .collect::<Result<Vec<_>, _>>()?;
     let usage = Usage::of(whole.usage, call.style.prompt_tokens_details);
     let reply = Reply::new(&whole.head, OBJECT, &choices).with_usage(Some(Some(usage)));
@@ -186,16 +178,25 @@ struct CompletionChoice<'a> {
     logprobs: Option<CompletionLogprobs<'a>>,
     finish_reason: Option<&'static str>,
     stop_reason: Option<Stop<'a>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token_ids: Option<&'a [u32]>,
+    #[serde(flatten)]
+    prompt: PromptReply<'a>,
 }
 
 impl<'a> CompletionChoice<'a> {
-    fn of(choice: &'a Choice, style: Style) -> Result<Self, RpcError> {
+    /// `prompt`: what is to be told of it, but not with a later piece of a stream.
+    fn of(choice: &'a Choice, prompt: Option<&'a PromptOutput>, style: Style) -> Result<Self, RpcError> {
         Ok(Self {
             index: choice.index,
             text: &choice.text,
-            logprobs: style.logprobs.then(|| CompletionLogprobs::of(&choice.logprobs)),
+            logprobs: style
+                .logprobs
+                .then(|| CompletionLogprobs::of(&choice.logprobs, style.tokens_as_ids)),
             finish_reason: finish_reason(choice)?,
             stop_reason: stop_reason(choice),
+            token_ids: style.token_ids.then_some(choice.token_ids.as_slice()),
+            prompt: prompt.map_or(PromptReply::NONE, |prompt| PromptReply::of(prompt, style)),
         })
     }
 }
@@ -219,15 +220,9 @@ impl CompletionEvents {
 }
 
 impl Events for CompletionEvents {
-    fn piece(
-        &mut self,
-        out: &mut Vec<u8>,
-        head: &Head,
-        choice: &Choice,
-        usage: Option<v1::Usage>,
-    ) -> Result<(), RpcError> {
-        let choice = CompletionChoice::of(choice, self.style)?;
-        self.write(out, head, &[choice], usage);
+    fn piece(&mut self, out: &mut Vec<u8>, head: &Head, piece: Piece<'_>) -> Result<(), RpcError> {
+        let choice = CompletionChoice::of(piece.choice, piece.prompt, self.style)?;
+        self.write(out, head, &[choice], piece.usage);
         Ok(())
     }
 

@@ -100,8 +100,14 @@ impl Params {
         })
     }
 
-    /// The output options with `logprobs` and `echo`, which the two routes spell differently.
-    pub(super) fn output(&self, logprobs: Option<u32>, echo: bool) -> Result<OutputOptions, RpcError> {
+    /// The output options with `logprobs` and `echo`, which the two routes spell differently. `force_usage`: a stream
+    /// ends with its usage whatever it asks for.
+    pub(super) fn output(
+        &self,
+        logprobs: Option<u32>,
+        echo: bool,
+        force_usage: bool,
+    ) -> Result<OutputOptions, RpcError> {
         if self.stream_options.is_some() && !self.streams() {
             let message = "stream_options can only be given together with stream: true";
             return Err(RpcError::invalid("stream_options", message));
@@ -111,12 +117,14 @@ impl Params {
             .as_ref()
             .map(|options| options.0)
             .unwrap_or_default();
-        let include_usage = options.include_usage.unwrap_or(false);
+        let forced = force_usage && self.streams();
+        let include_usage = forced || options.include_usage.unwrap_or(false);
         Ok(OutputOptions {
             logprobs,
             echo,
             include_usage,
             continuous_usage: include_usage && options.continuous_usage_stats.unwrap_or(false),
+            ..OutputOptions::default()
         })
     }
 }

@@ -2,11 +2,11 @@
 
 use phalanx_proto::{
     ErrorKind, RpcError,
-    v1::{self, Choice, FinishReason, GenerateResponse, choice::StopReason},
+    v1::{self, Choice, FinishReason, GenerateResponse, PromptOutput, choice::StopReason},
 };
 use serde::Serialize;
 
-use super::{error::broken_reply, usage};
+use super::{error::broken_reply, prompt_reply::PromptReply, usage};
 
 /// The first fields of a reply and of every event of a stream.
 #[derive(Debug)]
@@ -27,6 +27,8 @@ pub(super) struct Reply<'a, C> {
     /// `None`: left out. `Some(None)`: null, as OpenAI has it in all events but the last when usage was asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     usage: Option<Option<usage::Usage>>,
+    #[serde(flatten)]
+    prompt: PromptReply<'a>,
 }
 
 impl<'a, C: Serialize> Reply<'a, C> {
@@ -38,11 +40,18 @@ impl<'a, C: Serialize> Reply<'a, C> {
             model: &head.model,
             choices,
             usage: None,
+            prompt: PromptReply::NONE,
         }
     }
 
     pub(super) fn with_usage(mut self, usage: Option<Option<usage::Usage>>) -> Self {
         self.usage = usage;
+        self
+    }
+
+    /// What is told of the prompt, where that is not told with each choice.
+    pub(super) fn with_prompt(mut self, prompt: PromptReply<'a>) -> Self {
+        self.prompt = prompt;
         self
     }
 }
@@ -81,6 +90,8 @@ pub(super) fn finish_reason(choice: &Choice) -> Result<Option<&'static str>, Rpc
 pub(super) struct Whole {
     pub(super) head: Head,
     pub(super) choices: Vec<Choice>,
+    /// What is told of each prompt; every one has as many choices.
+    pub(super) prompts: Vec<PromptOutput>,
     pub(super) usage: v1::Usage,
 }
 
@@ -97,6 +108,7 @@ impl Whole {
             model: first.model.clone(),
         };
         let mut choices = Vec::new();
+        let mut prompts = Vec::with_capacity(replies.len());
         let mut total = v1::Usage::default();
         for reply in replies {
             let offset = choices.len();
@@ -105,6 +117,7 @@ impl Whole {
             if !choices[offset..].iter().map(|choice| choice.index).eq(0..n) {
                 return Err(broken_reply("it does not have the choices asked for"));
             }
+            prompts.push(reply.prompt.unwrap_or_default());
             usage::add(&mut total, reply.usage.unwrap_or_default());
         }
         for (index, choice) in (0..).zip(&mut choices) {
@@ -114,7 +127,18 @@ impl Whole {
         Ok(Self {
             head,
             choices,
+            prompts,
             usage: total,
         })
+    }
+
+    /// The choices with what is told of their prompts.
+    pub(super) fn choices_and_prompts(&self) -> impl Iterator<Item = (&Choice, &PromptOutput)> {
+        let n = self.choices.len() / self.prompts.len().max(1);
+        let prompts = self
+            .prompts
+            .iter()
+            .flat_map(move |prompt| std::iter::repeat_n(prompt, n));
+        self.choices.iter().zip(prompts)
     }
 }

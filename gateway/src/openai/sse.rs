@@ -1,6 +1,6 @@
 //! Streams: gRPC chunks in, server-sent events out.
 
-use std::convert::Infallible;
+use std::{collections::BTreeSet, convert::Infallible};
 
 use axum::{
     body::{Body, Bytes},
@@ -13,7 +13,7 @@ use futures_util::{
 use http::{HeaderName, header};
 use phalanx_proto::{
     RpcError,
-    v1::{self, Choice, GenerateChunk},
+    v1::{self, Choice, GenerateChunk, PromptOutput},
 };
 use serde::Serialize;
 
@@ -27,21 +27,24 @@ const DONE: &[u8] = b"data: [DONE]\n\n";
 
 /// How one of the two routes writes its events.
 pub(super) trait Events: Send + 'static {
-    /// Appends the events for a piece of a choice, whose index is already the one that the client sees.
-    /// `usage` is the running one, when it was asked for.
+    /// Appends the events for a piece of a choice.
     ///
     /// # Errors
     /// When the choice failed.
-    fn piece(
-        &mut self,
-        out: &mut Vec<u8>,
-        head: &Head,
-        choice: &Choice,
-        usage: Option<v1::Usage>,
-    ) -> Result<(), RpcError>;
+    fn piece(&mut self, out: &mut Vec<u8>, head: &Head, piece: Piece<'_>) -> Result<(), RpcError>;
 
     /// Appends the last event before the end, with the usage of the whole request, when that was asked for.
     fn usage(&mut self, out: &mut Vec<u8>, head: &Head, usage: v1::Usage);
+}
+
+/// A piece of a choice, whose index is already the one that the client sees.
+#[derive(Clone, Copy)]
+pub(super) struct Piece<'a> {
+    pub(super) choice: &'a Choice,
+    /// What is told of its prompt, with the choice's first piece.
+    pub(super) prompt: Option<&'a PromptOutput>,
+    /// The running one, when it was asked for.
+    pub(super) usage: Option<v1::Usage>,
 }
 
 /// A request that is about to stream.
@@ -97,6 +100,10 @@ struct Pump<E> {
     head: Head,
     n: u32,
     unfinished: u32,
+    /// What is told of each prompt.
+    prompts: Vec<PromptOutput>,
+    /// Choices that have had a piece.
+    begun: BTreeSet<u32>,
     usage: Option<v1::Usage>,
     done: bool,
 }
@@ -104,6 +111,7 @@ struct Pump<E> {
 impl<E: Events> Pump<E> {
     fn new(start: Streaming<E>) -> Self {
         let mut streams = SelectAll::new();
+        let prompts = vec![PromptOutput::default(); start.prompts.len()];
         let mut unfinished = 0;
         for (prompt, chunks) in (0_u32..).zip(start.prompts) {
             streams.push(chunks.map(move |chunk| (prompt, chunk)).boxed());
@@ -120,6 +128,8 @@ impl<E: Events> Pump<E> {
             },
             n: start.n,
             unfinished,
+            prompts,
+            begun: BTreeSet::new(),
             usage: None,
             done: false,
         }
@@ -154,9 +164,18 @@ impl<E: Events> Pump<E> {
             let left = self.unfinished.checked_sub(1);
             self.unfinished = left.ok_or_else(|| broken_reply("a choice that ends twice"))?;
         }
+        let told = &mut self.prompts[prompt as usize];
+        if let Some(first) = chunk.prompt {
+            *told = first;
+        }
         // Below MAX_CHOICES.
         choice.index += prompt * self.n;
-        self.events.piece(out, &self.head, &choice, chunk.usage)
+        let piece = Piece {
+            choice: &choice,
+            prompt: self.begun.insert(choice.index).then_some(&*told),
+            usage: chunk.usage,
+        };
+        self.events.piece(out, &self.head, piece)
     }
 
     /// At least one event, or `None` after the last.

@@ -29,12 +29,8 @@ const BOTH: &[Field] = &[
     ("guided_regex", &[]),
     ("kv_transfer_params", &[]),
     ("logits_processors", &["[]"]),
-    ("prompt_logprobs", &[]),
     ("response_format", &[r#"{"type":"text"}"#]),
-    ("return_token_ids", &["false"]),
-    ("return_tokens_as_token_ids", &["false"]),
     ("structured_outputs", &[]),
-    ("truncate_prompt_tokens", &[]),
     ("use_beam_search", &["false"]),
 ];
 

@@ -7,6 +7,7 @@ mod access;
 mod damage;
 mod errors;
 mod operator;
+mod outputs;
 mod router;
 mod shapes;
 mod shutdown;

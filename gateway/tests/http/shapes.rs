@@ -144,7 +144,7 @@ async fn completions_have_their_own_default_of_max_tokens() {
 async fn cached_tokens_are_reported_where_the_operator_wants_it() {
     let (coordinator, _) = pair(Script::Hello).await;
     let mut config = config(&coordinator);
-    config.prompt_tokens_details = true;
+    config.reply.prompt_tokens_details = true;
     let server = Server::start(config).await;
     let reply = post(server.address, COMPLETIONS, r#"{"prompt": "a"}"#)
         .await

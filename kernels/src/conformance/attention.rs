@@ -47,13 +47,19 @@ impl Model {
         }
     }
 
-    fn round(&self, x: f32) -> f64 {
-        match self.dtype {
+    /// A head's K or V of one position as the cache has it.
+    fn round(&self, row: &[f32]) -> Vec<f64> {
+        let largest = row.iter().fold(0.0f32, |largest, x| largest.max(x.abs()));
+        let round = |&x: &f32| match self.dtype {
             KvDtype::F32 => x.into(),
             KvDtype::F16 => f16::from_f32(x).into(),
             KvDtype::BF16 => bf16::from_f32(x).into(),
             KvDtype::E4M3 => E4m3::from_f32(x).to_f32().into(),
-        }
+            KvDtype::INT8 => {
+                f64::from((x * (127.0 / largest)).round_ties_even()) * f64::from(largest / 127.0)
+            }
+        };
+        row.iter().map(round).collect()
     }
 }
 
@@ -330,6 +336,10 @@ fn reference(model: &Model, data: &Data) -> Vec<f64> {
         let rows: Vec<Vec<f32>> = (0..data.len(model, sequence))
             .map(|position| data.row(model, &heads, (sequence, position)))
             .collect();
+        let in_cache: Vec<Vec<f64>> = rows
+            .iter()
+            .map(|row| row.chunks(d).flat_map(|head| model.round(head)).collect())
+            .collect();
         for (position, row) in rows.iter().enumerate() {
             let first = model
                 .window
@@ -337,22 +347,15 @@ fn reference(model: &Model, data: &Data) -> Vec<f64> {
             for q in 0..model.num_q {
                 let k = (model.num_q + heads.kv_of(q)) * d;
                 let v = k + model.num_kv * d;
-                let dot = |at: &Vec<f32>| -> f64 {
-                    (0..d)
-                        .map(|i| f64::from(row[q * d + i]) * model.round(at[k + i]))
-                        .sum()
-                };
-                let seen = &rows[first..=position];
+                let dot =
+                    |at: &Vec<f64>| -> f64 { (0..d).map(|i| f64::from(row[q * d + i]) * at[k + i]).sum() };
+                let seen = &in_cache[first..=position];
                 let scores: Vec<f64> = seen.iter().map(|at| dot(at) / (d as f64).sqrt()).collect();
                 let max = scores.iter().copied().fold(f64::MIN, f64::max);
                 let weights: Vec<f64> = scores.iter().map(|s| (s - max).exp()).collect();
                 let total: f64 = weights.iter().sum();
                 out.extend((0..d).map(|i| {
-                    let sum: f64 = weights
-                        .iter()
-                        .zip(seen)
-                        .map(|(w, at)| w * model.round(at[v + i]))
-                        .sum();
+                    let sum: f64 = weights.iter().zip(seen).map(|(w, at)| w * at[v + i]).sum();
                     sum / total
                 }));
             }
@@ -435,21 +438,25 @@ pub fn attention_is_the_same_on_any_rank<B: Backend>(make: &impl Fn(usize) -> B,
     }
 }
 
-/// Long contexts, which may be cut for more threads: whole or last row alone, with a window or without, the same bits,
+/// Long contexts, which may be cut for more threads, and a cache of int8: whole or last row alone, with a window or without, the same bits,
 /// and those of the definition.
 pub fn attention_over_long_contexts_is_the_same<B: Backend>(
     make: &impl Fn(usize) -> B,
     tolerances: &Tolerances,
 ) {
     const LENGTH: usize = 1_111;
-    for window in [None, Some(700)] {
+    for (window, dtype) in [
+        (None, KvDtype::F16),
+        (Some(700), KvDtype::F16),
+        (None, KvDtype::INT8),
+    ] {
         let model = Model {
             num_q: 3,
             num_kv: 1,
             head_dim: 32,
             window,
             block_size: 16,
-            dtype: KvDtype::F16,
+            dtype,
         };
         let mut random = Random::new(23);
         let data = Data::new(&mut random, &model, &[LENGTH]);
@@ -458,8 +465,8 @@ pub fn attention_over_long_contexts_is_the_same<B: Backend>(
             Run::new(&backend, model, model.heads(), &data, &mut random).all(&data, &whole(&model, &data));
         let (what, expected) = (format!("attention of {model:?}"), reference(&model, &data));
         assert_close(&what, &want, &expected, model.head_dim, tolerances.attention);
-        let most: Step = vec![0..LENGTH - 1];
-        let steps = [most, vec![LENGTH - 1..LENGTH]];
+        let step = |positions| -> Step { std::iter::once(positions).collect() };
+        let steps = [step(0..LENGTH - 1), step(LENGTH - 1..LENGTH)];
         for threads in THREADS {
             let backend = make(threads);
             let got = Run::new(&backend, model, model.heads(), &data, &mut random).all(&data, &steps);

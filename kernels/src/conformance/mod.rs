@@ -7,6 +7,7 @@
 mod activations;
 mod attention;
 mod candidates;
+mod count;
 mod graphs;
 mod linear;
 mod random;
@@ -20,6 +21,7 @@ pub use candidates::{
     candidates_are_the_best, candidates_do_not_depend_on_the_split, noise_draws_from_the_softmax,
     not_finite_logits_are_reported,
 };
+pub use count::counts_are_exact;
 pub use graphs::graphs_change_no_bit;
 pub use linear::{linear, linear_is_the_same_on_any_rank, linear_of_mixed_formats};
 
@@ -86,7 +88,7 @@ macro_rules! conformance_suite {
                 attention_is_the_same_on_any_rank
                 candidates_are_the_best candidates_do_not_depend_on_the_split
                 noise_draws_from_the_softmax not_finite_logits_are_reported
-                graphs_change_no_bit);
+                counts_are_exact graphs_change_no_bit);
         }
     };
     (@tests $attributes:tt $make:expr, $tolerances:expr; $($test:ident)*) => {

@@ -14,10 +14,10 @@ use super::norm::{self, RmsNorm};
 use super::pool::Pool;
 use super::rotary::{self, Rotary};
 use super::simd::Isa;
-use super::{candidates, embedding, silu};
+use super::{candidates, count, embedding, silu};
 use crate::{
     Backend, BatchInput, CandidateRequest, Candidates, Columns, DecodeShape, Heads, KvSpec, Linear, NoGraphs,
-    Norm, Result, Rope, WeightSource,
+    Norm, Result, Rope, Threshold, WeightSource,
 };
 
 /// A rank's threads and memory. One thread drives it; the ops use all of its threads.
@@ -248,5 +248,9 @@ impl Backend for CpuBackend {
 
     fn candidates(&self, logits: &CpuBuffer, requests: &[CandidateRequest<'_>]) -> Result<Vec<Candidates>> {
         candidates::candidates(self.exec(), logits, requests)
+    }
+
+    fn count_at_least(&self, x: &CpuBuffer, columns: usize, thresholds: &[Threshold]) -> Result<Vec<u32>> {
+        count::count_at_least(self.exec(), x, columns, thresholds)
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! Attention multiplies eight positions at a time with one value of a query, so a block keeps the K of eight positions
 //! interleaved: `[kv head][block_size / 8][head_dim][8 positions]`. V is weighted by position and summed by dimension:
-//! `[kv head][block_size][head_dim, padded to 8]`. All K blocks come first, then all V blocks.
+//! `[kv head][block_size][head_dim, padded to 8]`. All K blocks come first, then all V blocks, then the scales of element
+//! types that have them: `[block][kv head][K, V][block_size]`.
 
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
@@ -31,9 +32,12 @@ pub(crate) unsafe trait KvElement: Copy + Send + Sync {
     fn load_pair<S: Simd>(simd: S, first: &[Self; LANES], second: &[Self; LANES]) -> S::Pair {
         simd.join(Self::load(simd, first), Self::load(simd, second))
     }
-    /// Rounds to nearest, ties to even; E4M3 saturates. Slices of equal length.
-    fn convert(from: &[f32], to: &mut [Self]);
+    /// Rounds to nearest, ties to even; E4M3 saturates. Slices of equal length. Returns what the elements are to be
+    /// multiplied with.
+    fn convert(from: &[f32], to: &mut [Self]) -> f32;
     const ZERO: Self;
+    /// Whether rows have scales; otherwise they are 1.
+    const SCALED: bool = false;
 }
 
 // SAFETY: plain floats.
@@ -42,8 +46,9 @@ unsafe impl KvElement for f32 {
     fn load<S: Simd>(simd: S, from: &[f32; LANES]) -> S::F32 {
         simd.load(from)
     }
-    fn convert(from: &[f32], to: &mut [f32]) {
+    fn convert(from: &[f32], to: &mut [f32]) -> f32 {
         to.copy_from_slice(from);
+        1.0
     }
     const ZERO: f32 = 0.0;
 }
@@ -58,8 +63,9 @@ unsafe impl KvElement for f16 {
     fn load_pair<S: Simd>(simd: S, first: &[f16; LANES], second: &[f16; LANES]) -> S::Pair {
         simd.load_f16_pair(first, second)
     }
-    fn convert(from: &[f32], to: &mut [f16]) {
+    fn convert(from: &[f32], to: &mut [f16]) -> f32 {
         to.convert_from_f32_slice(from);
+        1.0
     }
     const ZERO: f16 = f16::ZERO;
 }
@@ -70,8 +76,9 @@ unsafe impl KvElement for bf16 {
     fn load<S: Simd>(simd: S, from: &[bf16; LANES]) -> S::F32 {
         simd.load_bf16(from)
     }
-    fn convert(from: &[f32], to: &mut [bf16]) {
+    fn convert(from: &[f32], to: &mut [bf16]) -> f32 {
         to.convert_from_f32_slice(from);
+        1.0
     }
     const ZERO: bf16 = bf16::ZERO;
 }
@@ -82,12 +89,32 @@ unsafe impl KvElement for E4m3 {
     fn load<S: Simd>(simd: S, from: &[E4m3; LANES]) -> S::F32 {
         simd.load_e4m3(from)
     }
-    fn convert(from: &[f32], to: &mut [E4m3]) {
+    fn convert(from: &[f32], to: &mut [E4m3]) -> f32 {
         for (to, &value) in to.iter_mut().zip(from) {
             *to = E4m3::from_f32(value);
         }
+        1.0
     }
     const ZERO: E4m3 = E4m3::ZERO;
+}
+
+// SAFETY: a plain integer.
+unsafe impl KvElement for i8 {
+    #[inline(always)]
+    fn load<S: Simd>(simd: S, from: &[i8; LANES]) -> S::F32 {
+        simd.load_i8(from)
+    }
+    /// The largest magnitude becomes 127.
+    fn convert(from: &[f32], to: &mut [i8]) -> f32 {
+        let largest = from.iter().fold(0.0f32, |largest, x| largest.max(x.abs()));
+        let factor = if largest > 0.0 { 127.0 / largest } else { 0.0 };
+        for (to, &value) in to.iter_mut().zip(from) {
+            *to = (value * factor).round_ties_even() as i8;
+        }
+        largest / 127.0
+    }
+    const ZERO: i8 = 0;
+    const SCALED: bool = true;
 }
 
 /// Where a cache's elements are.
@@ -121,6 +148,24 @@ impl KvLayout {
             + (block * self.spec.num_kv_heads + head) * self.v_head()
             + group * LANES * self.v_vectors() * LANES
     }
+    /// First scale of the K (of the V) of a head's positions in a block.
+    fn scales(&self, block: usize, head: usize, of_v: bool) -> usize {
+        ((block * self.spec.num_kv_heads + head) * 2 + usize::from(of_v)) * self.spec.block_size
+    }
+    /// Bytes of elements and scales, if they can be counted.
+    fn bytes(&self) -> Option<usize> {
+        let dtype = self.spec.dtype;
+        let factors = [
+            self.spec.num_blocks,
+            self.spec.num_kv_heads,
+            self.spec.block_size,
+            2,
+        ];
+        let scales = factors
+            .into_iter()
+            .try_fold(dtype.scale_bytes(), usize::checked_mul)?;
+        self.len()?.checked_mul(dtype.bytes())?.checked_add(scales)
+    }
     /// Elements of K and V together, if they can be counted.
     fn len(&self) -> Option<usize> {
         let row = self
@@ -139,7 +184,22 @@ pub(crate) struct KvGroup<'a, E> {
     pub(crate) k: &'a [[E; LANES]],
     /// Eight rows of `v_vectors` vectors.
     pub(crate) v: &'a [[E; LANES]],
+    /// Of the eight positions, where elements have scales.
+    pub(crate) k_scales: &'a [f32; LANES],
+    pub(crate) v_scales: &'a [f32; LANES],
 }
+
+impl<E> KvGroup<'_, E> {
+    /// Of no positions.
+    pub(crate) const EMPTY: Self = Self {
+        k: &[],
+        v: &[],
+        k_scales: &ONES,
+        v_scales: &ONES,
+    };
+}
+
+const ONES: [f32; LANES] = [1.0; LANES];
 
 impl CpuKvCache {
     /// Zeroed; memory that is never written costs nothing.
@@ -153,14 +213,11 @@ impl CpuKvCache {
             || format!("block_size {} is not a multiple of {LANES}", spec.block_size),
         )?;
         let layout = KvLayout { spec };
-        let bytes = layout
-            .len()
-            .and_then(|n| n.checked_mul(spec.dtype.bytes()))
-            .ok_or(KernelError::OutOfMemory {
-                what: "KV cache",
-                requested: usize::MAX,
-                free: 0,
-            })?;
+        let bytes = layout.bytes().ok_or(KernelError::OutOfMemory {
+            what: "KV cache",
+            requested: usize::MAX,
+            free: 0,
+        })?;
         Ok(Self {
             spec,
             memory: Region::zeroed(bytes, Pages::Small, "KV cache")?,
@@ -181,14 +238,19 @@ impl CpuKvCache {
     }
 
     pub(crate) fn elements<E: KvElement>(&self) -> Elements<'_, E> {
+        let layout = self.layout();
         let bytes = self.memory.as_slice();
         assert_eq!(size_of::<E>(), self.spec.dtype.bytes());
-        // SAFETY: within the region, whose alignment suffices, and every bit pattern is a value (`KvElement`).
-        let values =
-            unsafe { std::slice::from_raw_parts(bytes.as_ptr().cast(), bytes.len() / size_of::<E>()) };
+        let elements = layout.len().unwrap_or(0);
+        let (values, scales) = bytes.split_at(elements * size_of::<E>());
+        // SAFETY: the region's alignment suffices, and every bit pattern is a value (`KvElement`).
+        let values = unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), elements) };
+        // SAFETY: elements are a multiple of eight, so this is aligned, and every bit pattern is an f32.
+        let scales = unsafe { std::slice::from_raw_parts(scales.as_ptr().cast(), scales.len() / 4) };
         Elements {
             values,
-            layout: self.layout(),
+            scales,
+            layout,
         }
     }
 
@@ -208,6 +270,8 @@ impl CpuKvCache {
 #[derive(Clone, Copy)]
 pub(crate) struct Elements<'a, E> {
     values: &'a [E],
+    /// Empty without scales.
+    scales: &'a [f32],
     pub(crate) layout: KvLayout,
 }
 
@@ -218,9 +282,19 @@ impl<'a, E: KvElement> Elements<'a, E> {
         let (head_dim, v_vectors) = (self.layout.spec.head_dim, self.layout.v_vectors());
         let k = &self.values[self.layout.k_group(block, head, group)..][..head_dim * LANES];
         let v = &self.values[self.layout.v_group(block, head, group)..][..LANES * v_vectors * LANES];
+        let scales = |of_v| {
+            if E::SCALED {
+                let first = self.layout.scales(block, head, of_v) + group * LANES;
+                &self.scales[first..].as_chunks().0[0]
+            } else {
+                &ONES
+            }
+        };
         KvGroup {
             k: k.as_chunks().0,
             v: v.as_chunks().0,
+            k_scales: scales(false),
+            v_scales: scales(true),
         }
     }
 }
@@ -253,6 +327,7 @@ pub(crate) fn reshape_and_cache(
         KvDtype::F16 => store.run::<f16>(exec, memory),
         KvDtype::BF16 => store.run::<bf16>(exec, memory),
         KvDtype::E4M3 => store.run::<E4m3>(exec, memory),
+        KvDtype::INT8 => store.run::<i8>(exec, memory),
     }
     Ok(())
 }
@@ -277,6 +352,11 @@ impl<E> SendPtr<E> {
 impl Store<'_> {
     /// One task per head of K and per head of V: their elements are disjoint whatever the slots are.
     fn run<E: KvElement>(&self, exec: Exec<'_>, memory: *mut u8) {
+        let scales = SendPtr(
+            memory
+                .wrapping_add(self.layout.len().unwrap_or(0) * size_of::<E>())
+                .cast::<f32>(),
+        );
         let memory = SendPtr(memory.cast::<E>());
         let Heads {
             num_q,
@@ -287,14 +367,23 @@ impl Store<'_> {
         exec.pool.run(2 * num_kv, |task| {
             let mut converted = vec![E::ZERO; head_dim];
             for (row, &slot) in self.slots.iter().enumerate() {
-                E::convert(
+                let slot = slot as usize;
+                let scale = E::convert(
                     &self.qkv.row(row)[(num_q + task) * head_dim..][..head_dim],
                     &mut converted,
                 );
-                if task < num_kv {
-                    self.store_k(&memory, task, slot as usize, &converted);
+                let (head, of_v) = (task % num_kv, task >= num_kv);
+                if of_v {
+                    self.store_v(&memory, head, slot, &converted);
                 } else {
-                    self.store_v(&memory, task - num_kv, slot as usize, &converted);
+                    self.store_k(&memory, head, slot, &converted);
+                }
+                if E::SCALED {
+                    let block_size = self.layout.spec.block_size;
+                    let at = self.layout.scales(slot / block_size, head, of_v) + slot % block_size;
+                    // SAFETY: the slot is within the cache (`check_slots`), behind whose elements lie the scales; only
+                    // this task writes those of its head's K or V.
+                    unsafe { scales.at(at).write(scale) };
                 }
             }
         });

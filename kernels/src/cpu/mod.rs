@@ -5,6 +5,7 @@ mod backend;
 mod batch;
 mod buffer;
 mod candidates;
+mod count;
 mod embedding;
 mod exec;
 mod gemm;

@@ -34,6 +34,7 @@ pub(crate) trait Simd: Copy {
     fn load_f16(self, from: &[f16; LANES]) -> Self::F32;
     fn load_bf16(self, from: &[bf16; LANES]) -> Self::F32;
     fn load_e4m3(self, from: &[E4m3; LANES]) -> Self::F32;
+    fn load_i8(self, from: &[i8; LANES]) -> Self::F32;
     fn store(self, to: &mut [f32; LANES], x: Self::F32);
 
     fn add(self, a: Self::F32, b: Self::F32) -> Self::F32;
@@ -159,7 +160,7 @@ fn map(f: impl Fn(usize) -> f32) -> [f32; LANES] {
 impl Simd for Portable {
     type F32 = [f32; LANES];
     type Pair = [Self::F32; 2];
-    const PAIRS: usize = 6;
+    const PAIRS: usize = 3;
 
     #[inline(always)]
     fn vectorize<K: Kernel>(self, kernel: K) -> K::Output {
@@ -184,6 +185,10 @@ impl Simd for Portable {
     #[inline(always)]
     fn load_e4m3(self, from: &[E4m3; LANES]) -> Self::F32 {
         map(|i| from[i].to_f32())
+    }
+    #[inline(always)]
+    fn load_i8(self, from: &[i8; LANES]) -> Self::F32 {
+        map(|i| from[i].into())
     }
     #[inline(always)]
     fn store(self, to: &mut [f32; LANES], x: Self::F32) {
@@ -320,6 +325,11 @@ mod avx2 {
                 let halves = _mm_or_si128(_mm_slli_epi16::<7>(magnitudes), _mm_or_si128(signs, nan));
                 _mm256_mul_ps(_mm256_cvtph_ps(halves), _mm256_set1_ps(256.0))
             }
+        }
+        #[inline(always)]
+        fn load_i8(self, from: &[i8; LANES]) -> __m256 {
+            // SAFETY: `self` exists, so the machine has AVX2; 8 bytes are readable, at any alignment.
+            unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(from.as_ptr().cast()))) }
         }
         #[inline(always)]
         fn store(self, to: &mut [f32; LANES], x: __m256) {
@@ -470,6 +480,7 @@ mod avx512 {
             load_f16(from: &[f16; LANES]) -> __m256;
             load_bf16(from: &[bf16; LANES]) -> __m256;
             load_e4m3(from: &[E4m3; LANES]) -> __m256;
+            load_i8(from: &[i8; LANES]) -> __m256;
             store(to: &mut [f32; LANES], x: __m256) -> ();
             add(a: __m256, b: __m256) -> __m256;
             sub(a: __m256, b: __m256) -> __m256;

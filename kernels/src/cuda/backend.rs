@@ -20,11 +20,11 @@ use super::launch::{Arg, Grid, Kernels};
 use super::library::{Library, require};
 use super::memory::{Arena, Pinned, Region, Staging};
 use super::weight::CudaWeight;
-use super::{activation, candidates, embedding, linear, norm, rotary};
+use super::{activation, candidates, count, embedding, linear, norm, rotary};
 use crate::error::check;
 use crate::{
     Backend, BatchInput, CandidateRequest, Candidates, Columns, DecodeShape, Heads, KernelError, KvSpec,
-    Linear, Norm, Result, Rope, WeightSource,
+    Linear, Norm, Result, Rope, Threshold, WeightSource,
 };
 
 /// Weights and activations are cut from allocations of so many bytes.
@@ -169,12 +169,13 @@ impl CudaBackend {
             KvDtype::F16 => "f16",
             KvDtype::BF16 => "bf16",
             KvDtype::E4M3 => "e4m3",
+            KvDtype::INT8 => "int8",
         };
         let key = (spec.head_dim, dtype);
         if let Some(kernels) = self.kv_kernels.borrow().get(&key) {
             return Ok(Arc::clone(kernels));
         }
-        let variants = Variant::of_kv(spec.head_dim, spec.dtype);
+        let variants = Variant::of_kv(spec.head_dim, spec.dtype)?;
         let kernels = Arc::new(self.load_kernels(variants)?);
         self.kv_kernels.borrow_mut().insert(key, Arc::clone(&kernels));
         Ok(kernels)
@@ -382,5 +383,9 @@ impl Backend for CudaBackend {
 
     fn candidates(&self, logits: &CudaBuffer, requests: &[CandidateRequest<'_>]) -> Result<Vec<Candidates>> {
         candidates::candidates(self, logits, requests)
+    }
+
+    fn count_at_least(&self, x: &CudaBuffer, columns: usize, thresholds: &[Threshold]) -> Result<Vec<u32>> {
+        count::count_at_least(self, x, columns, thresholds)
     }
 }

@@ -59,22 +59,27 @@ impl Variant {
     }
 
     /// The units that are specialized for a KV cache.
-    pub(crate) fn of_kv(head_dim: usize, dtype: KvDtype) -> Vec<Self> {
+    ///
+    /// # Errors
+    /// An element type that GPUs do not have.
+    pub(crate) fn of_kv(head_dim: usize, dtype: KvDtype) -> Result<Vec<Self>> {
         let format = match dtype {
             KvDtype::F32 => TensorFormat::F32.gguf_type(),
             KvDtype::F16 => TensorFormat::F16.gguf_type(),
             KvDtype::BF16 => TensorFormat::BF16.gguf_type(),
             KvDtype::E4M3 => TensorFormat::F8_E4M3.gguf_type(),
+            KvDtype::INT8 => return Err(device(OP, "a KV cache of int8 is for CPUs")),
         };
         let head_dim = u32::try_from(head_dim).unwrap_or(u32::MAX);
-        UNITS
+        let units = UNITS
             .iter()
             .filter(|unit| unit.parameters == ["HEAD_DIM", "KV_FORMAT"])
             .map(|unit| Self {
                 unit,
                 values: vec![head_dim, format],
             })
-            .collect()
+            .collect();
+        Ok(units)
     }
 
     /// The units that are specialized for weights that stay quantized.
@@ -224,7 +229,7 @@ pub fn warm(request: &WarmRequest, directory: &Path) -> Result<Vec<WarmKernel>> 
     variants.extend(quantized.flat_map(Variant::of_weight));
     for &head_dim in &request.head_dims {
         for &dtype in &request.kv_dtypes {
-            variants.extend(Variant::of_kv(head_dim, dtype));
+            variants.extend(Variant::of_kv(head_dim, dtype)?);
         }
     }
     let mut files = Vec::new();

@@ -16,6 +16,7 @@ mod blas;
 mod buffer;
 mod candidates;
 mod compile;
+mod count;
 mod device;
 mod embedding;
 mod error;

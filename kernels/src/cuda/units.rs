@@ -90,6 +90,12 @@ pub(crate) const UNITS: &[Unit] = &[
         parameters: &[],
     },
     Unit {
+        name: "count",
+        source: include_str!("../../cuda/count.cu"),
+        kernels: &["count_at_least"],
+        parameters: &[],
+    },
+    Unit {
         name: "linear",
         source: include_str!("../../cuda/linear.cu"),
         kernels: &["linear_few_rows", "linear_many_rows"],

@@ -76,6 +76,7 @@ fn flag_value(dtype: KvDtype) -> &'static str {
         KvDtype::F16 => "f16",
         KvDtype::BF16 => "bf16",
         KvDtype::E4M3 => "fp8",
+        KvDtype::INT8 => "int8",
     }
 }
 

@@ -4,11 +4,12 @@
 //! anything is allocated, every index against its bound, and a message must be used up to the last byte.
 
 use super::{
-    BlockId, Penalties, RowSampling, SampledToken, SequenceId, StepLimits, StepOutput, StepPlan, StepRow,
+    BlockId, Penalties, PromptLogprobs, RowSampling, SampledToken, ScoredPrompt, ScoredToken, SequenceId,
+    StepLimits, StepOutput, StepPlan, StepRow,
 };
 
 /// Changes with every change of the layout.
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
 const PLAN: u16 = u16::from_le_bytes(*b"PL");
 const OUTPUT: u16 = u16::from_le_bytes(*b"OU");
 
@@ -46,12 +47,14 @@ pub fn encode_plan(plan: &StepPlan, slot: &mut [u8]) -> Result<usize> {
         w.u32(row.num_computed_tokens)?;
         w.u32s(row.token_ids.iter().copied())?;
         w.u32s(row.block_table.iter().map(|block| block.0))?;
-        match &row.sampling {
-            None => w.u8(0)?,
-            Some(sampling) => {
-                w.u8(1)?;
-                w.sampling(sampling)?;
-            }
+        w.u8(u8::from(row.sampling.is_some()) | u8::from(row.prompt_logprobs.is_some()) << 1)?;
+        if let Some(sampling) = &row.sampling {
+            w.sampling(sampling)?;
+        }
+        if let Some(wanted) = &row.prompt_logprobs {
+            w.u32(wanted.top)?;
+            w.u32(wanted.first)?;
+            w.u32s(wanted.targets.iter().copied())?;
         }
     }
     Ok(w.at)
@@ -65,11 +68,12 @@ pub fn decode_plan(bytes: &[u8], limits: &StepLimits) -> Result<StepPlan> {
     let masks_follow = r.bool("masks_follow")?;
     let count = r.count("rows", limits.max_rows, MIN_ROW)?;
     let mut rows = Vec::with_capacity(count);
-    let mut tokens_left = limits.max_tokens;
+    let mut left = Left {
+        tokens: limits.max_tokens,
+        history: limits.max_history(),
+    };
     for _ in 0..count {
-        let row = r.row(limits, tokens_left)?;
-        tokens_left -= row.token_ids.len() as u32;
-        rows.push(row);
+        rows.push(r.row(limits, &mut left)?);
     }
     r.finish()?;
     Ok(StepPlan {
@@ -91,16 +95,24 @@ pub fn encode_output(output: &StepOutput, slot: &mut [u8]) -> Result<usize> {
     for sampled in &output.sampled {
         w.u64(sampled.sequence.0)?;
         w.u32(sampled.token)?;
-        w.u8(u8::from(sampled.finite) | u8::from(sampled.logprob.is_some()) << 1)?;
-        if let Some(logprob) = sampled.logprob {
+        let scored = sampled.logprob.zip(sampled.rank);
+        w.u8(u8::from(sampled.finite) | u8::from(scored.is_some()) << 1)?;
+        if let Some((logprob, rank)) = scored {
             w.f32(logprob)?;
+            w.u32(rank)?;
         }
-        w.pairs(
-            sampled
-                .top_logprobs
-                .iter()
-                .map(|&(id, logprob)| (id, logprob.to_bits())),
-        )?;
+        w.top_logprobs(&sampled.top_logprobs)?;
+    }
+    w.count(output.prompt_logprobs.len())?;
+    for prompt in &output.prompt_logprobs {
+        w.u64(prompt.sequence.0)?;
+        w.count(prompt.tokens.len())?;
+        for scored in &prompt.tokens {
+            w.u32(scored.token)?;
+            w.f32(scored.logprob)?;
+            w.u32(scored.rank)?;
+            w.top_logprobs(&scored.top_logprobs)?;
+        }
     }
     Ok(w.at)
 }
@@ -111,37 +123,23 @@ pub fn decode_output(bytes: &[u8], limits: &StepLimits) -> Result<StepOutput> {
     r.header(OUTPUT)?;
     let (epoch, step, forward_us) = (r.u32("epoch")?, r.u64("step")?, r.u32("forward_us")?);
     let count = r.count("sampled", limits.max_rows, MIN_SAMPLED)?;
-    let mut sampled = Vec::with_capacity(count);
+    let sampled = (0..count).map(|_| r.sampled(limits)).collect::<Result<_>>()?;
+    let count = r.count("prompt_logprobs", limits.max_rows, MIN_PROMPT)?;
+    let mut tokens_left = limits.max_tokens;
+    let mut prompt_logprobs = Vec::with_capacity(count);
     for _ in 0..count {
         let sequence = SequenceId(r.u64("sequence")?);
-        let token = r.index("token", limits.vocab_size)?;
-        let flags = r.flags("sampled.flags", 3)?;
-        let logprob = if flags & 2 != 0 {
-            Some(r.f32("logprob")?)
-        } else {
-            None
-        };
-        let best = r.count("top_logprobs", limits.max_logprobs, 8)?;
-        let top_logprobs = (0..best).map(|_| {
-            Ok((
-                r.index("top_logprobs", limits.vocab_size)?,
-                r.f32("top_logprobs")?,
-            ))
-        });
-        let top_logprobs = top_logprobs.collect::<Result<_>>()?;
-        sampled.push(SampledToken {
-            sequence,
-            token,
-            finite: flags & 1 != 0,
-            logprob,
-            top_logprobs,
-        });
+        let count = r.count("prompt_logprobs.tokens", tokens_left, MIN_SCORED)?;
+        tokens_left -= count as u32;
+        let tokens = (0..count).map(|_| r.scored(limits)).collect::<Result<_>>()?;
+        prompt_logprobs.push(ScoredPrompt { sequence, tokens });
     }
     r.finish()?;
     Ok(StepOutput {
         epoch,
         step,
         sampled,
+        prompt_logprobs,
         forward_us,
     })
 }
@@ -151,22 +149,33 @@ impl StepLimits {
     pub fn plan_bytes(&self) -> usize {
         let row = MIN_ROW
             + SAMPLING_BYTES
+            + PROMPT_LOGPROBS_BYTES
             + 4 * self.max_blocks_per_row as usize
-            + 16 * self.max_edits_per_row as usize;
-        HEADER + self.max_rows as usize * row + 4 * self.max_tokens as usize
+            + 8 * self.max_edits_per_row as usize;
+        // A token, and the target that follows it.
+        let tokens = 8 * self.max_tokens as usize;
+        HEADER + self.max_rows as usize * row + tokens + 8 * self.max_history() as usize
     }
     /// Bytes a slot needs to hold any output within these limits.
     pub fn output_bytes(&self) -> usize {
-        HEADER + self.max_rows as usize * (MIN_SAMPLED + 4 + 8 * self.max_logprobs as usize)
+        let top = 8 * self.max_logprobs as usize;
+        let row = MIN_SAMPLED + 8 + top + MIN_PROMPT;
+        HEADER + self.max_rows as usize * row + self.max_tokens as usize * (MIN_SCORED + top)
     }
 }
 
 /// Magic, version, epoch, step, and the count or flag fields beside them.
-const HEADER: usize = 2 + 2 + 4 + 8 + 4 + 4;
-/// Sequence, position, two counts, one token, one block and the flag.
+const HEADER: usize = 2 + 2 + 4 + 8 + 4 + 4 + 4;
+/// Sequence, position, two counts, one token, one block and the flags.
 const MIN_ROW: usize = 8 + 4 + 4 + 4 + 4 + 4 + 1;
+/// A row's wish for log-probabilities of the prompt, without its targets.
+const PROMPT_LOGPROBS_BYTES: usize = 4 + 4 + 4;
 /// Sequence, token, flags and the count.
 const MIN_SAMPLED: usize = 8 + 4 + 1 + 4;
+/// Sequence and count.
+const MIN_PROMPT: usize = 8 + 4;
+/// Token, log-probability, rank and the count.
+const MIN_SCORED: usize = 4 + 4 + 4 + 4;
 /// A row's sampling without its lists' entries.
 const SAMPLING_BYTES: usize = 4 * 4 + 8 + 1 + 4 + 12 + 4 + 4;
 
@@ -220,6 +229,9 @@ impl Writer<'_> {
             .into_iter()
             .try_for_each(|(a, b)| self.u32(a).and_then(|()| self.u32(b)))
     }
+    fn top_logprobs(&mut self, top: &[(u32, f32)]) -> Result<()> {
+        self.pairs(top.iter().map(|&(id, logprob)| (id, logprob.to_bits())))
+    }
     fn sampling(&mut self, s: &RowSampling) -> Result<()> {
         for v in [s.temperature, s.top_p, s.min_p] {
             self.f32(v)?;
@@ -242,6 +254,12 @@ impl Writer<'_> {
 
 struct Reader<'a> {
     bytes: &'a [u8],
+}
+
+/// What the rows that are still to come may hold, all together.
+struct Left {
+    tokens: u32,
+    history: u32,
 }
 
 impl Reader<'_> {
@@ -333,10 +351,11 @@ impl Reader<'_> {
         let n = self.count(field, limit, 4)?;
         (0..n).map(|_| self.index(field, bound)).collect()
     }
-    fn row(&mut self, limits: &StepLimits, tokens_left: u32) -> Result<StepRow> {
+    fn row(&mut self, limits: &StepLimits, left: &mut Left) -> Result<StepRow> {
         let sequence = SequenceId(self.u64("sequence")?);
         let num_computed_tokens = self.u32("num_computed_tokens")?;
-        let token_ids = self.indices("token_ids", tokens_left, limits.vocab_size)?;
+        let token_ids = self.indices("token_ids", left.tokens, limits.vocab_size)?;
+        left.tokens -= token_ids.len() as u32;
         let block_table = self.indices("block_table", limits.max_blocks_per_row, limits.num_blocks)?;
         // A row has tokens to compute and somewhere to put them.
         for (field, list) in [("token_ids", &token_ids), ("block_table", &block_table)] {
@@ -345,8 +364,14 @@ impl Reader<'_> {
             }
         }
         let block_table = block_table.into_iter().map(BlockId).collect();
-        let sampling = if self.bool("sampling")? {
-            Some(self.sampling(limits)?)
+        let flags = self.flags("row.flags", 3)?;
+        let sampling = if flags & 1 != 0 {
+            Some(self.sampling(limits, left)?)
+        } else {
+            None
+        };
+        let prompt_logprobs = if flags & 2 != 0 {
+            Some(self.prompt_logprobs(limits, token_ids.len() as u32)?)
         } else {
             None
         };
@@ -356,9 +381,52 @@ impl Reader<'_> {
             num_computed_tokens,
             block_table,
             sampling,
+            prompt_logprobs,
         })
     }
-    fn sampling(&mut self, limits: &StepLimits) -> Result<RowSampling> {
+    fn prompt_logprobs(&mut self, limits: &StepLimits, row_len: u32) -> Result<PromptLogprobs> {
+        let top = self.index("prompt_logprobs.top", limits.max_logprobs + 1)?;
+        let first = self.index("prompt_logprobs.first", row_len)?;
+        let targets = self.indices("prompt_logprobs.targets", row_len - first, limits.vocab_size)?;
+        if targets.is_empty() {
+            let field = "prompt_logprobs.targets";
+            return Err(CodecError::Invalid { field, value: 0 });
+        }
+        Ok(PromptLogprobs { top, first, targets })
+    }
+    fn sampled(&mut self, limits: &StepLimits) -> Result<SampledToken> {
+        let sequence = SequenceId(self.u64("sequence")?);
+        let token = self.index("token", limits.vocab_size)?;
+        let flags = self.flags("sampled.flags", 3)?;
+        let scored = if flags & 2 != 0 {
+            Some((self.f32("logprob")?, self.u32("rank")?))
+        } else {
+            None
+        };
+        Ok(SampledToken {
+            sequence,
+            token,
+            finite: flags & 1 != 0,
+            logprob: scored.map(|(logprob, _)| logprob),
+            rank: scored.map(|(_, rank)| rank),
+            top_logprobs: self.top_logprobs(limits)?,
+        })
+    }
+    fn scored(&mut self, limits: &StepLimits) -> Result<ScoredToken> {
+        Ok(ScoredToken {
+            token: self.index("token", limits.vocab_size)?,
+            logprob: self.f32("logprob")?,
+            rank: self.u32("rank")?,
+            top_logprobs: self.top_logprobs(limits)?,
+        })
+    }
+    fn top_logprobs(&mut self, limits: &StepLimits) -> Result<Vec<(u32, f32)>> {
+        const FIELD: &str = "top_logprobs";
+        let n = self.count(FIELD, limits.max_logprobs, 8)?;
+        let top = (0..n).map(|_| Ok((self.index(FIELD, limits.vocab_size)?, self.f32(FIELD)?)));
+        top.collect()
+    }
+    fn sampling(&mut self, limits: &StepLimits, left: &mut Left) -> Result<RowSampling> {
         let temperature = self.number("temperature", 0.0)?;
         let top_p = self.number("top_p", 0.0)?;
         let min_p = self.number("min_p", 0.0)?;
@@ -370,7 +438,7 @@ impl Reader<'_> {
             None
         };
         let penalties = if flags & 2 != 0 {
-            Some(self.penalties(limits)?)
+            Some(self.penalties(limits, left)?)
         } else {
             None
         };
@@ -388,11 +456,12 @@ impl Reader<'_> {
             bias,
         })
     }
-    fn penalties(&mut self, limits: &StepLimits) -> Result<Penalties> {
+    fn penalties(&mut self, limits: &StepLimits, left: &mut Left) -> Result<Penalties> {
         let repetition = self.number("repetition", f32::MIN_POSITIVE)?;
         let presence = self.number("presence", f32::MIN)?;
         let frequency = self.number("frequency", f32::MIN)?;
-        let n = self.count("history", limits.max_edits_per_row, 8)?;
+        let n = self.count("history", left.history, 8)?;
+        left.history -= n as u32;
         let history = (0..n).map(|_| Ok((self.index("history", limits.vocab_size)?, self.u32("history")?)));
         let history = history.collect::<Result<_>>()?;
         Ok(Penalties {

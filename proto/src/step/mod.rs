@@ -46,6 +46,19 @@ pub struct StepRow {
     pub block_table: Vec<BlockId>,
     /// How to draw the next token from the last row; none for a chunk that ends before the last known token.
     pub sampling: Option<RowSampling>,
+    /// Which prompt tokens' log-probabilities are wanted after this row's tokens.
+    pub prompt_logprobs: Option<PromptLogprobs>,
+}
+
+/// Known tokens to be scored by a row's logits.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct PromptLogprobs {
+    /// How many of the best tokens to report at each position.
+    pub top: u32,
+    /// Index in `token_ids` of the token that `targets[0]` follows; the other targets follow the tokens after it.
+    pub first: u32,
+    /// Never empty, and no longer than the row from `first` on.
+    pub targets: Vec<u32>,
 }
 
 /// Sampling state of one row. The drawn token depends on this, on the logits and on the position, and on nothing else.
@@ -90,7 +103,8 @@ pub struct Penalties {
     pub presence: f32,
     /// Subtracted as often as the token was seen in the output.
     pub frequency: f32,
-    /// Each token of the sequence once, with how often the output holds it (0: the prompt only), by rising id.
+    /// Each token of the sequence once, with how often the output holds it (0: the prompt only, which is left out where
+    /// only the output counts), by rising id. All rows of a plan together have at most [`StepLimits::max_history`].
     pub history: Vec<(u32, u32)>,
 }
 
@@ -100,8 +114,30 @@ pub struct StepOutput {
     pub epoch: u32,
     pub step: u64,
     pub sampled: Vec<SampledToken>,
+    /// In the order of the plan's rows that asked for it.
+    pub prompt_logprobs: Vec<ScoredPrompt>,
     /// Time from the plan's arrival to this output on rank 0.
     pub forward_us: u32,
+}
+
+/// The answer to a row's [`PromptLogprobs`].
+#[derive(Clone, PartialEq, Debug)]
+pub struct ScoredPrompt {
+    pub sequence: SequenceId,
+    /// One for each target, in their order.
+    pub tokens: Vec<ScoredToken>,
+}
+
+/// A known token's log-probability, and the best tokens at its position.
+#[derive(Clone, PartialEq, Debug)]
+pub struct ScoredToken {
+    pub token: u32,
+    /// Log-softmax of the raw logits over the whole vocabulary; NaN if they held a NaN or an infinity.
+    pub logprob: f32,
+    /// How many tokens are at least as likely, the token among them.
+    pub rank: u32,
+    /// The best tokens by raw log-probability, best first.
+    pub top_logprobs: Vec<(u32, f32)>,
 }
 
 #[derive(Clone, PartialEq, Debug)]
@@ -112,6 +148,8 @@ pub struct SampledToken {
     pub finite: bool,
     /// Log-softmax of the raw logits, when asked for.
     pub logprob: Option<f32>,
+    /// How many tokens are at least as likely, the token among them; there if `logprob` is.
+    pub rank: Option<u32>,
     /// The best tokens by raw log-probability, best first.
     pub top_logprobs: Vec<(u32, f32)>,
 }
@@ -124,7 +162,17 @@ pub struct StepLimits {
     pub max_blocks_per_row: u32,
     pub num_blocks: u32,
     pub vocab_size: u32,
-    /// Most `history` entries and `bias` entries of a row.
+    /// Most `bias` entries of a row.
     pub max_edits_per_row: u32,
     pub max_logprobs: u32,
+}
+
+/// Distinct tokens that the rows of a full step may have on average, where each has penalties.
+const HISTORY_PER_ROW: u32 = 2048;
+
+impl StepLimits {
+    /// Most `history` entries of all rows of a plan together: enough for the whole vocabulary in one row.
+    pub fn max_history(&self) -> u32 {
+        self.max_rows.saturating_mul(HISTORY_PER_ROW).max(self.vocab_size)
+    }
 }

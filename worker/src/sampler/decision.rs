@@ -9,7 +9,7 @@ use super::row::{Filter, Row, Strategy};
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Choice {
     Token {
-        id: u32,
+        candidate: Candidate,
         logprob: Option<f32>,
         top_logprobs: Vec<(u32, f32)>,
     },
@@ -18,17 +18,29 @@ pub(super) enum Choice {
 }
 
 impl Choice {
+    /// The raw logit of a chosen token whose log-probability is reported.
+    pub(super) fn reported_logit(&self) -> Option<f32> {
+        match self {
+            Self::Token {
+                candidate, logprob, ..
+            } => logprob.map(|_| candidate.raw),
+            Self::NotFinite => None,
+        }
+    }
+
+    /// `rank` is left to be counted.
     pub(super) fn into_token(self, sequence: SequenceId) -> SampledToken {
         match self {
             Self::Token {
-                id,
+                candidate,
                 logprob,
                 top_logprobs,
             } => SampledToken {
                 sequence,
-                token: id,
+                token: candidate.id,
                 finite: true,
                 logprob,
+                rank: None,
                 top_logprobs,
             },
             Self::NotFinite => SampledToken {
@@ -36,6 +48,7 @@ impl Choice {
                 token: 0,
                 finite: false,
                 logprob: None,
+                rank: None,
                 top_logprobs: Vec::new(),
             },
         }
@@ -117,25 +130,29 @@ impl Row {
     fn report(&self, chosen: Candidate, merged: &Candidates) -> Choice {
         if self.logprobs.is_none() {
             return Choice::Token {
-                id: chosen.id,
+                candidate: chosen,
                 logprob: None,
                 top_logprobs: Vec::new(),
             };
         }
         let total = log_sum_exp(&merged.raw_statistics);
-        let logprob = |candidate: &Candidate| (f64::from(candidate.raw) - total) as f32;
         let best = merged.raw_best.iter();
         Choice::Token {
-            id: chosen.id,
-            logprob: Some(logprob(&chosen)),
-            top_logprobs: best.map(|candidate| (candidate.id, logprob(candidate))).collect(),
+            candidate: chosen,
+            logprob: Some(log_softmax(&chosen, total)),
+            top_logprobs: best.map(|other| (other.id, log_softmax(other, total))).collect(),
         }
     }
 }
 
+/// A token's log-probability among raw logits with this [`log_sum_exp`].
+pub(super) fn log_softmax(candidate: &Candidate, total: f64) -> f32 {
+    (f64::from(candidate.raw) - total) as f32
+}
+
 /// `ln(sum(exp(x)))` from the statistics of every chunk of the vocabulary. Chunks are added by rising id, so the result
 /// does not depend on which rank holds which.
-fn log_sum_exp(chunks: &[ChunkStatistics]) -> f64 {
+pub(super) fn log_sum_exp(chunks: &[ChunkStatistics]) -> f64 {
     let max = chunks
         .iter()
         .map(|chunk| chunk.max)

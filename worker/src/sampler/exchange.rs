@@ -1,6 +1,6 @@
 //! Every rank tells every other one its candidates, and all merge them alike.
 
-use phalanx_kernels::{Backend, CandidateRequest, Candidates, Communicator};
+use phalanx_kernels::{Backend, CandidateRequest, Candidates, Communicator, Threshold};
 
 use super::{
     Vocabulary,
@@ -41,6 +41,26 @@ pub(super) fn merge_all<B: Backend, C: Communicator<B>>(
         }
     }
     Ok(merged)
+}
+
+/// How many tokens of the whole vocabulary reach each threshold.
+pub(super) fn count_all<B: Backend, C: Communicator<B>>(
+    backend: &B,
+    comm: &mut C,
+    (logits, vocab): (&B::Buffer, Vocabulary<'_>),
+    thresholds: &[Threshold],
+) -> Result<Vec<u32>, RunError> {
+    let local = backend.count_at_least(logits, vocab.own().len(), thresholds)?;
+    let bounds = vec![wire::counts_bytes(thresholds.len()); vocab.ranks.len()];
+    let messages = exchange_long(comm, &wire::encode_counts(&local), &bounds)?;
+    let mut sums = vec![0; thresholds.len()];
+    for (rank, (message, range)) in messages.iter().zip(vocab.ranks).enumerate() {
+        let counts = wire::decode_counts(message, thresholds.len(), range);
+        let counts = counts.map_err(|error| RunError::Peer { rank, error })?;
+        // Each is at most the rank's part of a vocabulary whose ids fit u32.
+        sums.iter_mut().zip(counts).for_each(|(sum, count)| *sum += count);
+    }
+    Ok(sums)
 }
 
 /// Exchanges messages longer than one slot: fragments, until no rank has anything left. `bounds[r]` is the most that

@@ -9,14 +9,16 @@
 mod decision;
 mod exchange;
 mod row;
+mod score;
 mod wire;
 
 pub use exchange::MESSAGE_BYTES;
+pub use score::{KnownRow, score};
 pub use wire::WireError;
 
 use std::ops::Range;
 
-use phalanx_kernels::{Backend, CandidateRequest, Communicator};
+use phalanx_kernels::{Backend, CandidateRequest, Communicator, Threshold};
 use phalanx_proto::step::{RowSampling, SampledToken, SequenceId};
 
 use crate::error::RunError;
@@ -58,6 +60,7 @@ pub fn sample<B: Backend, C: Communicator<B>>(
 ) -> Result<Vec<SampledToken>, RunError> {
     let mut states: Vec<Row> = rows.iter().map(|row| Row::new(row, vocab.size())).collect();
     let mut sampled: Vec<Option<SampledToken>> = vec![None; rows.len()];
+    let mut reported = Vec::new();
     let mut open: Vec<usize> = (0..rows.len()).collect();
     loop {
         let requests: Vec<CandidateRequest<'_>> =
@@ -66,19 +69,32 @@ pub fn sample<B: Backend, C: Communicator<B>>(
         // Without rows, too: this is what keeps a fast rank's next step off the buffers of a slow one's last.
         let merged = exchange::merge_all(comm, vocab, &requests, &local)?;
         let mut undecided = Vec::new();
-        for (&i, candidates) in open.iter().zip(&merged) {
-            match states[i].decide(candidates) {
-                Some(choice) => sampled[i] = Some(choice.into_token(rows[i].sequence)),
+        for (&row, candidates) in open.iter().zip(&merged) {
+            match states[row].decide(candidates) {
+                Some(choice) => {
+                    let logit = choice.reported_logit();
+                    reported.extend(logit.map(|value| Threshold { row, value }));
+                    sampled[row] = Some(choice.into_token(rows[row].sequence));
+                }
                 None => {
-                    states[i].grow();
-                    undecided.push(i);
+                    states[row].grow();
+                    undecided.push(row);
                 }
             }
         }
         open = undecided;
         if open.is_empty() {
-            // Every row left `open` with its token.
-            return Ok(sampled.into_iter().flatten().collect());
+            break;
         }
     }
+    if !reported.is_empty() {
+        let ranks = exchange::count_all(backend, comm, (logits, vocab), &reported)?;
+        for (threshold, rank) in reported.iter().zip(ranks) {
+            if let Some(token) = &mut sampled[threshold.row] {
+                token.rank = Some(rank);
+            }
+        }
+    }
+    // Every row left `open` with its token.
+    Ok(sampled.into_iter().flatten().collect())
 }

@@ -90,6 +90,36 @@ pub(super) fn decode(
     }
 }
 
+/// Bytes of so many counts.
+pub(super) fn counts_bytes(counts: usize) -> usize {
+    size_of::<u32>() * counts
+}
+
+pub(super) fn encode_counts(counts: &[u32]) -> Vec<u8> {
+    counts.iter().flat_map(|count| count.to_le_bytes()).collect()
+}
+
+/// The counts of the rank that holds `vocab`: exactly `len`, and none above its number of tokens.
+pub(super) fn decode_counts(bytes: &[u8], len: usize, vocab: &Range<usize>) -> Result<Vec<u32>> {
+    let (counts, rest) = bytes.as_chunks();
+    if counts.len() < len {
+        return Err(WireError::Truncated("counts"));
+    }
+    if counts.len() > len || !rest.is_empty() {
+        return Err(WireError::Trailing(bytes.len() - counts_bytes(len)));
+    }
+    let count = |bytes: &[u8; 4]| {
+        let count = u32::from_le_bytes(*bytes);
+        let (value, limit) = (count as usize, vocab.len());
+        if value > limit {
+            let field = "counts";
+            return Err(WireError::OverLimit { field, value, limit });
+        }
+        Ok(count)
+    };
+    counts.iter().map(count).collect()
+}
+
 /// What a rank may answer to one request.
 struct RowLimits {
     top: usize,
@@ -250,6 +280,24 @@ mod tests {
         wordy.raw_statistics.push(ChunkStatistics { max: 0.0, sum: 1.0 });
         let error = decode(&encode(&[wordy]), &[request()], &VOCAB).unwrap_err();
         assert_eq!(error.to_string(), "raw_statistics is 1, limit 0");
+    }
+
+    #[test]
+    fn counts_are_of_the_ranks_own_tokens() {
+        let bytes = encode_counts(&[0, 788, 5]);
+        assert_eq!(bytes.len(), counts_bytes(3));
+        assert_eq!(decode_counts(&bytes, 3, &VOCAB), Ok(vec![0, 788, 5]));
+        assert_eq!(
+            decode_counts(&bytes, 4, &VOCAB),
+            Err(WireError::Truncated("counts"))
+        );
+        assert_eq!(decode_counts(&bytes, 2, &VOCAB), Err(WireError::Trailing(4)));
+        assert_eq!(
+            decode_counts(&bytes[..11], 2, &VOCAB),
+            Err(WireError::Trailing(3))
+        );
+        let error = decode_counts(&encode_counts(&[789]), 1, &VOCAB).unwrap_err();
+        assert_eq!(error.to_string(), "counts is 789, limit 788");
     }
 
     proptest! {

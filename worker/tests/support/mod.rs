@@ -249,6 +249,7 @@ pub(crate) fn row(
             .map(|block| BlockId(block as u32))
             .collect(),
         sampling: sampled.then_some(RowSampling::GREEDY),
+        prompt_logprobs: None,
     }
 }
 

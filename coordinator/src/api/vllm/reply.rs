@@ -13,8 +13,8 @@ use phalanx_proto::{
 use super::request::Wanted;
 use crate::text::PreparedRequest;
 
-/// Rank of a token that is none of the candidates: it was not asked for far enough to be known.
-const UNKNOWN_RANK: u32 = 0;
+/// Rank of a token that has none, as the first of a prompt.
+const NO_RANK: u32 = 0;
 
 /// The replies to one request.
 pub(super) struct Replies {
@@ -34,12 +34,10 @@ struct Told {
 
 impl Replies {
     pub(super) fn new(wanted: Wanted, request: &PreparedRequest) -> Self {
-        let prompt = request.sequences.first().filter(|_| wanted.prompt_token_ids);
         Self {
             wanted,
             prompt: Some(PromptInfo {
                 num_prompt_tokens: request.prompt_tokens,
-                token_ids: prompt.map(|sequence| sequence.prompt.clone()).unwrap_or_default(),
                 ..PromptInfo::default()
             }),
             sequences: vec![Told::default(); request.sequences.len()],
@@ -52,6 +50,12 @@ impl Replies {
     /// `Internal` for a sequence that failed: vLLM has no finish reason for it.
     pub(super) fn convert(&mut self, chunk: v1::GenerateChunk) -> Result<Option<GenerateResponse>, RpcError> {
         let cached = chunk.usage.unwrap_or_default().cached_tokens;
+        if let (Some(info), Some(prompt)) = (&mut self.prompt, chunk.prompt) {
+            let tokens = Scores::of(&prompt.logprobs, self.wanted.prompt_logprobs);
+            info.token_ids = prompt.token_ids;
+            (info.logprobs, info.ranks, info.candidate_tokens) =
+                (tokens.logprobs, tokens.ranks, tokens.candidates);
+        }
         let Some(choice) = chunk.choice else {
             return Ok(None);
         };
@@ -78,33 +82,50 @@ fn output(wanted: Wanted, choice: v1::Choice, finish_info: Option<FinishInfo>) -
     if wanted.text {
         output.text = choice.text;
     }
-    if let Some(candidates) = wanted.logprobs {
-        for token in &choice.logprobs {
-            let chosen = token.chosen.as_ref();
-            output
-                .logprobs
-                .push(chosen.map_or(f32::NAN, |chosen| chosen.logprob));
-            let rank = token
-                .top
-                .iter()
-                .zip(1..)
-                .find(|(top, _)| chosen.is_some_and(|chosen| chosen.token_id == top.token_id));
-            output.ranks.push(rank.map_or(UNKNOWN_RANK, |(_, rank)| rank));
-            let top = token.top.iter().take(candidates as usize);
-            let tokens = top.zip(1..).map(|(top, rank)| TokenInfo {
-                id: top.token_id,
-                logprob: top.logprob,
-                rank,
-            });
-            output.candidate_tokens.push(CandidateTokenInfo {
-                tokens: tokens.collect(),
-            });
-        }
-    }
+    let tokens = Scores::of(&choice.logprobs, wanted.logprobs);
+    (output.logprobs, output.ranks, output.candidate_tokens) =
+        (tokens.logprobs, tokens.ranks, tokens.candidates);
     if wanted.token_ids {
         output.token_ids = choice.token_ids;
     }
     output
+}
+
+/// Log-probabilities in vLLM's form: three lists of one length.
+#[derive(Default)]
+struct Scores {
+    logprobs: Vec<f32>,
+    ranks: Vec<u32>,
+    candidates: Vec<CandidateTokenInfo>,
+}
+
+impl Scores {
+    /// Of `tokens`, with at most `candidates` for each; empty if none are wanted.
+    fn of(tokens: &[v1::TokenLogprobs], candidates: Option<u32>) -> Self {
+        let mut scores = Self::default();
+        let Some(candidates) = candidates else {
+            return scores;
+        };
+        for token in tokens {
+            let chosen = token.chosen.as_ref();
+            scores
+                .logprobs
+                .push(chosen.map_or(f32::NAN, |chosen| chosen.logprob));
+            scores
+                .ranks
+                .push(chosen.and_then(|chosen| chosen.rank).unwrap_or(NO_RANK));
+            let top = token.top.iter().take(candidates as usize);
+            let tokens = top.zip(1..).map(|(top, rank)| TokenInfo {
+                id: top.token_id,
+                logprob: top.logprob,
+                rank: top.rank.unwrap_or(rank),
+            });
+            scores.candidates.push(CandidateTokenInfo {
+                tokens: tokens.collect(),
+            });
+        }
+        scores
+    }
 }
 
 fn finish_info(choice: &v1::Choice, told: Told, cached: u32) -> Result<Option<FinishInfo>, RpcError> {

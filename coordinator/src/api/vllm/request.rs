@@ -14,6 +14,8 @@ use phalanx_proto::{
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Wanted {
     pub(super) prompt_token_ids: bool,
+    /// Log-probabilities of the prompt, with so many candidates for each token.
+    pub(super) prompt_logprobs: Option<u32>,
     pub(super) text: bool,
     pub(super) token_ids: bool,
     /// Log-probabilities, with so many candidates for each token.
@@ -46,13 +48,16 @@ pub(super) fn to_native(request: GenerateRequest) -> Result<(v1::GenerateRequest
         }),
         sampling: Some(sampling),
         output: Some(v1::OutputOptions {
-            // The best token's alternative tells the rank of a greedy choice.
-            logprobs: wanted.logprobs.map(|candidates| candidates.max(1)),
+            logprobs: wanted.logprobs,
+            prompt_logprobs: wanted.prompt_logprobs,
+            return_prompt_token_ids: wanted.prompt_token_ids,
             // Every piece says how many prompt tokens were cached.
             continuous_usage: true,
             ..v1::OutputOptions::default()
         }),
         priority: request.priority,
+        truncate_prompt_tokens: (request.truncate_prompt_tokens > 0)
+            .then(|| i32::try_from(request.truncate_prompt_tokens).unwrap_or(i32::MAX)),
         cache_salt: cache_salt(request.kv.unwrap_or_default()),
         ..v1::GenerateRequest::default()
     };
@@ -62,14 +67,12 @@ pub(super) fn to_native(request: GenerateRequest) -> Result<(v1::GenerateRequest
 /// Hints (`session_id`, `kv_hints`) may be ignored; everything else that is set and not offered is refused.
 fn refuse_unoffered(request: &GenerateRequest) -> Result<(), RpcError> {
     let decoding = request.decoding.as_ref();
-    let response = request.response.as_ref();
     let kv = request.kv.as_ref();
     let fields = [
         ("media", !request.media.is_empty()),
         ("lora_name", !request.lora_name.is_empty()),
         ("watermarking", request.watermarking == Some(true)),
         ("engine_reasoning_gate", request.engine_reasoning_gate.is_some()),
-        ("truncate_prompt_tokens", request.truncate_prompt_tokens != 0),
         (
             "decoding.allowed_token_ids",
             decoding.is_some_and(|it| !it.allowed_token_ids.is_empty()),
@@ -88,14 +91,6 @@ fn refuse_unoffered(request: &GenerateRequest) -> Result<(), RpcError> {
                 .stopping
                 .as_ref()
                 .is_some_and(|it| it.thinking_token_budget.is_some()),
-        ),
-        (
-            "response.prompt_logprobs",
-            response.is_some_and(|it| it.prompt_logprobs),
-        ),
-        (
-            "response.prompt_candidates",
-            response.is_some_and(|it| it.prompt_candidates.is_some()),
         ),
         (
             "kv.kv_transfer_params",
@@ -117,24 +112,29 @@ fn not_offered(field: &str) -> RpcError {
 }
 
 fn wanted(response: &ResponseOptions) -> Result<Wanted, RpcError> {
-    const CANDIDATES: &str = "response.output_candidates";
-    let candidates = match &response.output_candidates {
-        None | Some(CandidateTokens { select: None }) => None,
-        Some(CandidateTokens {
-            select: Some(Select::TopN(count)),
-        }) => Some(*count),
-        Some(CandidateTokens { select: Some(_) }) => {
-            let message = format!("{CANDIDATES} must be top_n; named ones and all of them are not offered.");
-            return Err(RpcError::invalid(CANDIDATES, message));
-        }
-    };
-    let logprobs = response.output_logprobs || candidates.is_some();
+    let prompt = candidates("response.prompt_candidates", response.prompt_candidates.as_ref())?;
+    let output = candidates("response.output_candidates", response.output_candidates.as_ref())?;
+    let asked =
+        |flag: bool, candidates: Option<u32>| (flag || candidates.is_some()).then(|| candidates.unwrap_or(0));
     Ok(Wanted {
         prompt_token_ids: response.prompt_token_ids,
+        prompt_logprobs: asked(response.prompt_logprobs, prompt),
         text: response.output_text.unwrap_or(true),
         token_ids: response.output_token_ids,
-        logprobs: logprobs.then(|| candidates.unwrap_or(0)),
+        logprobs: asked(response.output_logprobs, output),
     })
+}
+
+/// How many there shall be for each token.
+fn candidates(field: &'static str, given: Option<&CandidateTokens>) -> Result<Option<u32>, RpcError> {
+    match given.and_then(|candidates| candidates.select.as_ref()) {
+        None => Ok(None),
+        Some(Select::TopN(count)) => Ok(Some(*count)),
+        Some(_) => {
+            let message = format!("{field} must be top_n; named ones and all of them are not offered.");
+            Err(RpcError::invalid(field, message))
+        }
+    }
 }
 
 /// `rest` holds what the other messages say. Zero is unset for what the message has no other way to leave out.

@@ -7,10 +7,10 @@ use std::{
 };
 
 use phalanx_proto::step::{
-    SampledToken, SequenceId, StepLimits, StepOutput, StepPlan, decode_plan, encode_plan,
+    SampledToken, ScoredPrompt, SequenceId, StepLimits, StepOutput, StepPlan, decode_plan, encode_plan,
 };
 
-use super::{Prng, VOCAB_SIZE, kv_entry, mix, sample};
+use super::{Prng, VOCAB_SIZE, kv_entry, mix, sample, score};
 use crate::engine::{EngineConfig, Executor, ExecutorError};
 
 /// What goes wrong, and how often.
@@ -89,7 +89,7 @@ impl SimExecutor {
     }
 
     fn run(&mut self, plan: &StepPlan) -> StepOutput {
-        let mut sampled = Vec::new();
+        let (mut sampled, mut prompt_logprobs) = (Vec::new(), Vec::new());
         for row in &plan.rows {
             let distinct: BTreeSet<_> = row.block_table.iter().collect();
             assert_eq!(distinct.len(), row.block_table.len(), "a block twice in a table");
@@ -107,14 +107,25 @@ impl SimExecutor {
             for (offset, &token) in row.token_ids.iter().enumerate() {
                 self.kv[slot(start + offset)] = Some(kv_entry(token, row.sequence));
             }
+            let context = |end| (0..end).map(|position| self.kv[slot(position)].unwrap_or(u64::MAX));
+            if let Some(wanted) = &row.prompt_logprobs {
+                let first = start + wanted.first as usize + 1;
+                let known = (first..).zip(&wanted.targets);
+                prompt_logprobs.push(ScoredPrompt {
+                    sequence: row.sequence,
+                    tokens: known
+                        .map(|(at, &token)| score(context(at), token, wanted.top))
+                        .collect(),
+                });
+            }
             if let Some(sampling) = &row.sampling {
-                let context = (0..end).map(|position| self.kv[slot(position)].unwrap_or(u64::MAX));
-                let (token, finite) = sample(context, sampling);
+                let (token, finite) = sample(context(end), sampling);
                 sampled.push(SampledToken {
                     sequence: row.sequence,
                     token,
                     finite,
                     logprob: None,
+                    rank: None,
                     top_logprobs: Vec::new(),
                 });
             }
@@ -123,13 +134,14 @@ impl SimExecutor {
             epoch: plan.epoch,
             step: plan.step,
             sampled,
+            prompt_logprobs,
             forward_us: 1,
         }
     }
 
     /// An answer that must not be believed.
     fn garble(&mut self, mut output: StepOutput) -> StepOutput {
-        match (self.prng.below(5), output.sampled.first().cloned()) {
+        match (self.prng.below(6), output.sampled.first().cloned()) {
             (0, Some(mut foreign)) => {
                 foreign.sequence = SequenceId(u64::MAX);
                 output.sampled[0] = foreign;
@@ -140,6 +152,7 @@ impl SimExecutor {
             }
             (2, Some(again)) => output.sampled.push(again),
             (3, _) => output.step -= 1,
+            (4, _) if output.prompt_logprobs.pop().is_some() => {}
             _ => output.epoch += 1,
         }
         output

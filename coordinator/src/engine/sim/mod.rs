@@ -8,9 +8,9 @@ mod tests;
 
 pub(crate) use executor::{Faults, SimExecutor};
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 
-use phalanx_proto::step::{RowSampling, SequenceId};
+use phalanx_proto::step::{RowSampling, ScoredToken, SequenceId};
 
 use super::{EngineRequest, FinishReason};
 
@@ -73,9 +73,41 @@ fn sample(context: impl Iterator<Item = u64>, sampling: &RowSampling) -> (u32, b
     (token, finite)
 }
 
+/// What a known token after `context` is given for a log-probability. Whoever asks for three alternatives has a weight
+/// that is no number in his way, now and then.
+fn score(context: impl Iterator<Item = u64>, token: u32, top: u32) -> ScoredToken {
+    let hash = mix(context.fold(11, mix), token.into());
+    let finite = top != 3 || !hash.is_multiple_of(64);
+    ScoredToken {
+        token,
+        logprob: if finite { -((hash % 1000) as f32) } else { f32::NAN },
+        rank: (hash % u64::from(VOCAB_SIZE)) as u32,
+        top_logprobs: (0..top)
+            .map(|best| ((hash >> 32) as u32 % VOCAB_SIZE, -(best as f32)))
+            .collect(),
+    }
+}
+
+/// The scores of all prompt tokens but the first; none if none are asked for.
+pub(crate) fn prompt_oracle(request: &EngineRequest) -> Vec<ScoredToken> {
+    let Some(top) = request.sampling.prompt_logprobs else {
+        return Vec::new();
+    };
+    let entry = |&token: &u32| kv_entry(token, request.id);
+    let scored = (1..request.prompt.len())
+        .map(|at| score(request.prompt[..at].iter().map(entry), request.prompt[at], top));
+    scored.collect()
+}
+
 /// Tokens and end of a request that has the machine to itself, computed without blocks, chunks or batches: those that
 /// follow the output it brings.
-pub(crate) fn oracle(request: &EngineRequest, max_edits: usize) -> (Vec<u32>, FinishReason) {
+pub(crate) fn oracle(request: &EngineRequest) -> (Vec<u32>, FinishReason) {
+    if prompt_oracle(request)
+        .iter()
+        .any(|scored| scored.logprob.is_nan())
+    {
+        return (Vec::new(), FinishReason::NotFinite);
+    }
     let num_prompt = request.prompt.len();
     let mut tokens = [request.prompt.as_slice(), &request.output].concat();
     let num_known = tokens.len();
@@ -90,7 +122,7 @@ pub(crate) fn oracle(request: &EngineRequest, max_edits: usize) -> (Vec<u32>, Fi
         let sampling = RowSampling {
             temperature: s.temperature,
             seed: s.seed,
-            penalties: s.penalties(|| naive_history(&tokens, num_prompt, max_edits)),
+            penalties: s.penalties(|| naive_history(&tokens, num_prompt, s.repetition_penalty)),
             bias,
             ..RowSampling::GREEDY
         };
@@ -110,13 +142,19 @@ pub(crate) fn oracle(request: &EngineRequest, max_edits: usize) -> (Vec<u32>, Fi
     }
 }
 
-fn naive_history(tokens: &[u32], num_prompt: usize, max_edits: usize) -> Vec<(u32, u32)> {
-    let mut latest = BTreeMap::new();
-    for &token in tokens.iter().rev() {
-        if latest.len() < max_edits {
-            let count = tokens[num_prompt..].iter().filter(|&&other| other == token);
-            latest.entry(token).or_insert(count.count() as u32);
-        }
-    }
-    latest.into_iter().collect()
+/// Prompt tokens are part of it only for a repetition penalty.
+fn naive_history(tokens: &[u32], num_prompt: usize, repetition: f32) -> Vec<(u32, u32)> {
+    let seen = if repetition == 1.0 {
+        &tokens[num_prompt..]
+    } else {
+        tokens
+    };
+    let distinct: BTreeSet<u32> = seen.iter().copied().collect();
+    let count = |token| {
+        tokens[num_prompt..]
+            .iter()
+            .filter(|&&other| other == token)
+            .count() as u32
+    };
+    distinct.into_iter().map(|token| (token, count(token))).collect()
 }

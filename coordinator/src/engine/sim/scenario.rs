@@ -2,9 +2,9 @@
 
 use std::{cell::Cell, collections::BTreeMap, time::Duration};
 
-use phalanx_proto::step::SequenceId;
+use phalanx_proto::step::{ScoredToken, SequenceId};
 
-use super::{Faults, Prng, SimExecutor, VOCAB_SIZE, mix, oracle, salt};
+use super::{Faults, Prng, SimExecutor, VOCAB_SIZE, mix, oracle, prompt_oracle, salt};
 use crate::engine::{
     Clock, Command, EngineConfig, EngineCore, EngineRequest, Event, FinishReason, Instant, Progress,
     SamplingParams, SchedulingPolicy, Snapshot, StopRules,
@@ -36,6 +36,8 @@ pub(super) struct Report {
     pub(super) snapshot: Snapshot,
     pub(super) num_faults: u32,
     pub(super) num_tokens: u64,
+    /// Prompt tokens that were scored.
+    pub(super) num_scored: u64,
     pub(super) ends: BTreeMap<&'static str, u64>,
 }
 
@@ -43,6 +45,7 @@ pub(super) struct Report {
 #[derive(Default)]
 struct Heard {
     started: bool,
+    scored: Vec<ScoredToken>,
     tokens: Vec<u32>,
     end: Option<Event>,
 }
@@ -126,6 +129,7 @@ impl Scenario {
             snapshot,
             num_faults: observed.num_faults,
             num_tokens: heard.values().map(|heard| heard.tokens.len() as u64).sum(),
+            num_scored: heard.values().map(|heard| heard.scored.len() as u64).sum(),
             ends: self.compare(&heard),
         }
     }
@@ -142,7 +146,13 @@ impl Scenario {
                     "rejected"
                 }
                 Event::Finished { reason, .. } => {
-                    let (tokens, expected) = oracle(request, self.config.max_edits_per_row as usize);
+                    let (tokens, expected) = oracle(request);
+                    let scored = prompt_oracle(request);
+                    if matches!(reason, FinishReason::Abort | FinishReason::NotFinite) {
+                        assert!(scored.starts_with(&heard.scored), "{id:?} before its end");
+                    } else {
+                        assert_eq!(heard.scored, scored, "{id:?}");
+                    }
                     if *reason == FinishReason::Abort {
                         assert!(tokens.starts_with(&heard.tokens), "{id:?} before its abort");
                         "abort"
@@ -175,6 +185,7 @@ fn hear(all: &mut BTreeMap<SequenceId, Heard>, event: Event) {
     let id = match &event {
         Event::Token(sampled) => sampled.sequence,
         Event::Started { sequence, .. }
+        | Event::PromptLogprobs { sequence, .. }
         | Event::Preempted { sequence }
         | Event::Finished { sequence, .. }
         | Event::Rejected { sequence, .. }
@@ -184,6 +195,10 @@ fn hear(all: &mut BTreeMap<SequenceId, Heard>, event: Event) {
     assert!(heard.end.is_none(), "{event:?} after {:?}", heard.end);
     match event {
         Event::Started { .. } => assert!(!std::mem::replace(&mut heard.started, true), "started twice"),
+        Event::PromptLogprobs { tokens, .. } => {
+            assert!(heard.started && heard.tokens.is_empty());
+            heard.scored.extend(tokens);
+        }
         Event::Token(sampled) => {
             assert!(heard.started && sampled.finite);
             heard.tokens.push(sampled.token);
@@ -233,6 +248,12 @@ fn request(id: SequenceId, shared: &[u32], config: &EngineConfig, prng: &mut Prn
     if prng.one_in(3) {
         sampling.repetition_penalty = 1.25;
     }
+    if prng.one_in(3) {
+        sampling.frequency_penalty = 0.5;
+    }
+    if prng.one_in(3) {
+        sampling.prompt_logprobs = Some(prng.range(0, 3));
+    }
     // Now and then one that no configuration of this size can run.
     let oversized = if prng.one_in(40) { config.max_model_len } else { 0 };
     let mut request = EngineRequest {
@@ -250,7 +271,7 @@ fn request(id: SequenceId, shared: &[u32], config: &EngineConfig, prng: &mut Prn
     };
     // Now and then one that another engine has begun.
     if oversized == 0 && prng.one_in(4) {
-        let (mut tokens, _) = oracle(&request, config.max_edits_per_row as usize);
+        let (mut tokens, _) = oracle(&request);
         tokens.truncate(prng.below(tokens.len().max(1) as u64) as usize);
         request.output = tokens;
     }

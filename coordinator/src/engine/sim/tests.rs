@@ -1,9 +1,9 @@
 use std::{collections::BTreeMap, time::Duration};
 
-use phalanx_proto::step::SequenceId;
+use phalanx_proto::step::{ScoredToken, SequenceId};
 
 use super::{
-    Faults, SimExecutor, VOCAB_SIZE, oracle,
+    Faults, SimExecutor, VOCAB_SIZE, oracle, prompt_oracle,
     scenario::{Scenario, SimClock},
 };
 use crate::engine::{
@@ -13,13 +13,15 @@ use crate::engine::{
 
 /// Plays many seeds and makes sure that the stories held what they are meant to test.
 fn play_seeds(first: u64, count: u64, with_faults: bool) {
-    let (mut ends, mut preemptions, mut hits, mut faults) = (BTreeMap::<_, u64>::new(), 0, 0, 0);
+    let (mut ends, mut preemptions, mut hits, mut faults, mut scored) =
+        (BTreeMap::<_, u64>::new(), 0, 0, 0, 0);
     for seed in first..first + count {
         let report = std::panic::catch_unwind(|| Scenario::from_seed(seed, with_faults).play())
             .unwrap_or_else(|_| panic!("seed {seed}, faults {with_faults}"));
         preemptions += report.snapshot.num_preemptions;
         hits += report.snapshot.prefix_cache_hits;
         faults += u64::from(report.num_faults);
+        scored += report.num_scored;
         report
             .ends
             .into_iter()
@@ -32,6 +34,7 @@ fn play_seeds(first: u64, count: u64, with_faults: bool) {
         preemptions > count && hits > count,
         "{preemptions} preemptions, {hits} hits"
     );
+    assert!(scored > 10 * count, "{scored} prompt tokens scored");
     assert_eq!(faults > count, with_faults, "{faults} faults");
 }
 
@@ -168,7 +171,7 @@ fn kv_behind_logits_that_are_no_numbers_is_not_shared() {
     };
     let broken = (0..VOCAB_SIZE)
         .map(with_first_token)
-        .find(|request| oracle(request, 64) == (vec![], FinishReason::NotFinite))
+        .find(|request| oracle(request) == (vec![], FinishReason::NotFinite))
         .expect("one prompt in sixteen");
     let mut again = request(3, broken.prompt.clone(), 4);
     again.sampling.seed = 1;
@@ -197,11 +200,7 @@ fn a_sequence_that_keeps_killing_ranks_is_given_up_and_the_others_finish() {
             Event::Token(sampled) if sampled.sequence == request.id => Some(sampled.token),
             _ => None,
         });
-        assert!(
-            tokens.eq(oracle(request, 64).0),
-            "{:?} was only near it",
-            request.id
-        );
+        assert!(tokens.eq(oracle(request).0), "{:?} was only near it", request.id);
     }
 }
 
@@ -244,5 +243,78 @@ fn a_rank_lost_between_steps_is_replaced_once() {
     );
     events.extend(finish(&mut core, vec![]));
     let tokens = events.iter().filter(|event| matches!(event, Event::Token(_)));
-    assert_eq!(tokens.count(), oracle(&request, 64).0.len());
+    assert_eq!(tokens.count(), oracle(&request).0.len());
+}
+
+fn scores(events: &[Event], id: u64) -> Vec<ScoredToken> {
+    let mut all = Vec::new();
+    for event in events {
+        if let Event::PromptLogprobs { sequence, tokens } = event
+            && sequence.0 == id
+        {
+            all.extend_from_slice(tokens);
+        }
+    }
+    all
+}
+
+#[test]
+fn a_prompt_to_be_scored_is_computed_although_it_is_cached() {
+    let config = EngineConfig::new(32, 128, VOCAB_SIZE);
+    let mut core = core(&config, Faults::default());
+    let prompt: Vec<u32> = (0..50).collect();
+    finish(&mut core, vec![Command::Submit(request(0, prompt.clone(), 1))]);
+    let mut scored = request(3, prompt, 1);
+    scored.sampling.prompt_logprobs = Some(2);
+    let events = finish(&mut core, vec![Command::Submit(scored.clone())]);
+    assert!(matches!(events[0], Event::Started { cached_tokens: 0, .. }));
+    assert_eq!(scores(&events, 3), prompt_oracle(&scored));
+}
+
+#[test]
+fn scores_that_are_no_numbers_end_the_request() {
+    let config = EngineConfig::new(32, 128, VOCAB_SIZE);
+    let with_first_token = |token| {
+        let mut request = request(0, vec![5; 50], 4);
+        request.prompt[0] = token;
+        request.sampling.prompt_logprobs = Some(3);
+        request
+    };
+    let broken = (0..VOCAB_SIZE)
+        .map(with_first_token)
+        .find(|request| oracle(request) == (vec![], FinishReason::NotFinite))
+        .expect("one score in 64");
+    let mut core = core(&config, Faults::default());
+    let events = finish(&mut core, vec![Command::Submit(broken)]);
+    let finished = Event::Finished {
+        sequence: SequenceId(0),
+        reason: FinishReason::NotFinite,
+    };
+    assert_eq!(events[1..], [finished]);
+}
+
+/// Two histories that do not fit one plan take turns; both sequences end as if they were alone.
+#[test]
+fn penalties_look_at_every_token_however_long_the_history() {
+    let mut config = EngineConfig::new(1024, 8192, 8192);
+    config.max_num_seqs = 2;
+    config.max_num_batched_tokens = 8192;
+    assert_eq!(config.step_limits().max_history(), 8192);
+    let mut core = core(&config, Faults::default());
+    let requests: Vec<EngineRequest> = (0..2)
+        .map(|id| {
+            let mut request = request(id, (0..5000).map(|at| (at * 7 + id as u32) % 8192).collect(), 3);
+            request.sampling.repetition_penalty = 1.5;
+            request
+        })
+        .collect();
+    let events = finish(&mut core, requests.iter().cloned().map(Command::Submit).collect());
+    for request in &requests {
+        let tokens = events.iter().filter_map(|event| match event {
+            Event::Token(sampled) if sampled.sequence == request.id => Some(sampled.token),
+            _ => None,
+        });
+        assert!(tokens.eq(oracle(request).0), "{:?}", request.id);
+    }
+    assert!(core.snapshot().num_steps >= 6, "a step has room for one of them");
 }

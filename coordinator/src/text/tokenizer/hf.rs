@@ -230,21 +230,27 @@ fn table(
 
 /// The file's bytes; none if there is no such file.
 fn read_optional(dir: &Path, name: &str) -> Result<Option<Vec<u8>>, TextError> {
-    let path = dir.join(name);
+    match read_file(&dir.join(name)) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(TextError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// A whole file of a model's text side. Errors: it is unreadable or too large.
+pub(crate) fn read_file(path: &Path) -> Result<Vec<u8>, TextError> {
     let read = || {
         let mut bytes = Vec::new();
         // One byte more than allowed tells a file that is too large from one that just fits.
-        fs::File::open(&path)?
+        fs::File::open(path)?
             .take(MAX_FILE_BYTES + 1)
             .read_to_end(&mut bytes)?;
         Ok(bytes)
     };
-    match read() {
-        Ok(bytes) => {
-            TextError::check_limit("bytes of a tokenizer file", bytes.len(), MAX_FILE_BYTES as usize)?;
-            Ok(Some(bytes))
-        }
-        Err(error) if std::io::Error::kind(&error) == std::io::ErrorKind::NotFound => Ok(None),
-        Err(source) => Err(TextError::Io { path, source }),
-    }
+    let bytes = read().map_err(|source| TextError::Io {
+        path: path.to_owned(),
+        source,
+    })?;
+    TextError::check_limit("bytes of a tokenizer file", bytes.len(), MAX_FILE_BYTES as usize)?;
+    Ok(bytes)
 }

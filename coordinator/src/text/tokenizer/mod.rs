@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 pub use gguf::GgufVocab;
 pub use hf::HfFiles;
+pub(crate) use hf::read_file;
 pub use table::{MAX_VOCAB_SIZE, TokenEncoding, TokenTable};
 
 use super::TextError;

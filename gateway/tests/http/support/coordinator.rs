@@ -12,8 +12,8 @@ use phalanx_proto::{
         AbortRequestRequest, AbortRequestResponse, ChatRequest, Choice, FinishReason, GenerateChunk,
         GenerateRequest, GenerateResponse, GetMetricsRequest, GetMetricsResponse, GetStatusRequest,
         GetStatusResponse, GroupState, ListModelsRequest, ListModelsResponse, ModelCard, OutputOptions,
-        ResumedChoice, SamplingParams, TokenLogprob, TokenLogprobs, ToolCall, Usage, admin_server,
-        choice::StopReason, inference_server,
+        PromptOutput, ResumedChoice, SamplingParams, TokenLogprob, TokenLogprobs, ToolCall, Usage,
+        admin_server, choice::StopReason, inference_server,
     },
 };
 use tokio::{net::TcpListener, sync::mpsc, task::JoinHandle};
@@ -224,6 +224,7 @@ impl Scripted {
         };
         let mut chunks = self.stream(sampling, &with_usage, &[])?;
         while let Some(chunk) = chunks.next().await.transpose()? {
+            whole.prompt = whole.prompt.or(chunk.prompt);
             let Some(piece) = chunk.choice else {
                 whole.usage = chunk.usage;
                 continue;
@@ -235,6 +236,7 @@ impl Scripted {
             {
                 Some(choice) => {
                     choice.text.push_str(&piece.text);
+                    choice.token_ids.extend(piece.token_ids);
                     choice.logprobs.extend(piece.logprobs);
                     for piece in piece.tool_calls {
                         match choice.tool_calls.last_mut() {
@@ -260,6 +262,7 @@ fn chunk(choice: Choice) -> GenerateChunk {
         created: CREATED,
         choice: Some(choice),
         usage: None,
+        prompt: None,
     }
 }
 
@@ -329,6 +332,7 @@ fn hello(n: u32, output: &OutputOptions) -> Vec<GenerateChunk> {
             let mut choice = Choice {
                 index,
                 text: word.to_owned(),
+                token_ids: vec![number],
                 logprobs: output.logprobs.map(|_| logprobs(word)).into_iter().collect(),
                 ..Choice::default()
             };
@@ -338,6 +342,7 @@ fn hello(n: u32, output: &OutputOptions) -> Vec<GenerateChunk> {
             }
             chunks.push(GenerateChunk {
                 usage: output.continuous_usage.then(|| usage(number)),
+                prompt: if chunks.is_empty() { prompt(output) } else { None },
                 ..chunk(choice)
             });
         }
@@ -350,6 +355,37 @@ fn hello(n: u32, output: &OutputOptions) -> Vec<GenerateChunk> {
         });
     }
     chunks
+}
+
+/// What is told of a prompt of the tokens 7 and 9.
+fn prompt(output: &OutputOptions) -> Option<PromptOutput> {
+    let token = |token_id, text: &str, logprob, rank| TokenLogprob {
+        token_id,
+        token: text.to_owned(),
+        logprob,
+        bytes: text.as_bytes().to_vec(),
+        rank,
+    };
+    let first = TokenLogprobs {
+        chosen: Some(token(7, "a", f32::NAN, None)),
+        ..TokenLogprobs::default()
+    };
+    let second = TokenLogprobs {
+        chosen: Some(token(9, "b", -3.0, Some(40))),
+        top: vec![token(8, "c", -0.5, Some(1))],
+        text_offset: 1,
+    };
+    let told = PromptOutput {
+        token_ids: if output.return_prompt_token_ids {
+            vec![7, 9]
+        } else {
+            vec![]
+        },
+        logprobs: output
+            .prompt_logprobs
+            .map_or_else(Vec::new, |_| vec![first, second]),
+    };
+    (told != PromptOutput::default()).then_some(told)
 }
 
 fn usage(completion_tokens: u32) -> Usage {
@@ -366,6 +402,7 @@ fn logprobs(word: &str) -> TokenLogprobs {
         token: word.to_owned(),
         logprob: -0.25,
         bytes: word.as_bytes().to_vec(),
+        rank: Some(1),
     };
     TokenLogprobs {
         text_offset: if word.starts_with(' ') { 5 } else { 0 },

@@ -52,14 +52,13 @@ pub(super) struct TileRows<'a, E> {
     pub(super) parts: Parts<'a>,
 }
 
-/// How many of `left` query vectors are multiplied at once: 12, 6 or fewer.
+/// How many of `left` query vectors are multiplied at once. Every size is code for every instruction set and element type.
 #[inline(always)]
 fn block_of<S: Simd>(left: usize) -> usize {
-    if S::PAIRS >= 12 && left >= 12 {
-        12
-    } else {
-        left.min(6)
-    }
+    [12, 6, 4, 3, 2]
+        .into_iter()
+        .find(|&size| size <= left && size <= S::PAIRS)
+        .unwrap_or(1)
 }
 
 impl<E: KvElement> Kernel for TileRows<'_, E> {
@@ -137,14 +136,18 @@ impl<'a, E: KvElement> TileRows<'a, E> {
             let (state, mut vector) = (&mut scratch.state, 0);
             while vector < queries.visible.len() {
                 let block = block_of::<S>(queries.visible.len() - vector);
-                match block {
-                    1 => tile.attend::<S, 1>(simd, queries, state, vector),
-                    2 => tile.attend::<S, 2>(simd, queries, state, vector),
-                    3 => tile.attend::<S, 3>(simd, queries, state, vector),
-                    4 => tile.attend::<S, 4>(simd, queries, state, vector),
-                    5 => tile.attend::<S, 5>(simd, queries, state, vector),
-                    6 => tile.attend::<S, 6>(simd, queries, state, vector),
-                    _ => tile.attend::<S, 12>(simd, queries, state, vector),
+                if S::PAIRS >= 12 && block == 12 {
+                    tile.attend::<S, 12>(simd, queries, state, vector);
+                } else if S::PAIRS >= 6 && block == 6 {
+                    tile.attend::<S, 6>(simd, queries, state, vector);
+                } else if S::PAIRS >= 4 && block == 4 {
+                    tile.attend::<S, 4>(simd, queries, state, vector);
+                } else if block == 3 {
+                    tile.attend::<S, 3>(simd, queries, state, vector);
+                } else if block == 2 {
+                    tile.attend::<S, 2>(simd, queries, state, vector);
+                } else {
+                    tile.attend::<S, 1>(simd, queries, state, vector);
                 }
                 vector += block;
             }
@@ -186,7 +189,7 @@ impl<'a, E: KvElement> TileRows<'a, E> {
     fn tile(&self, start: usize, end: usize) -> Tile<'a, E> {
         let table = self.attention.batch.checked().block_table(self.task.sequence);
         let block_size = self.attention.kv.spec().block_size;
-        let mut groups = [KvGroup { k: &[], v: &[] }; TILE_GROUPS];
+        let mut groups = [KvGroup::EMPTY; TILE_GROUPS];
         for (position, group) in (start..end).step_by(LANES).zip(&mut groups) {
             let block = table[position / block_size] as usize;
             *group = self

@@ -103,6 +103,7 @@ pub(crate) fn paged_attention(
         KvDtype::F16 => run::<f16>(exec, out, attention, tasks),
         KvDtype::BF16 => run::<bf16>(exec, out, attention, tasks),
         KvDtype::E4M3 => run::<E4m3>(exec, out, attention, tasks),
+        KvDtype::INT8 => run::<i8>(exec, out, attention, tasks),
     }
     Ok(())
 }

@@ -84,11 +84,14 @@ impl<E: KvElement> Tile<'_, E> {
             _ => self.scores::<S, M, 1>(simd, queries, groups.clone(), &mut scores),
         }
 
+        if E::SCALED {
+            self.scale(simd, &mut scores, groups.clone(), |group| group.k_scales);
+        }
         let sums = &mut state.sums[vector * self.v_vectors..][..M * self.v_vectors];
         let factors = softmax(
             simd,
             &mut scores,
-            (groups, &seen),
+            (groups.clone(), &seen),
             &mut state.max[vector..vector + M],
             &mut state.weight[vector..vector + M],
         );
@@ -100,7 +103,28 @@ impl<E: KvElement> Tile<'_, E> {
                 }
             }
         }
+        if E::SCALED {
+            self.scale(simd, &mut scores, groups, |group| group.v_scales);
+        }
         self.accumulate_block(simd, sums, &scores, &seen);
+    }
+
+    /// Multiplies scores or weights with the positions' scales of K or V.
+    #[inline(always)]
+    fn scale<S: Simd, const M: usize>(
+        &self,
+        simd: S,
+        scores: &mut Scores<M>,
+        groups: Range<usize>,
+        of_group: impl for<'b> Fn(&'b KvGroup<'_, E>) -> &'b [f32; LANES],
+    ) {
+        for group in groups {
+            let scales = simd.load(of_group(&self.groups[group]));
+            for scores in scores.iter_mut() {
+                let scores = &mut scores.as_chunks_mut::<LANES>().0[group];
+                simd.store(scores, simd.mul(simd.load(scores), scales));
+            }
+        }
     }
 
     /// Products of M queries with the K of `groups`, summed in rising dimension, for W pairs of groups at a time: few
@@ -193,12 +217,30 @@ impl<E: KvElement> Tile<'_, E> {
         }
         for m in 0..M {
             let own = &mut sums[m * self.v_vectors..][..self.v_vectors];
-            self.accumulate::<S, 1>(simd, own, &weights[m..], seen[m].0..seen[m].1.min(start));
+            self.accumulate_one(simd, own, &weights[m], seen[m].0..seen[m].1.min(start));
         }
         self.accumulate::<S, M>(simd, sums, weights, start..end);
         for m in 0..M {
             let own = &mut sums[m * self.v_vectors..][..self.v_vectors];
-            self.accumulate::<S, 1>(simd, own, &weights[m..], end.max(seen[m].0)..seen[m].1);
+            self.accumulate_one(simd, own, &weights[m], end.max(seen[m].0)..seen[m].1);
+        }
+    }
+
+    /// As [`Self::accumulate`] for one vector: short code for few positions.
+    #[inline(always)]
+    fn accumulate_one<S: Simd>(
+        &self,
+        simd: S,
+        sums: &mut [[f32; LANES]],
+        weights: &[f32; TILE],
+        positions: Range<usize>,
+    ) {
+        for p in positions {
+            let weight = simd.splat(weights[p]);
+            let row = &self.groups[p / LANES].v[p % LANES * self.v_vectors..][..self.v_vectors];
+            for (sum, v) in sums.iter_mut().zip(row) {
+                simd.store(sum, simd.fma(weight, E::load(simd, v), simd.load(sum)));
+            }
         }
     }
 
@@ -235,6 +277,7 @@ impl<E: KvElement> Tile<'_, E> {
             }
         }
     }
+
     /// As [`Self::accumulate`], from column vector `column` on, W pairs of them at a time while there are so many.
     #[inline(always)]
     fn accumulate_columns<S: Simd, const M: usize, const W: usize>(

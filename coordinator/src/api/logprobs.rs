@@ -1,0 +1,42 @@
+//! Log-probabilities as replies have them.
+
+use phalanx_proto::v1;
+
+use crate::text::TokenTable;
+
+/// A token with its log-probability and rank, the best tokens at its position, and where it begins in the text.
+pub(super) fn of(
+    table: &TokenTable,
+    (token, logprob, rank): (u32, f32, u32),
+    top: &[(u32, f32)],
+    text_offset: u32,
+) -> v1::TokenLogprobs {
+    let top = (1..).zip(top);
+    v1::TokenLogprobs {
+        chosen: Some(entry(table, token, logprob, Some(rank))),
+        top: top
+            .map(|(rank, &(token, logprob))| entry(table, token, logprob, Some(rank)))
+            .collect(),
+        text_offset,
+    }
+}
+
+/// The first token of a prompt, which has nothing before it to be likely after.
+pub(super) fn of_first(table: &TokenTable, token: u32) -> v1::TokenLogprobs {
+    v1::TokenLogprobs {
+        chosen: Some(entry(table, token, f32::NAN, None)),
+        top: Vec::new(),
+        text_offset: 0,
+    }
+}
+
+fn entry(table: &TokenTable, token_id: u32, logprob: f32, rank: Option<u32>) -> v1::TokenLogprob {
+    let bytes = table.bytes(token_id);
+    v1::TokenLogprob {
+        token_id,
+        token: String::from_utf8_lossy(bytes).into_owned(),
+        logprob,
+        bytes: bytes.to_vec(),
+        rank,
+    }
+}
