@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from load import family, free_port
 
@@ -197,7 +197,8 @@ def compare(arguments, model, load):
         servers = [stack.enter_context(running(make(binary, model, load))) for make, binary in makers.values()]
         reports = {server.name: [] for server in servers}
         for server in servers:
-            measure(arguments.phalanx, server, load, 0)  # warm-up
+            warm_up = replace(load, requests=min(load.requests, load.concurrency), long_prompts=0.0)
+            measure(arguments.phalanx, server, warm_up, 0)
         for number in range(arguments.rounds):
             for server in servers if number % 2 == 0 else reversed(servers):
                 reports[server.name].append(measure(arguments.phalanx, server, load, number + 1))

@@ -9,9 +9,18 @@ use clap::{
     ArgAction, ArgMatches, Args, Parser, Subcommand, ValueEnum, builder::BoolishValueParser,
     parser::ValueSource, value_parser,
 };
+use phalanx_coordinator::{
+    config::{KvEventsOptions, MaxModelLen},
+    engine::NgramSpeculation,
+};
 
 pub(crate) use self::tls::{CoordinatorTlsArgs, TlsArgs};
-use crate::output_args::{GenerationArgs, ReplyArgs};
+use crate::{
+    kv_events,
+    output_args::{GenerationArgs, ReplyArgs},
+    speculative,
+    values::{parse_bytes, parse_max_model_len, parse_utilization, parse_watermark},
+};
 
 /// A distributed tensor-parallel LLM serving cluster.
 #[derive(Debug, Parser)]
@@ -116,15 +125,26 @@ pub(crate) struct ModelArgs {
     /// reduce on GPUs.
     #[arg(long, env = "PHALANX_TENSOR_PARALLEL_STYLE")]
     pub(crate) tensor_parallel_style: Option<Style>,
-    /// Longest sequence, prompt and output together; default: the model's.
-    #[arg(long, env = "PHALANX_MAX_MODEL_LEN")]
-    pub(crate) max_model_len: Option<usize>,
+    /// Longest sequence, prompt and output together (suffixes k, m: thousands, K, M: 1024s); `auto` or -1: the longest
+    /// that fits the memory; default: the model's.
+    #[arg(
+        long,
+        env = "PHALANX_MAX_MODEL_LEN",
+        allow_hyphen_values = true,
+        value_parser = parse_max_model_len
+    )]
+    pub(crate) max_model_len: Option<MaxModelLen>,
     /// Most sequences in one step.
     #[arg(long, env = "PHALANX_MAX_NUM_SEQS", default_value_t = 256)]
     pub(crate) max_num_seqs: usize,
     /// Most tokens in one step; longer prompts are computed in chunks.
     #[arg(long, env = "PHALANX_MAX_NUM_BATCHED_TOKENS", default_value_t = 512)]
     pub(crate) max_num_batched_tokens: usize,
+    /// Guess tokens and verify them in one step, as JSON: {"method": "ngram", "num_speculative_tokens": 4,
+    /// "prompt_lookup_min": 2, "prompt_lookup_max": 4} looks the last tokens up in the sequence so far. Output stays the
+    /// same.
+    #[arg(long, env = "PHALANX_SPECULATIVE_CONFIG", value_parser = speculative::parse)]
+    pub(crate) speculative_config: Option<NgramSpeculation>,
     /// Most alternatives per token that a request may ask log-probabilities of.
     #[arg(long, env = "PHALANX_MAX_LOGPROBS", default_value_t = 20)]
     pub(crate) max_logprobs: usize,
@@ -229,15 +249,40 @@ pub(crate) struct EngineArgs {
         default_value_t = true
     )]
     pub(crate) enable_prefix_caching: bool,
+    /// How cached blocks are named; sha256_cbor: as vLLM does, so that indexers outside can compute the names (seeded with
+    /// $PYTHONHASHSEED if that is set); sha256: with a secret of this process.
+    #[arg(long, env = "PHALANX_PREFIX_CACHING_HASH_ALGO", default_value = "sha256")]
+    pub(crate) prefix_caching_hash_algo: HashAlgo,
+    /// Tell what changes in the prefix cache, as JSON: {"enable_kv_cache_events": true} offers it over gRPC, and
+    /// "publisher": "zmq" publishes it as well ("endpoint", "replay_endpoint", "buffer_steps", "topic").
+    #[arg(long, env = "PHALANX_KV_EVENTS_CONFIG", value_parser = kv_events::parse)]
+    pub(crate) kv_events_config: Option<KvEventsOptions>,
     /// Order in which waiting requests are admitted.
     #[arg(long, env = "PHALANX_SCHEDULING_POLICY", default_value = "fcfs")]
     pub(crate) scheduling_policy: Policy,
     /// Prompts compute at most so many tokens in a step beside others; 0: no limit.
     #[arg(long, env = "PHALANX_LONG_PREFILL_TOKEN_THRESHOLD", default_value_t = 0)]
     pub(crate) long_prefill_token_threshold: usize,
+    /// Share of the KV blocks that admission leaves free, so that running requests can grow.
+    #[arg(long, env = "PHALANX_WATERMARK", default_value_t = 0.01, value_parser = parse_watermark)]
+    pub(crate) watermark: f32,
+    /// Admit a prompt only if all of it fits the KV cache; --no-scheduler-reserve-full-isl: if its first chunk does.
+    #[arg(
+        long,
+        env = "PHALANX_SCHEDULER_RESERVE_FULL_ISL",
+        action = ArgAction::Set,
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "true",
+        default_value_t = true
+    )]
+    pub(crate) scheduler_reserve_full_isl: bool,
     /// Requests that may wait; more are refused with 429.
     #[arg(long, env = "PHALANX_MAX_NUM_QUEUED_REQS", default_value_t = 1024)]
     pub(crate) max_num_queued_reqs: usize,
+    /// Prompt tokens that may wait; more are refused with 429, but a prompt that waits alone may be longer.
+    #[arg(long, env = "PHALANX_MAX_NUM_QUEUED_TOKENS", default_value_t = 1 << 22)]
+    pub(crate) max_num_queued_tokens: usize,
     #[command(flatten)]
     pub(crate) chat: crate::chat_args::ChatArgs,
     #[command(flatten)]
@@ -281,9 +326,21 @@ pub(crate) struct EngineArgs {
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum, PartialEq, Eq)]
+pub(crate) enum HashAlgo {
+    #[value(alias = "builtin-fast", alias = "builtin")]
+    Sha256,
+    #[value(name = "sha256_cbor")]
+    Sha256Cbor,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum, PartialEq, Eq)]
 pub(crate) enum Policy {
+    /// By arrival.
     Fcfs,
+    /// By the requests' `priority`, smaller first.
     Priority,
+    /// API keys in turn, by the tokens they have had.
+    Fair,
 }
 
 /// The HTTP side.
@@ -459,59 +516,9 @@ pub(crate) fn refuse_two_models(matches: &ArgMatches) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A number of bytes with an optional decimal (k, M, G) or binary (Ki, Mi, Gi) suffix, as vLLM and Kubernetes write it.
-pub(crate) fn parse_bytes(text: &str) -> Result<u64, String> {
-    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
-    let (number, suffix) = text.split_at(digits);
-    let unit: u64 = match suffix.trim_end_matches('B') {
-        "" => 1,
-        "k" | "K" => 1000,
-        "m" | "M" => 1000 * 1000,
-        "g" | "G" => 1000 * 1000 * 1000,
-        "Ki" => 1 << 10,
-        "Mi" => 1 << 20,
-        "Gi" => 1 << 30,
-        _ => return Err(format!("unknown suffix {suffix:?}; use K, M, G, Ki, Mi or Gi")),
-    };
-    let number: u64 = number
-        .parse()
-        .map_err(|_| "expected a whole number of bytes".to_owned())?;
-    number
-        .checked_mul(unit)
-        .ok_or_else(|| "more bytes than a 64-bit number holds".to_owned())
-}
-
-/// A part of a whole: above 0, at most 1.
-fn parse_utilization(text: &str) -> Result<f32, String> {
-    match text.parse::<f32>() {
-        Ok(part) if part > 0.0 && part <= 1.0 => Ok(part),
-        Ok(part) => Err(format!("{part} is not above 0 and at most 1")),
-        Err(error) => Err(error.to_string()),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn utilization_is_a_part() {
-        assert_eq!(parse_utilization("0.9"), Ok(0.9));
-        assert_eq!(parse_utilization("1"), Ok(1.0));
-        for wrong in ["0", "-0.5", "1.01", "NaN", "90%"] {
-            assert!(parse_utilization(wrong).is_err(), "{wrong}");
-        }
-    }
-
-    #[test]
-    fn byte_suffixes() {
-        assert_eq!(parse_bytes("123"), Ok(123));
-        assert_eq!(parse_bytes("2Gi"), Ok(2 << 30));
-        assert_eq!(parse_bytes("64MiB"), Ok(64 << 20));
-        assert_eq!(parse_bytes("3G"), Ok(3_000_000_000));
-        assert!(parse_bytes("-1").is_err() && parse_bytes("1T").is_err() && parse_bytes("").is_err());
-        assert!(parse_bytes("99999999999999Gi").is_err());
-    }
 
     #[test]
     fn the_command_line_is_consistent() {

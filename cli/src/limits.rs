@@ -2,6 +2,7 @@
 
 use std::ops::RangeInclusive;
 
+use phalanx_coordinator::config::MaxModelLen;
 use phalanx_proto::limits::MAX_LOGPROBS;
 use phalanx_shm::MAX_WORLD_SIZE;
 
@@ -51,7 +52,11 @@ pub(crate) fn model(args: &ModelArgs) -> Result<(), LimitError> {
         0..=MAX_LOGPROBS.into(),
     )?;
     // One token of prompt and one of completion; positions fit an i32 on every device.
-    given("--max-model-len", args.max_model_len, 2..=1 << 30)?;
+    let length = match args.max_model_len {
+        Some(MaxModelLen::Tokens(tokens)) => Some(tokens),
+        Some(MaxModelLen::Model | MaxModelLen::Auto) | None => None,
+    };
+    given("--max-model-len", length, 2..=1 << 30)?;
     given("--threads-per-rank", args.threads_per_rank, 1..=256)?;
     given(
         "--num-gpu-blocks-override",
@@ -82,6 +87,11 @@ pub(crate) fn engine(args: &EngineArgs) -> Result<(), LimitError> {
         "--max-num-queued-reqs",
         args.max_num_queued_reqs as u64,
         1..=1 << 20,
+    )?;
+    within(
+        "--max-num-queued-tokens",
+        args.max_num_queued_tokens as u64,
+        1..=1 << 40,
     )?;
     let threshold = args.long_prefill_token_threshold as u64;
     within("--long-prefill-token-threshold", threshold, 0..=u32::MAX.into())
@@ -174,6 +184,7 @@ mod tests {
                 "--shutdown-timeout is 18446744073709551615",
             ),
             (&["--max-num-queued-reqs", "0"], "--max-num-queued-reqs is 0"),
+            (&["--max-num-queued-tokens", "0"], "--max-num-queued-tokens is 0"),
         ] {
             let refusal = refused(flags).unwrap_or_else(|| panic!("{flags:?} is allowed"));
             assert!(refusal.contains(message), "{refusal}");

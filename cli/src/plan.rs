@@ -11,8 +11,9 @@ use phalanx_model::{
 use serde_json::{Value, json};
 
 use crate::{
-    args::{Device, PlanArgs, parse_bytes},
+    args::{Device, PlanArgs},
     resolve,
+    values::parse_bytes,
 };
 
 /// A GPU is not larger than this; more is a slip of the pen.
@@ -32,6 +33,7 @@ pub(crate) fn run(args: &PlanArgs) -> anyhow::Result<()> {
         ),
         None => (Hardware::Cpu, free_space(Path::new("/dev/shm"))?),
     };
+    let blueprint = blueprint.fitted(&hardware, shared_memory)?;
     let draft = blueprint.draft(&hardware, shared_memory)?;
     let plan = blueprint.accept(draft.clone());
     if args.json {

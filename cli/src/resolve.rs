@@ -13,13 +13,14 @@ use phalanx_coordinator::{
         ApiOptions, DeviceChoice, EngineOptions, GpuEnvironment, KvCacheSize, ModelOptions, TraceOptions,
         WorkerOptions, WorkerSource,
     },
-    engine::SchedulingPolicy,
+    engine::{PrefixHashAlgo, SchedulingPolicy},
 };
 use phalanx_model::{KvDtype, QuantizationMethod, TensorParallelStyle};
 
 use crate::{
     args::{
-        Device, EngineArgs, KvCacheDtype, LoggingArgs, ModelArgs, Policy, QuantizationName, Style, TlsArgs,
+        Device, EngineArgs, HashAlgo, KvCacheDtype, LoggingArgs, ModelArgs, Policy, QuantizationName, Style,
+        TlsArgs,
     },
     keys, limits, logging,
 };
@@ -48,9 +49,10 @@ pub(crate) fn model(args: &ModelArgs) -> anyhow::Result<ModelOptions> {
             Style::Reduce => TensorParallelStyle::Reduce,
         }),
         rank_weights: args.rank_weights.clone(),
-        max_model_len: args.max_model_len,
+        max_model_len: args.max_model_len.unwrap_or_default(),
         max_num_seqs: args.max_num_seqs,
         max_num_batched_tokens: args.max_num_batched_tokens,
+        speculative: args.speculative_config,
         max_logprobs: args.max_logprobs,
         block_size: args.block_size,
         kv_cache,
@@ -88,12 +90,25 @@ pub(crate) fn engine(args: &EngineArgs, model: &ModelOptions) -> anyhow::Result<
     Ok(EngineOptions {
         served_model_names: if names.is_empty() { default_name() } else { names },
         enable_prefix_caching: args.enable_prefix_caching,
+        prefix_hash_algo: match args.prefix_caching_hash_algo {
+            HashAlgo::Sha256 => PrefixHashAlgo::Builtin,
+            HashAlgo::Sha256Cbor => PrefixHashAlgo::Sha256Cbor,
+        },
+        // vLLM's own name for it: indexers are configured with the same.
+        prefix_hash_seed: Some(
+            std::env::var("PYTHONHASHSEED").unwrap_or_else(|_| PrefixHashAlgo::DEFAULT_SEED.to_owned()),
+        ),
+        kv_events: args.kv_events_config.clone().unwrap_or_default(),
         policy: match args.scheduling_policy {
             Policy::Fcfs => SchedulingPolicy::Fcfs,
             Policy::Priority => SchedulingPolicy::Priority,
+            Policy::Fair => SchedulingPolicy::Fair,
         },
         long_prefill_token_threshold: args.long_prefill_token_threshold,
+        watermark: args.watermark,
+        reserve_full_isl: args.scheduler_reserve_full_isl,
         max_num_queued_reqs: args.max_num_queued_reqs,
+        max_num_queued_tokens: args.max_num_queued_tokens,
         chat_template: args.chat.chat_template.clone(),
         chat: args.chat.resolve()?,
         generation: args.generation.options(),

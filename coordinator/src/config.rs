@@ -7,7 +7,8 @@ use phalanx_proto::{secret::ApiKeys, tls::TlsFiles};
 
 use crate::{
     api::Observers,
-    engine::SchedulingPolicy,
+    engine::{NgramSpeculation, PrefixHashAlgo, SchedulingPolicy},
+    kv_events::ZmqOptions,
     text::{ChatOptions, GenerationOptions},
 };
 
@@ -29,10 +30,11 @@ pub struct ModelOptions {
     /// None: gather on CPUs, which gives the same bits at any number of ranks; reduce on GPUs, where it moves less.
     pub style: Option<TensorParallelStyle>,
     pub rank_weights: Option<Vec<f32>>,
-    /// None: the model's own.
-    pub max_model_len: Option<usize>,
+    pub max_model_len: MaxModelLen,
     pub max_num_seqs: usize,
     pub max_num_batched_tokens: usize,
+    /// Guess tokens and verify several in a step.
+    pub speculative: Option<NgramSpeculation>,
     /// Most alternatives per token that a request may ask for.
     pub max_logprobs: usize,
     pub block_size: usize,
@@ -73,6 +75,17 @@ impl DeviceChoice {
     }
 }
 
+/// Most tokens of prompt and completion together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum MaxModelLen {
+    /// The model's own limit.
+    #[default]
+    Model,
+    /// As many as fit the memory, at most the model's own limit.
+    Auto,
+    Tokens(usize),
+}
+
 /// How many KV blocks there are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum KvCacheSize {
@@ -89,9 +102,18 @@ pub struct EngineOptions {
     /// Never empty; the first is the canonical one.
     pub served_model_names: Vec<String>,
     pub enable_prefix_caching: bool,
+    pub prefix_hash_algo: PrefixHashAlgo,
+    /// Starts the chains of block names that others can compute.
+    pub prefix_hash_seed: Option<String>,
+    pub kv_events: KvEventsOptions,
     pub policy: SchedulingPolicy,
     pub long_prefill_token_threshold: usize,
+    /// Share of the KV blocks that admission leaves free.
+    pub watermark: f32,
+    /// Admit a prompt only if all of it fits.
+    pub reserve_full_isl: bool,
     pub max_num_queued_reqs: usize,
+    pub max_num_queued_tokens: usize,
     /// Replaces the model's chat template.
     pub chat_template: Option<PathBuf>,
     /// What requests leave unset.
@@ -100,6 +122,15 @@ pub struct EngineOptions {
     /// Seed of requests that bring none.
     pub seed: Option<u64>,
     pub step_timeout: Duration,
+}
+
+/// Who hears what changes in the prefix cache.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct KvEventsOptions {
+    /// Offer the changes over gRPC.
+    pub enabled: bool,
+    /// And publish them over ZeroMQ.
+    pub zmq: Option<ZmqOptions>,
 }
 
 /// Where the gRPC services listen; at least one of them.

@@ -28,9 +28,10 @@ use crate::{
     },
     config::{ApiOptions, CoordinatorConfig, DeviceChoice, WorkerOptions, WorkerSource},
     deployment::{Deployment, DeploymentError, Hardware, NoGpu, Proposal},
-    engine::{EngineConfig, SamplingParams, StopRules},
+    engine::{EngineConfig, SamplingParams, StopRules, TenantId},
     engine_thread::{EngineHandle, EngineThreadConfig, NewSequence, StartError, StreamEvent, spawn_engine},
     executor::{ShmExecutor, TracedExecutor},
+    kv_events::{KvEventHub, ZmqError, ZmqPublisher},
     metrics::Metrics,
     text::{ModelLimits, TextError, TextModel, TextOptions, TextProcessor},
 };
@@ -61,6 +62,8 @@ pub enum CoordinatorError {
     RankFailed(#[from] RankFailure),
     #[error("cannot start workers: {0}")]
     Launch(std::io::Error),
+    #[error("KV events: {0}")]
+    KvEvents(#[from] ZmqError),
     #[error(transparent)]
     Engine(#[from] StartError),
     #[error("--trace-file: {0}")]
@@ -78,6 +81,10 @@ pub struct Coordinator {
     config: CoordinatorConfig,
     cluster: Cluster,
     launcher: std::sync::Mutex<Option<Launcher>>,
+    text: Arc<TextProcessor>,
+    /// None: nobody is told of changes in the prefix cache.
+    kv_events: Option<KvEventHub>,
+    _zmq: Option<ZmqPublisher>,
     engine: EngineSlot,
     running: std::sync::OnceLock<EngineHandle>,
     status: StatusHandle,
@@ -113,6 +120,12 @@ impl Coordinator {
             TraceFile::create(&trace.path).map_err(CoordinatorError::Trace)?;
         }
         let (listeners, tcp) = listen(&config.api).await?;
+        let kv_options = &config.engine.kv_events;
+        let kv_events = kv_options.enabled.then(KvEventHub::default);
+        let zmq = match (&kv_events, &kv_options.zmq) {
+            (Some(hub), Some(zmq)) => Some(ZmqPublisher::start(zmq, hub).await?),
+            _ => None,
+        };
         let workers = WorkerPlan::new(&config.workers, config.model.tensor_parallel_size);
         let cluster = Cluster::new(config.model.tensor_parallel_size, &workers.join_token);
         if let Some(deployment) = deployment.get() {
@@ -127,6 +140,9 @@ impl Coordinator {
         let coordinator = Self {
             metrics: Arc::new(Metrics::new(&name, proposal.blueprint.max_model_len as u32)),
             status: StatusHandle::new(),
+            text,
+            kv_events,
+            _zmq: zmq,
             engine: EngineSlot::default(),
             running: std::sync::OnceLock::new(),
             launcher: std::sync::Mutex::new(launcher),
@@ -139,16 +155,17 @@ impl Coordinator {
             config,
             cluster,
         };
-        coordinator.serve(listeners, text);
+        coordinator.serve(listeners);
         tracing::info!(took = ?started.elapsed(), "coordinator started");
         Ok(coordinator)
     }
 
     /// Starts the services and whatever follows the ranks' state.
-    fn serve(&self, listeners: Listeners, text: Arc<TextProcessor>) {
+    fn serve(&self, listeners: Listeners) {
         let api = Api {
-            text,
+            text: self.text.clone(),
             engine: self.engine.clone(),
+            kv_events: self.kv_events.clone(),
             metrics: self.metrics.clone(),
             status: self.status.clone(),
             served_model_names: self.config.engine.served_model_names.clone(),
@@ -195,6 +212,8 @@ impl Coordinator {
             return Ok(());
         }
         let deployment = self.settle(self.deployment().await?).await?;
+        self.text
+            .set_max_model_len(deployment.blueprint.max_model_len as u32);
         self.cluster
             .wait_loaded(self.config.workers.ready_timeout)
             .await?;
@@ -268,11 +287,17 @@ impl Coordinator {
             enable_prefix_caching: options.enable_prefix_caching,
             policy: options.policy,
             long_prefill_token_threshold: options.long_prefill_token_threshold as u32,
+            prefix_hash_algo: options.prefix_hash_algo,
+            watermark: options.watermark,
+            reserve_full_isl: options.reserve_full_isl,
             step_timeout: options.step_timeout,
             ..deployment.engine_config()
         };
         let thread = EngineThreadConfig {
             max_num_queued_reqs: options.max_num_queued_reqs,
+            max_num_queued_tokens: options.max_num_queued_tokens,
+            kv_events: self.kv_events.clone(),
+            prefix_hash_seed: options.prefix_hash_seed.clone(),
             ..EngineThreadConfig::new(engine)
         };
         let metrics = self.metrics.clone();
@@ -507,6 +532,7 @@ async fn warm_up(engine: &EngineHandle) -> Result<(), RpcError> {
         },
         priority: 0,
         cache_salt: Some("warm-up".into()),
+        tenant: TenantId::default(),
     };
     let mut submission = engine.probe(sequence)?;
     while let Some(event) = submission.events.recv().await {

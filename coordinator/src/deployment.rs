@@ -92,14 +92,15 @@ impl Proposal {
     /// # Errors
     /// Options that do not fit the model or the memory: before anything is loaded.
     pub fn resolve(&self, hardware: &Hardware, shm_dir: &Path) -> Result<Deployment, DeploymentError> {
-        let blueprint = &self.blueprint;
-        let plan = blueprint.accept(blueprint.draft(hardware, free_space(shm_dir)?)?)?;
+        let shared_memory = free_space(shm_dir)?;
+        let blueprint = self.blueprint.fitted(hardware, shared_memory)?;
+        let plan = blueprint.accept(blueprint.draft(hardware, shared_memory)?)?;
         let deployment = Deployment {
             checkpoint: self.checkpoint.clone(),
-            blueprint: blueprint.clone(),
             device: hardware.kind(),
             limits: blueprint.limits(plan.num_blocks),
             plan,
+            blueprint,
         };
         deployment.engine_config().validate()?;
         Ok(deployment)
@@ -127,10 +128,15 @@ impl Deployment {
         let Some(taken) = taken else {
             return Ok(self.clone());
         };
-        let plan = self.blueprint.settle(&self.plan, &taken)?;
+        let settle = |blueprint: &Blueprint| blueprint.settle(&self.plan, &taken);
+        let blueprint = self
+            .blueprint
+            .with_longest(|blueprint| settle(blueprint).map(drop))?;
+        let plan = settle(&blueprint)?;
         Ok(Self {
-            limits: self.blueprint.limits(plan.num_blocks),
+            limits: blueprint.limits(plan.num_blocks),
             plan,
+            blueprint,
             ..self.clone()
         })
     }
@@ -159,7 +165,8 @@ impl Deployment {
         let max_model_len = self.blueprint.max_model_len as u32;
         EngineConfig {
             block_size: self.blueprint.options.block_size as u32,
-            max_num_seqs: self.limits.max_rows,
+            max_num_seqs: self.blueprint.options.max_num_seqs as u32,
+            speculative: self.blueprint.options.speculative,
             max_num_batched_tokens: self.limits.max_tokens,
             max_logprobs: self.limits.max_logprobs,
             max_edits_per_row: self.limits.max_edits_per_row,

@@ -33,8 +33,9 @@ use self::{admission::AdmissionQueue, lifecycle::Lifecycle, stream::Stream};
 use crate::{
     engine::{
         ConfigError, EngineConfig, EngineFailure, EngineRequest, Executor, ExecutorError, FinishReason,
-        RequestError, SamplingParams, SchedulingPolicy, Snapshot, StopRules,
+        PrefixHashAlgo, RequestError, SamplingParams, SchedulingPolicy, Snapshot, StopRules, TenantId,
     },
+    kv_events::KvEventHub,
     metrics::Metrics,
 };
 
@@ -48,6 +49,7 @@ pub struct NewSequence {
     pub stop: StopRules,
     pub priority: i32,
     pub cache_salt: Option<String>,
+    pub tenant: TenantId,
 }
 
 /// What a sequence's owner hears of it. `Finished` or `Failed` is the last.
@@ -105,6 +107,10 @@ pub struct EngineThreadConfig {
     pub max_num_queued_tokens: usize,
     /// Most events a stream's reader may fall behind.
     pub stream_capacity: usize,
+    /// Where changes of the prefix cache go; none: nobody is told.
+    pub kv_events: Option<KvEventHub>,
+    /// Starts the chains of block names that others can compute. Without it they start anywhere.
+    pub prefix_hash_seed: Option<String>,
 }
 
 impl EngineThreadConfig {
@@ -114,6 +120,8 @@ impl EngineThreadConfig {
             max_num_queued_reqs: 1024,
             max_num_queued_tokens: 1 << 22,
             stream_capacity: 4096,
+            kv_events: None,
+            prefix_hash_seed: None,
         }
     }
 }
@@ -178,8 +186,9 @@ pub struct EngineHandle {
     inbox: Sender<Message>,
 }
 
-/// Starts the engine over a group that is ready. Joining the thread tells why it ended. The prefix cache gets a seed of
-/// this process's own, whatever the configuration says.
+/// Starts the engine over a group that is ready. Joining the thread tells why it ended. What is cached can neither be
+/// guessed nor collided with from outside: the builtin block names get a secret of this process's own, whatever the
+/// configuration says.
 pub fn spawn_engine(
     mut config: EngineThreadConfig,
     executor: impl Executor + Send + 'static,
@@ -194,7 +203,11 @@ pub fn spawn_engine(
             return Err(StartError::Zero { field });
         }
     }
-    config.engine.prefix_cache_seed = secret::random();
+    config.engine.kv_events = config.kv_events.is_some();
+    config.engine.prefix_cache_seed = match (config.engine.prefix_hash_algo, &config.prefix_hash_seed) {
+        (PrefixHashAlgo::Sha256Cbor, Some(seed)) => PrefixHashAlgo::none_hash(seed),
+        _ => secret::random(),
+    };
     metrics.engine_started(&config.engine);
     let core = run::new_core(&config.engine, executor)?;
     let status = EngineStatus {
@@ -249,6 +262,7 @@ impl EngineHandle {
             stop: request.stop,
             priority: request.priority,
             cache_salt: request.cache_salt,
+            tenant: request.tenant,
         };
         check_priority(request.priority, shared.config.engine.policy)?;
         request.check(&shared.config.engine).map_err(refusal)?;

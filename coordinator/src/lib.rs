@@ -9,6 +9,7 @@ pub mod deployment;
 pub mod engine;
 pub mod engine_thread;
 pub mod executor;
+pub mod kv_events;
 pub mod metrics;
 pub mod text;
 

@@ -3,6 +3,7 @@
 
 mod families;
 mod group;
+mod speculation;
 #[cfg(test)]
 mod tests;
 
@@ -18,6 +19,7 @@ use prometheus_client::{encoding::text, registry::Registry};
 use self::{
     families::{ByLabel, EngineMetrics, RequestMetrics, RequestTimes, TokenMetrics, add},
     group::GroupMetrics,
+    speculation::SpeculationMetrics,
 };
 use crate::engine::{EngineConfig, ExecutorError, FinishReason, Snapshot, StepStats};
 
@@ -53,6 +55,7 @@ pub struct Metrics {
     group: GroupMetrics,
     /// Of the group that runs; its counters are read when somebody looks.
     segment: Mutex<Weak<Segment>>,
+    speculation: SpeculationMetrics,
     admission_rejections: ByLabel,
 }
 
@@ -67,6 +70,9 @@ impl Metrics {
             "Requests refused because a queue was full",
             ByLabel::default(),
         );
+        for limit in ["max_num_queued_reqs", "max_num_queued_tokens"] {
+            let _zero = admission_rejections.get_or_create(&[("reason", limit)]);
+        }
         let labelled = registry.sub_registry_with_label(label("engine", "0"));
         let request = RequestMetrics::new(labelled, max_model_len);
         // A rate over a counter that appears only with its first event misses that event.
@@ -80,6 +86,7 @@ impl Metrics {
             times: RequestTimes::new(labelled),
             group: GroupMetrics::new(labelled),
             segment: Mutex::default(),
+            speculation: SpeculationMetrics::new(labelled),
             admission_rejections,
             registry,
         }
@@ -105,6 +112,7 @@ impl Metrics {
             ("enable_prefix_caching", config.enable_prefix_caching.to_string()),
         ];
         self.engine.cache_config_info.get_or_create(&labels).set(1);
+        self.speculation.started(config.speculative.as_ref());
         self.group.epoch.set(config.epoch.into());
     }
 
@@ -127,6 +135,7 @@ impl Metrics {
             .inc_by(now.prefix_cache_queries - before.prefix_cache_queries);
         m.prefix_cache_hits
             .inc_by(now.prefix_cache_hits - before.prefix_cache_hits);
+        self.speculation.grew(&before.speculation, &now.speculation);
         self.group.epoch.set(now.epoch.into());
     }
 

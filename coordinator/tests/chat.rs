@@ -19,19 +19,22 @@ const TEMPLATE: &str = "{%- if tools %}{% for tool in tools %}T:{{ tool | tojson
 const TOOLS: &str = r#"[{"type": "function", "function": {"name": "f", "description": "x<y",
     "parameters": {"type": "object", "properties": {"z": {}, "a": {}}}}}]"#;
 
-fn processor(chat: ChatOptions) -> TextProcessor {
-    let options = TextOptions {
+fn options(template: Option<&str>, chat: ChatOptions) -> TextOptions {
+    TextOptions {
         limits: ModelLimits {
             max_model_len: 2048,
             vocab_size: 49_152,
             max_logprobs: 20,
         },
-        chat_template: Some(TEMPLATE.to_owned()),
+        chat_template: template.map(str::to_owned),
         chat,
         threads: Some(1),
         seed: None,
-    };
-    TextProcessor::new(demo_model(), options).expect("loads")
+    }
+}
+
+fn processor(chat: ChatOptions) -> TextProcessor {
+    TextProcessor::new(demo_model(), options(Some(TEMPLATE), chat)).expect("loads")
 }
 
 fn hermes() -> ChatOptions {
@@ -116,6 +119,25 @@ async fn tools_that_must_not_be_called_may_be_hidden() {
         ..ChatOptions::default()
     };
     assert_eq!(prompt(&processor(hidden), none()).await, "user:Hi\n>");
+}
+
+#[tokio::test]
+async fn a_models_template_for_tools_is_used_where_there_are_some() {
+    let model = || {
+        let mut model = demo_model();
+        (model.chat_template, model.tool_template) = (Some("plain".into()), Some("with tools".into()));
+        model
+    };
+    let with = |tools: &str| v1::ChatRequest {
+        tools_json: tools.into(),
+        ..request(vec![message("user", "Hi")])
+    };
+    let own = TextProcessor::new(model(), options(None, hermes())).expect("loads");
+    assert_eq!(prompt(&own, with("")).await, "plain");
+    assert_eq!(prompt(&own, with(TOOLS)).await, "with tools");
+    // The server's own template is for all.
+    let replaced = TextProcessor::new(model(), options(Some("server's"), hermes())).expect("loads");
+    assert_eq!(prompt(&replaced, with(TOOLS)).await, "server's");
 }
 
 #[tokio::test]
@@ -313,21 +335,11 @@ async fn a_model_decides_only_where_the_server_can_read_its_calls() {
 
 #[test]
 fn bad_default_variables_are_refused_at_load() {
-    let options = TextOptions {
-        limits: ModelLimits {
-            max_model_len: 2048,
-            vocab_size: 49_152,
-            max_logprobs: 20,
-        },
-        chat_template: None,
-        chat: ChatOptions {
-            default_template_kwargs: "[1]".into(),
-            ..ChatOptions::default()
-        },
-        threads: Some(1),
-        seed: None,
+    let chat = ChatOptions {
+        default_template_kwargs: "[1]".into(),
+        ..ChatOptions::default()
     };
-    let error = TextProcessor::new(demo_model(), options).expect_err("refused");
+    let error = TextProcessor::new(demo_model(), options(None, chat)).expect_err("refused");
     assert!(
         error.to_string().contains("--default-chat-template-kwargs"),
         "{error}"

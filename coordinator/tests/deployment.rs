@@ -5,8 +5,9 @@ mod support;
 use std::path::Path;
 
 use phalanx_coordinator::{
-    config::{DeviceChoice, KvCacheSize, ModelOptions},
+    config::{DeviceChoice, KvCacheSize, MaxModelLen, ModelOptions},
     deployment::{Deployment, DeploymentError, Hardware, Proposal},
+    engine::NgramSpeculation,
 };
 use phalanx_model::{GpuMemory, KvDtype, QuantizationMethod, TensorParallelStyle};
 use phalanx_proto::v1::DeviceKind;
@@ -21,9 +22,10 @@ fn options(tensor_parallel_size: usize) -> ModelOptions {
         device: DeviceChoice::Auto,
         style: None,
         rank_weights: None,
-        max_model_len: Some(2048),
+        max_model_len: MaxModelLen::Tokens(2048),
         max_num_seqs: 16,
         max_num_batched_tokens: 256,
+        speculative: None,
         max_logprobs: 20,
         block_size: 16,
         kv_cache: KvCacheSize::Auto,
@@ -177,4 +179,73 @@ fn another_quantization_than_the_files_is_refused() {
         let error = Proposal::open(asked(method)).err().expect("refused").to_string();
         assert!(error.contains(method.name()), "{error}");
     }
+}
+
+#[test]
+fn the_longest_sequence_is_made_to_fit_the_memory() {
+    let auto = |kv_cache| ModelOptions {
+        max_model_len: MaxModelLen::Auto,
+        kv_cache,
+        ..options(1)
+    };
+    let longest = |kv_cache, hardware: &Hardware| {
+        let deployment = resolve(auto(kv_cache), hardware).expect("something fits");
+        let config = deployment.engine_config();
+        assert_eq!(config.max_model_len as usize, deployment.blueprint.max_model_len);
+        assert_eq!(
+            deployment.limits.max_blocks_per_row,
+            config.max_model_len.div_ceil(16)
+        );
+        (config.max_model_len, config.num_blocks)
+    };
+    let own = longest(KvCacheSize::Auto, &Hardware::Cpu).0;
+    assert_eq!(own, 8192, "the model's own limit, where there is room for it");
+    assert_eq!(longest(KvCacheSize::Blocks(100), &Hardware::Cpu), (1600, 100));
+    let none = resolve(auto(KvCacheSize::BytesPerRank(1)), &Hardware::Cpu);
+    assert!(matches!(none, Err(DeploymentError::KvCacheTooSmall { .. })));
+    // A card that has room for the weights and a short sequence, but not for the longest.
+    let asked = |max_model_len| ModelOptions {
+        max_model_len,
+        ..options(1)
+    };
+    let small = (GIB / 8..4 * GIB).step_by(GIB as usize / 32).find(|&size| {
+        let fits = |length| resolve(asked(length), &gpus(&[size])).is_ok();
+        fits(MaxModelLen::Auto) && !fits(MaxModelLen::Model)
+    });
+    let hardware = gpus(&[small.expect("a size between the two")]);
+    let deployment = resolve(asked(MaxModelLen::Auto), &hardware).expect("fits");
+    let (fitted, blocks) = (deployment.blueprint.max_model_len, deployment.plan.num_blocks);
+    assert!(
+        fitted < 8192 && fitted.is_multiple_of(16) && blocks as usize * 16 >= fitted,
+        "{fitted}"
+    );
+    assert!(
+        resolve(asked(MaxModelLen::Tokens(fitted + 16)), &hardware).is_err(),
+        "one block more does not fit"
+    );
+}
+
+#[test]
+fn guesses_get_rows_and_the_memory_for_them() {
+    let limits = |speculative| {
+        let asked = ModelOptions {
+            speculative,
+            ..options(1)
+        };
+        let deployment = resolve(asked, &Hardware::Cpu).expect("fits");
+        assert_eq!(deployment.engine_config().max_num_seqs, 16);
+        assert_eq!(deployment.engine_config().step_limits(), deployment.limits);
+        (
+            deployment.limits.max_rows,
+            deployment.plan.memory.ranks[0].workspace,
+        )
+    };
+    let speculative = NgramSpeculation {
+        num_speculative_tokens: 4,
+        prompt_lookup_min: 2,
+        prompt_lookup_max: 4,
+    };
+    let ((alone, bytes), (guessing, more_bytes)) = (limits(None), limits(Some(speculative)));
+    assert_eq!((alone, guessing), (16, 80));
+    assert!(more_bytes > bytes, "logits of 64 rows more");
 }

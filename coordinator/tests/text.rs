@@ -357,7 +357,7 @@ fn hugging_face_directories_load() {
             "tokenizer_config.json",
             json!({
                 "bos_token": {"content": "<s>"}, "eos_token": "</s>",
-                "chat_template": [{"name": "tools", "template": "x"}, {"name": "default", "template": "D"}],
+                "chat_template": [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}],
             }),
         ),
         (
@@ -376,6 +376,7 @@ fn hugging_face_directories_load() {
     assert_eq!((special.bos, special.eos), (Some(3), Some(4)));
     assert_eq!(special.end_of_generation, [1, 4]);
     assert_eq!(model.chat_template.as_deref(), Some("D"));
+    assert_eq!(model.tool_template.as_deref(), Some("T"));
     assert_eq!(model.defaults.temperature, Some(0.5));
 }
 
@@ -526,7 +527,7 @@ async fn a_model_without_a_template_completes_but_does_not_chat() {
     let mut model = demo_model();
     model.chat_template = None;
     let options = phalanx_coordinator::text::TextOptions {
-        limits: *PROCESSOR.limits(),
+        limits: PROCESSOR.limits(),
         chat_template: None,
         chat: Default::default(),
         threads: None,

@@ -1,5 +1,7 @@
 //! API keys. Everything but the probes needs one when any is configured, metrics and unknown routes included.
 
+use std::sync::Arc;
+
 use axum::{
     extract::{Request, State},
     middleware::Next,
@@ -13,11 +15,19 @@ use crate::openai::error::ApiError;
 /// Routes that answer without a key: what a kubelet and a load balancer ask. A scraper can bring one.
 const OPEN_ROUTES: [&str; 2] = ["/health", "/ping"];
 
+/// Whose request it is: a name made of the key it came with, which tells nothing of it. An extension of the request.
+#[derive(Clone, Debug)]
+pub(crate) struct Tenant(pub(crate) Arc<str>);
+
 /// Middleware: 401 unless the route is open or a key fits.
-pub(crate) async fn require_key(State(keys): State<ApiKeys>, request: Request, next: Next) -> Response {
+pub(crate) async fn require_key(State(keys): State<ApiKeys>, mut request: Request, next: Next) -> Response {
     let authorization = request.headers().get(header::AUTHORIZATION);
     let open = OPEN_ROUTES.contains(&request.uri().path());
-    if open || keys.admit(authorization.map(HeaderValue::as_bytes)) {
+    let authorization = authorization.map(HeaderValue::as_bytes);
+    if open || keys.admit(authorization) {
+        if let Some(tenant) = ApiKeys::tenant(authorization).filter(|_| !keys.is_empty()) {
+            request.extensions_mut().insert(Tenant(tenant.into()));
+        }
         return next.run(request).await;
     }
     let message = "this server needs an API key: Authorization: Bearer <key>";

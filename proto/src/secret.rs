@@ -2,6 +2,8 @@
 
 use std::{fmt, hint::black_box, sync::Arc};
 
+use sha2::{Digest, Sha256};
+
 /// Random bytes of the kernel.
 ///
 /// # Panics
@@ -29,6 +31,14 @@ pub fn same(secret: &[u8], given: &[u8]) -> bool {
         difference |= black_box(byte ^ secret[index % secret.len()]);
     }
     difference == 0
+}
+
+/// The first 64 bits of SHA-256: an id for a name that is too long, or not to be told.
+pub fn fingerprint(name: &str) -> u64 {
+    let digest: [u8; 32] = Sha256::digest(name).into();
+    digest[..8]
+        .iter()
+        .fold(0, |bits, &byte| bits << 8 | u64::from(byte))
 }
 
 /// An empty key would let everybody in: a variable that was not set must not open the door. One with control characters
@@ -66,6 +76,22 @@ impl ApiKeys {
     /// What a holder of the first key presents.
     pub fn authorization(&self) -> Option<String> {
         self.0.first().map(|key| format!("Bearer {key}"))
+    }
+
+    /// Whose requests these are, as a name that tells nothing of the key; none if no key was presented.
+    pub fn tenant(authorization: Option<&[u8]>) -> Option<String> {
+        let key = authorization.and_then(bearer).filter(|key| !key.is_empty())?;
+        let mut hash = Sha256::new();
+        hash.update(b"phalanx tenant");
+        hash.update(key);
+        let bytes: [u8; 32] = hash.finalize().into();
+        Some(bytes[..16].iter().map(|byte| format!("{byte:02x}")).collect())
+    }
+
+    /// Whether the value of an `Authorization` header holds the first key, which is the gateway's own.
+    pub fn is_first(&self, authorization: Option<&[u8]>) -> bool {
+        let given = authorization.and_then(bearer).unwrap_or_default();
+        self.0.first().is_some_and(|key| same(key.as_bytes(), given))
     }
 
     /// Whether the value of an `Authorization` header holds one of the keys. Always true without keys.
@@ -139,6 +165,22 @@ mod tests {
         assert!(ApiKeys::new(["a\nb".to_owned()]).is_err());
         let keys = ApiKeys::new(["sesame".to_owned()]).expect("no empty key");
         assert_eq!(format!("{keys:?}"), "ApiKeys(1 hidden)");
+    }
+
+    #[test]
+    fn a_tenant_is_a_key_and_not_the_key() {
+        let tenant = |value: &str| ApiKeys::tenant(Some(value.as_bytes()));
+        let sesame = tenant("Bearer sesame").expect("a key");
+        assert_eq!(tenant("bearer  sesame "), Some(sesame.clone()));
+        assert_eq!(sesame.len(), 32);
+        assert_ne!(tenant("Bearer abc"), Some(sesame));
+        assert_eq!(
+            (tenant("Bearer "), tenant("Basic x"), ApiKeys::tenant(None)),
+            (None, None, None)
+        );
+        let keys = ApiKeys::new(["sesame".to_owned(), "abc".to_owned()]).expect("keys");
+        assert!(keys.is_first(Some(b"Bearer sesame")) && !keys.is_first(Some(b"Bearer abc")));
+        assert!(!keys.is_first(None) && !ApiKeys::default().is_first(Some(b"Bearer ")));
     }
 
     #[test]

@@ -106,7 +106,11 @@ impl RankPort {
             for rank in 0..self.world_size {
                 let at = rank as usize * each;
                 let place = &mut out[at + slice.start..at + slice.end];
-                self.copy(rank, stamp, bytes_of_mut(place))?;
+                if rank == self.rank {
+                    place.copy_from_slice(&mine[slice.clone()]);
+                } else {
+                    self.copy(rank, stamp, bytes_of_mut(place))?;
+                }
             }
         }
         Ok(())
@@ -151,12 +155,16 @@ impl RankPort {
             let mut terms: [&[[u8; 4]]; MAX_WORLD_SIZE as usize] = [&[]; _];
             let terms = &mut terms[..self.world_size as usize];
             for (rank, term) in (0..).zip(terms.iter_mut()) {
-                *term = self
-                    .message_of_length(rank, stamp, size_of_val(values))?
-                    .as_chunks()
-                    .0;
+                // This rank's own term is still in `values`.
+                if rank != self.rank {
+                    *term = self
+                        .message_of_length(rank, stamp, size_of_val(values))?
+                        .as_chunks()
+                        .0;
+                }
             }
-            add_in_order(values, terms);
+            let (before, after) = terms.split_at(self.rank as usize);
+            add_in_order(before, values, &after[1..]);
         }
         Ok(())
     }
@@ -256,22 +264,37 @@ fn check_length(found: usize, expected: usize) -> Result<(), ShmError> {
     }
 }
 
-/// `sum[i] = terms[0][i] + terms[1][i] + ...`, in blocks that stay in the first-level cache between terms.
-fn add_in_order(sum: &mut [f32], terms: &[&[[u8; 4]]]) {
+/// `values[i] = before[0][i] + before[1][i] + ... + values[i] + after[0][i] + ...`, from left to right, in blocks that stay
+/// in the first-level cache between terms.
+fn add_in_order(before: &[&[[u8; 4]]], values: &mut [f32], after: &[&[[u8; 4]]]) {
     const BLOCK: usize = 2048;
-    let Some((first, others)) = terms.split_first() else {
-        return;
-    };
-    for (block, sum) in sum.chunks_mut(BLOCK).enumerate() {
-        let range = block * BLOCK..block * BLOCK + sum.len();
-        for (sum, value) in sum.iter_mut().zip(&first[range.clone()]) {
-            *sum = f32::from_ne_bytes(*value);
-        }
-        for term in others {
-            for (sum, value) in sum.iter_mut().zip(&term[range.clone()]) {
-                *sum += f32::from_ne_bytes(*value);
+    for (block, values) in values.chunks_mut(BLOCK).enumerate() {
+        let range = block * BLOCK..block * BLOCK + values.len();
+        if let Some((first, others)) = before.split_first() {
+            if others.is_empty() {
+                // One pass where there are two ranks.
+                add(&first[range.clone()], values, |term, value| term + value);
+            } else {
+                let mut sum = [0.0; BLOCK];
+                let sum = &mut sum[..values.len()];
+                add(&first[range.clone()], sum, |term, _| term);
+                for term in others {
+                    add(&term[range.clone()], sum, |term, sum| sum + term);
+                }
+                for (value, sum) in values.iter_mut().zip(sum) {
+                    *value += *sum;
+                }
             }
         }
+        for term in after {
+            add(&term[range.clone()], values, |term, sum| sum + term);
+        }
+    }
+}
+
+fn add(term: &[[u8; 4]], values: &mut [f32], sum: impl Fn(f32, f32) -> f32) {
+    for (value, term) in values.iter_mut().zip(term) {
+        *value = sum(f32::from_ne_bytes(*term), *value);
     }
 }
 
@@ -281,10 +304,13 @@ mod tests {
 
     #[test]
     fn sums_are_in_rank_order() {
-        let terms = [[1e8f32, 1.0], [-1e8, 1e-8], [1.0, 2.0]].map(|term| term.map(f32::to_ne_bytes));
-        let terms: Vec<&[[u8; 4]]> = terms.iter().map(|term| &term[..]).collect();
-        let mut sum = [0.0; 2];
-        add_in_order(&mut sum, &terms);
-        assert_eq!(sum, [(1e8 - 1e8) + 1.0, (1.0 + 1e-8) + 2.0]);
+        let terms = [[1e8f32, 1.0], [-1e8, 1e-8], [1.0, 2.0]];
+        let bytes = terms.map(|term| term.map(f32::to_ne_bytes));
+        let bytes: Vec<&[[u8; 4]]> = bytes.iter().map(|term| &term[..]).collect();
+        for (rank, own) in terms.iter().enumerate() {
+            let mut values = *own;
+            add_in_order(&bytes[..rank], &mut values, &bytes[rank + 1..]);
+            assert_eq!(values, [(1e8 - 1e8) + 1.0, (1.0 + 1e-8) + 2.0], "on rank {rank}");
+        }
     }
 }

@@ -175,20 +175,23 @@ fn a_checkpoint_of_e4m3_is_what_rounding_one_gives() {
 }
 
 #[test]
-fn a_cache_of_e4m3_is_close_and_the_same_at_any_number_of_ranks() {
+fn a_cache_of_8_bits_is_close_and_the_same_at_any_number_of_ranks() {
     let root = tempfile::tempdir().unwrap();
     let path = write(root.path(), &plain(), "");
     let gather = |ranks| equal(ranks, TensorParallelStyle::Gather);
-    let fp8 = |ranks| {
-        logits(&path, &gather(ranks), |assign| {
-            assign.kv_dtype = v1::KvDtype::E4m3.into();
-        })
-    };
-    let (exact, one) = (logits(&path, &gather(1), |_| {}), fp8(1));
-    let error = relative_error(&one, &exact);
-    assert!(error > 1e-4 && error < 0.1, "{error}");
-    assert_eq!(fp8(2), one);
-    assert_eq!(fp8(3), one);
+    let exact = logits(&path, &gather(1), |_| {});
+    for (dtype, limit) in [(v1::KvDtype::E4m3, 0.1), (v1::KvDtype::Int8, 0.02)] {
+        let of_ranks = |ranks| {
+            logits(&path, &gather(ranks), |assign| {
+                assign.kv_dtype = dtype.into();
+            })
+        };
+        let one = of_ranks(1);
+        let error = relative_error(&one, &exact);
+        assert!(error > 1e-5 && error < limit, "{dtype:?}: {error}");
+        assert_eq!(of_ranks(2), one, "{dtype:?}");
+        assert_eq!(of_ranks(3), one, "{dtype:?}");
+    }
 }
 
 #[test]

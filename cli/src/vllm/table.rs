@@ -118,7 +118,7 @@ pub(super) const GROUPS: &[Group] = &[
     ]),
     Group::refused("KV is neither moved to nor fetched from elsewhere", &[
         value("--kv-transfer-config", &["{}"]), value("--ec-transfer-config", &["{}"]), value("--ec-manager-config", &["{}"]),
-        value("--kv-events-config", &["{}"]), value("--weight-transfer-config", &["{}"]),
+        value("--weight-transfer-config", &["{}"]),
     ]),
     Group::refused("the model cannot be put to sleep", &[
         switch("--enable-sleep-mode"), switch("--sleep-mode-offload-cudagraph"),
@@ -133,18 +133,17 @@ pub(super) const GROUPS: &[Group] = &[
         value("--swap-space", &[]),
     ]),
     Group::ignored("drafts change the speed and not the tokens; none are made", &[
-        value("--speculative-config", &[]), value("--spec-method", &[]), value("--spec-model", &[]),
+        value("--spec-method", &[]), value("--spec-model", &[]),
         value("--spec-tokens", &[]), switch("--per-request-spec-decode-metrics"),
     ]),
     Group::ignored("the scheduler decides it by itself; the tokens are the same", &[
-        switch("--async-scheduling"), switch("--enable-chunked-prefill"), switch("--scheduler-reserve-full-isl"),
+        switch("--async-scheduling"), switch("--enable-chunked-prefill"),
         switch("--long-prefill-token-threshold-adaptive"), value("--max-num-active-seqs", &[]),
-        value("--max-num-scheduled-tokens", &[]), value("--prefill-schedule-interval", &[]), value("--watermark", &[]),
-        value("--stream-interval", &["1"]), value("--prefix-caching-hash-algo", &[]),
+        value("--max-num-scheduled-tokens", &[]), value("--prefill-schedule-interval", &[]),
+        value("--stream-interval", &["1"]),
         value("--prefix-cache-retention-interval", &[]), value("--prefix-match-unit", &[]),
         switch("--disable-hybrid-kv-cache-manager"), switch("--swa-bounded-replay"), switch("--use-v2-block-manager"),
     ]),
-    Group::refused("the bound would not hold", &[value("--max-num-queued-tokens", &[])]),
     Group::ignored("structured outputs and thinking budgets have no settings", &[
         value("--structured-outputs-config", &["{}"]), value("--guided-decoding-backend", &["auto"]),
         value("--reasoning-config", &["{}"]), value("--anthropic-disabled-thinking-effort", &[]),

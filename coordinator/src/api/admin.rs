@@ -5,17 +5,34 @@ use std::sync::Arc;
 use phalanx_proto::v1::{self, admin_server::Admin};
 use tonic::{Request, Response, Status};
 
-use super::{StatusHandle, registry::Registry};
-use crate::metrics::{self, Metrics};
+use super::{
+    StatusHandle,
+    kv_events::{self, KvEventStream},
+    registry::Registry,
+};
+use crate::{
+    kv_events::KvEventHub,
+    metrics::{self, Metrics},
+};
 
 pub(super) struct AdminService {
     pub(super) status: StatusHandle,
     pub(super) metrics: Arc<Metrics>,
+    pub(super) kv_events: Option<KvEventHub>,
     pub(super) registry: Registry,
 }
 
 #[tonic::async_trait]
 impl Admin for AdminService {
+    type SubscribeKvEventsStream = KvEventStream;
+
+    async fn subscribe_kv_events(
+        &self,
+        _: Request<v1::SubscribeKvEventsRequest>,
+    ) -> Result<Response<KvEventStream>, Status> {
+        Ok(Response::new(kv_events::stream(self.kv_events.as_ref())?))
+    }
+
     async fn get_status(
         &self,
         _: Request<v1::GetStatusRequest>,

@@ -3,15 +3,25 @@
 use phalanx_proto::{ErrorKind, RpcError, secret::ApiKeys};
 use tonic::{Request, Status, service::Interceptor, transport::server::UdsConnectInfo};
 
+use super::caller::Credentials;
+
 /// Admits whoever presents a key (`authorization: Bearer <key>`), and whoever comes over a unix socket: its file has
 /// mode 0600, so that is this server's own user, like the gateway beside it.
 #[derive(Clone, Debug)]
 pub(super) struct KeyCheck(pub(super) ApiKeys);
 
 impl Interceptor for KeyCheck {
-    fn call(&mut self, request: Request<()>) -> Result<Request<()>, Status> {
+    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
+        let local = is_local(&request);
         let authorization = request.metadata().get("authorization");
-        if is_local(&request) || self.0.admit(authorization.map(|value| value.as_bytes())) {
+        let authorization = authorization.map(|value| value.as_bytes());
+        if local || self.0.admit(authorization) {
+            // Without keys there is nobody to tell apart, nor to protect from one another.
+            let credentials = Credentials {
+                speaks_for_others: local || self.0.is_empty() || self.0.is_first(authorization),
+                tenant: ApiKeys::tenant(authorization),
+            };
+            request.extensions_mut().insert(credentials);
             return Ok(request);
         }
         let message = "this server needs an API key: authorization: Bearer <key>";

@@ -5,14 +5,14 @@ use std::sync::Arc;
 use futures_util::stream::{self, BoxStream, StreamExt};
 use phalanx_proto::{
     ErrorKind, RpcError,
-    spans::TraceContext,
     v1::{self, inference_server::Inference},
 };
 use tonic::{Request, Response, Status};
 
 use super::{
     EngineSlot, Envelope, Observers,
-    observe::{Observation, parent_of},
+    caller::{Caller, Claims},
+    observe::Observation,
     registry::{Registration, Registry},
     request_id,
     stream::RequestStream,
@@ -43,28 +43,38 @@ impl InferenceService {
     }
 
     async fn generate(&self, request: Request<v1::GenerateRequest>) -> Result<RequestStream, RpcError> {
-        let parent = parent_of(request.metadata());
-        let (prepared, registration) = self.prepare(request.into_inner()).await?;
-        self.start(prepared, registration, parent)
+        let claims = Claims {
+            tenant: &request.get_ref().tenant,
+            timeout_ms: request.get_ref().timeout_ms,
+        };
+        let caller = Caller::of(&request, claims)?;
+        let (prepared, registration) = self.prepare(request.into_inner(), &caller).await?;
+        self.start(prepared, registration, caller)
     }
 
     /// Checks, registers and tokenizes; [`Self::start`] queues.
     pub(super) async fn prepare(
         &self,
         mut request: v1::GenerateRequest,
+        caller: &Caller,
     ) -> Result<(PreparedRequest, Registration), RpcError> {
         self.check_model(&request.model)?;
         let registration = self.register(std::mem::take(&mut request.request_id), "cmpl")?;
-        Ok((self.parts.text.prepare(request).await?, registration))
+        let prepared = caller.in_time(self.parts.text.prepare(request)).await?;
+        Ok((prepared, registration))
     }
 
     async fn chat(&self, request: Request<v1::ChatRequest>) -> Result<RequestStream, RpcError> {
-        let parent = parent_of(request.metadata());
+        let claims = Claims {
+            tenant: &request.get_ref().tenant,
+            timeout_ms: request.get_ref().timeout_ms,
+        };
+        let caller = Caller::of(&request, claims)?;
         let mut request = request.into_inner();
         self.check_model(&request.model)?;
         let registration = self.register(std::mem::take(&mut request.request_id), "chatcmpl")?;
-        let prepared = self.parts.text.prepare_chat(request).await?;
-        self.start(prepared, registration, parent)
+        let prepared = caller.in_time(self.parts.text.prepare_chat(request)).await?;
+        self.start(prepared, registration, caller)
     }
 
     fn check_model(&self, name: &str) -> Result<(), RpcError> {
@@ -79,12 +89,11 @@ impl InferenceService {
         Ok(self.parts.registry.register(request_id(id, prefix)?))
     }
 
-    /// `parent` is the caller's span.
     pub(super) fn start(
         &self,
-        prepared: PreparedRequest,
-        registration: Registration,
-        parent: Option<TraceContext>,
+        mut prepared: PreparedRequest,
+        mut registration: Registration,
+        caller: Caller,
     ) -> Result<RequestStream, RpcError> {
         let envelope = Envelope {
             request_id: registration.id.clone(),
@@ -95,7 +104,11 @@ impl InferenceService {
                 .map_or_else(String::new, |model| model.id.clone()),
             created: unix_seconds(),
         };
-        let observation = Observation::start(&self.parts.observers, parent, &envelope, &prepared);
+        for sequence in &mut prepared.sequences {
+            sequence.tenant = caller.tenant;
+        }
+        registration.deadline = caller.deadline;
+        let observation = Observation::start(&self.parts.observers, caller.parent, &envelope, &prepared);
         RequestStream::start(prepared, envelope, (registration, observation), &self.parts)
     }
 }
@@ -147,7 +160,14 @@ impl Inference for InferenceService {
         &self,
         _: Request<v1::ListModelsRequest>,
     ) -> Result<Response<v1::ListModelsResponse>, Status> {
-        let models = self.parts.models.clone();
-        Ok(Response::new(v1::ListModelsResponse { models }))
+        let max_model_len = self.parts.text.limits().max_model_len;
+        let models = self.parts.models.iter().cloned();
+        let models = models.map(|model| v1::ModelCard {
+            max_model_len,
+            ..model
+        });
+        Ok(Response::new(v1::ListModelsResponse {
+            models: models.collect(),
+        }))
     }
 }

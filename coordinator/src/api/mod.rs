@@ -3,9 +3,11 @@
 mod admin;
 mod assembler;
 mod auth;
+mod caller;
 mod choice;
 mod engine;
 mod inference;
+mod kv_events;
 mod listen;
 mod logprobs;
 mod observe;
@@ -31,7 +33,7 @@ pub use listen::{ListenError, Listeners, serve};
 pub use observe::Observers;
 pub use status::StatusHandle;
 
-use crate::{metrics::Metrics, text::TextProcessor};
+use crate::{kv_events::KvEventHub, metrics::Metrics, text::TextProcessor};
 
 /// Most bytes of one request message, tonic's and every client's own default.
 pub const MAX_REQUEST_BYTES: usize = 4 << 20;
@@ -42,6 +44,8 @@ pub const MAX_RESPONSE_BYTES: usize = 64 << 20;
 pub struct Api {
     pub text: Arc<TextProcessor>,
     pub engine: EngineSlot,
+    /// None: they are not offered.
+    pub kv_events: Option<KvEventHub>,
     pub metrics: Arc<Metrics>,
     pub status: StatusHandle,
     /// The first is the name replies carry. Never empty.
@@ -57,8 +61,8 @@ pub struct Api {
 }
 
 impl Api {
-    /// Inference, Admin, vLLM's services, grpc.health.v1 and reflection; others add their own services. Must be called within a Tokio
-    /// runtime: health follows [`Api::status`] until its last handle is gone.
+    /// Inference, Admin, vLLM's services, grpc.health.v1 and reflection; others add their own services. Must be called
+    /// within a Tokio runtime: health follows [`Api::status`] until its last handle is gone.
     pub fn routes(self) -> Routes {
         let created = unix_seconds();
         let models = self.served_model_names.into_iter().map(|id| ModelCard {
@@ -89,6 +93,7 @@ impl Api {
         let admin = admin::AdminService {
             status: self.status.clone(),
             metrics: self.metrics,
+            kv_events: self.kv_events,
             registry,
         };
         let (reporter, health) = tonic_health::server::health_reporter();

@@ -7,6 +7,8 @@ use std::{
 
 use tokio::sync::oneshot;
 
+use super::caller::Deadline;
+
 /// Clients choose ids, so that several running requests may have the same: they are told apart by a number.
 #[derive(Default)]
 struct Running {
@@ -30,6 +32,8 @@ pub(super) struct Registration {
     pub(super) id: String,
     /// Fires when somebody asks for an abort.
     pub(super) aborted: oneshot::Receiver<()>,
+    /// When it is ended with an error, if not before.
+    pub(super) deadline: Option<Deadline>,
     number: u64,
     registry: Registry,
 }
@@ -48,6 +52,7 @@ impl Registry {
         Registration {
             id,
             aborted,
+            deadline: None,
             number,
             registry: self.clone(),
         }

@@ -3,7 +3,10 @@
 use std::{future::poll_fn, pin::Pin, sync::Arc, task::Poll};
 
 use phalanx_proto::{ErrorKind, RpcError, v1};
-use tokio::sync::mpsc;
+use tokio::{
+    sync::mpsc,
+    time::{Sleep, sleep_until},
+};
 
 use super::{
     Envelope,
@@ -37,10 +40,13 @@ pub(super) struct RequestStream {
     observation: Option<Observation>,
     /// Where its end is still to be recorded.
     metrics: Option<Arc<Metrics>>,
+    /// Ends at the deadline.
+    time: Option<Pin<Box<Sleep>>>,
 }
 
 enum Wake {
     Aborted,
+    TimeIsUp(RpcError),
     /// Of the choice with this index; none if the engine is gone.
     Event(usize, Option<StreamEvent>),
 }
@@ -74,6 +80,9 @@ impl RequestStream {
             choices: choices.collect(),
             metrics: Some(parts.metrics.clone()),
             observation,
+            time: registration
+                .deadline
+                .map(|deadline| Box::pin(sleep_until(deadline.at))),
             envelope,
             registration,
             prompt,
@@ -102,6 +111,7 @@ impl RequestStream {
             }
             match self.wake().await {
                 Wake::Aborted => self.abort(),
+                Wake::TimeIsUp(error) => self.fail(error),
                 Wake::Event(index, event) => {
                     if let Err(error) = self.handle(index, event) {
                         self.fail(error);
@@ -145,6 +155,11 @@ impl RequestStream {
         poll_fn(|context| {
             if let Poll::Ready(Ok(())) = Pin::new(&mut self.registration.aborted).poll(context) {
                 return Poll::Ready(Wake::Aborted);
+            }
+            if let (Some(time), Some(deadline)) = (&mut self.time, &self.registration.deadline)
+                && time.as_mut().poll(context).is_ready()
+            {
+                return Poll::Ready(Wake::TimeIsUp(deadline.error()));
             }
             let count = self.choices.len();
             for index in (0..count).map(|offset| (self.turn + offset) % count) {

@@ -12,7 +12,7 @@ use phalanx_shm::{MAX_WORLD_SIZE, MappedFile};
 
 use super::{DeploymentError, Hardware, control_shape, graphs, host, ledger_bytes};
 use crate::{
-    config::{KvCacheSize, ModelOptions},
+    config::{KvCacheSize, MaxModelLen, ModelOptions},
     engine::EngineConfig,
 };
 
@@ -71,15 +71,64 @@ impl Blueprint {
         }
         let limit = geometry.config.max_position_embeddings;
         let max_model_len = match options.max_model_len {
-            Some(asked) if asked > limit => return Err(DeploymentError::MaxModelLen { asked, limit }),
-            Some(asked) => asked,
-            None => limit,
+            MaxModelLen::Tokens(asked) if asked > limit => {
+                return Err(DeploymentError::MaxModelLen { asked, limit });
+            }
+            MaxModelLen::Tokens(asked) => asked,
+            MaxModelLen::Model | MaxModelLen::Auto => limit,
         };
         Ok(Self {
             geometry,
             options,
             max_model_len,
         })
+    }
+
+    /// With the longest sequences that fit these devices, if that is what was asked for; else as it is.
+    ///
+    /// # Errors
+    /// Not even a sequence of one block fits.
+    pub fn fitted(&self, hardware: &Hardware, shared_memory: u64) -> Result<Self, DeploymentError> {
+        let fits = |blueprint: &Self| {
+            let draft = blueprint.draft(hardware, shared_memory)?;
+            blueprint.accept(draft).map(drop)
+        };
+        self.with_longest(fits)
+    }
+
+    /// With the largest `max_model_len`, in whole blocks, for which `fits` has no objection.
+    pub(super) fn with_longest(
+        &self,
+        fits: impl Fn(&Self) -> Result<(), DeploymentError>,
+    ) -> Result<Self, DeploymentError> {
+        if self.options.max_model_len != MaxModelLen::Auto || fits(self).is_ok() {
+            return Ok(self.clone());
+        }
+        let block_size = self.options.block_size.max(1);
+        let with = |blocks: usize| Self {
+            max_model_len: blocks * block_size,
+            ..self.clone()
+        };
+        // One block fits, `too_many` do not. A sequence has at least two tokens.
+        let (mut fitting, mut too_many) = (
+            2_usize.div_ceil(block_size),
+            self.max_model_len.div_ceil(block_size),
+        );
+        fits(&with(fitting))?;
+        while fitting + 1 < too_many {
+            let middle = fitting.midpoint(too_many);
+            match fits(&with(middle)) {
+                Ok(()) => fitting = middle,
+                Err(_) => too_many = middle,
+            }
+        }
+        let fitted = with(fitting);
+        tracing::info!(
+            max_model_len = fitted.max_model_len,
+            model = self.max_model_len,
+            "the longest sequence was made to fit the memory"
+        );
+        Ok(fitted)
     }
 
     /// Cuts the model for these devices and counts. `shared_memory` is what the segment may take, bytes.
@@ -132,7 +181,10 @@ impl Blueprint {
 
     /// `plan` with what the ranks have measured in place of what was predicted; `taken` is in rank order.
     pub(super) fn settle(&self, plan: &Plan, taken: &[u64]) -> Result<Plan, DeploymentError> {
-        let memory = plan.memory.measured(taken)?;
+        let memory = MemoryPlan {
+            max_model_len: self.max_model_len,
+            ..plan.memory.measured(taken)?
+        };
         let placement = match memory.placement {
             Placement::Host => Placement::Host,
             Placement::Gpus(gpus) => Placement::Gpus(GpuPlacement {
@@ -216,7 +268,7 @@ impl Blueprint {
             kv_dtype: options.kv_dtype,
             block_size: options.block_size,
             max_tokens: options.max_num_batched_tokens,
-            max_rows: options.max_num_seqs,
+            max_rows: self.limits(u32::MAX).max_rows as usize,
             max_model_len: self.max_model_len,
             control_bytes: control_shape(options, &self.limits(u32::MAX), ledger).total_bytes(),
         }
@@ -230,6 +282,7 @@ impl Blueprint {
             block_size: options.block_size.max(1) as u32,
             max_num_seqs: options.max_num_seqs as u32,
             max_num_batched_tokens: options.max_num_batched_tokens as u32,
+            speculative: options.speculative,
             max_logprobs: options.max_logprobs as u32,
             ..EngineConfig::new(num_blocks, self.max_model_len as u32, vocab_size)
         }

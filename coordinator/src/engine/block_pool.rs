@@ -4,7 +4,10 @@ use std::collections::HashMap;
 
 use phalanx_proto::step::BlockId;
 
-use super::block_hash::BlockHash;
+use super::{
+    BlockHash, KvEvent,
+    kv_events::{KvEventLog, Stored},
+};
 
 /// No neighbour in the free list.
 const NONE: u32 = u32::MAX;
@@ -27,16 +30,18 @@ pub(super) struct BlockPool {
     head: u32,
     tail: u32,
     num_free: usize,
+    log: KvEventLog,
 }
 
 impl BlockPool {
-    pub(super) fn new(num_blocks: u32) -> Self {
+    pub(super) fn new(num_blocks: u32, log: KvEventLog) -> Self {
         let mut pool = Self {
             blocks: Vec::with_capacity(num_blocks as usize),
             cached: HashMap::new(),
             head: NONE,
             tail: NONE,
             num_free: 0,
+            log,
         };
         for index in 0..num_blocks {
             pool.blocks.push(Block {
@@ -101,17 +106,37 @@ impl BlockPool {
     }
 
     /// Makes a held, completely computed block findable. The first block of a content keeps the name.
-    pub(super) fn cache(&mut self, id: BlockId, hash: BlockHash) {
-        if self.block(id).hash.is_none() && !self.cached.contains_key(&hash) {
-            self.cached.insert(hash, id);
-            self.block_mut(id).hash = Some(hash);
+    pub(super) fn cache(&mut self, id: BlockId, block: &Stored<'_>) {
+        if self.block(id).hash.is_none() && !self.cached.contains_key(&block.hash) {
+            self.cached.insert(block.hash, id);
+            self.block_mut(id).hash = Some(block.hash);
+            self.log.stored(block);
         }
+    }
+
+    /// All content is lost. No block may be held.
+    pub(super) fn clear(&mut self) {
+        let mut log = std::mem::take(&mut self.log);
+        log.cleared();
+        *self = Self::new(self.blocks.len() as u32, log);
+    }
+
+    /// What has changed in the names since the last call.
+    pub(super) fn take_events(&mut self) -> Vec<KvEvent> {
+        self.log.take()
+    }
+
+    /// Names that can be found, for the simulator.
+    #[cfg(test)]
+    pub(super) fn names(&self) -> std::collections::BTreeSet<BlockHash> {
+        self.cached.keys().copied().collect()
     }
 
     /// Nobody will find the block any more; who holds it keeps it.
     pub(super) fn uncache(&mut self, id: BlockId) {
         if let Some(hash) = self.block_mut(id).hash.take() {
             self.cached.remove(&hash);
+            self.log.removed(hash);
         }
     }
 
@@ -192,17 +217,30 @@ impl BlockPool {
 mod tests {
     use super::*;
 
-    fn hash(token: u32) -> BlockHash {
-        BlockHash::root(&[0; 32], None).child(&[token])
+    fn new_pool(num_blocks: u32) -> BlockPool {
+        BlockPool::new(num_blocks, KvEventLog::new(true))
+    }
+
+    fn hash(token: u8) -> BlockHash {
+        BlockHash([token; 32])
+    }
+
+    fn named(token: u8) -> Stored<'static> {
+        Stored {
+            hash: hash(token),
+            parent: None,
+            token_ids: &[],
+            salt: None,
+        }
     }
 
     #[test]
     fn the_longest_unused_block_is_evicted_first_and_unnamed_ones_before_it() {
-        let mut pool = BlockPool::new(3);
+        let mut pool = new_pool(3);
         let ids: Vec<_> = (0..3).map(|_| pool.allocate().unwrap()).collect();
         assert_eq!(pool.allocate(), None);
-        pool.cache(ids[0], hash(0));
-        pool.cache(ids[1], hash(1));
+        pool.cache(ids[0], &named(0));
+        pool.cache(ids[1], &named(1));
         for &id in &[ids[1], ids[0], ids[2]] {
             pool.release(id);
         }
@@ -215,9 +253,9 @@ mod tests {
 
     #[test]
     fn a_shared_block_is_free_after_its_last_holder() {
-        let mut pool = BlockPool::new(4);
+        let mut pool = new_pool(4);
         let id = pool.allocate().unwrap();
-        pool.cache(id, hash(7));
+        pool.cache(id, &named(7));
         pool.share(id);
         pool.release(id);
         assert_eq!(pool.num_free(), 3);
@@ -232,7 +270,7 @@ mod tests {
     #[test]
     #[should_panic(expected = "released more often than held")]
     fn releasing_a_free_block_is_a_bug() {
-        let mut pool = BlockPool::new(1);
+        let mut pool = new_pool(1);
         let id = pool.allocate().unwrap();
         pool.release(id);
         pool.release(id);
@@ -241,7 +279,7 @@ mod tests {
     #[test]
     #[should_panic(expected = "reference count")]
     fn a_lost_holder_is_noticed() {
-        let mut pool = BlockPool::new(2);
+        let mut pool = new_pool(2);
         let _leaked = pool.allocate();
         pool.check([].into_iter());
     }

@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use phalanx_proto::step::StepLimits;
 
+use super::{NgramSpeculation, PrefixHashAlgo};
+
 /// Which waiting sequence runs next, and which running one gives way when blocks are short.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum SchedulingPolicy {
@@ -12,6 +14,8 @@ pub enum SchedulingPolicy {
     Fcfs,
     /// By the request's priority (smaller first), then by arrival.
     Priority,
+    /// Tenants in turn, by how much they have been served; a tenant's own requests by arrival.
+    Fair,
 }
 
 /// Immutable for the engine's life. Every rank must have been given [`EngineConfig::step_limits`] of the same value.
@@ -39,14 +43,22 @@ pub struct EngineConfig {
     pub long_prefill_token_threshold: u32,
     /// Share of the blocks that admission leaves free, so that running sequences can grow before one is preempted.
     pub watermark: f32,
+    /// Admit a sequence only if all of its prompt fits beside what running prompts still need, not only its first chunk:
+    /// one that is preempted halfway was computed for nothing.
+    pub reserve_full_isl: bool,
+    /// Guess tokens and verify several in one step. Output stays the same.
+    pub speculative: Option<NgramSpeculation>,
     /// The group is taken for lost when a step takes longer.
     pub step_timeout: Duration,
     /// A sequence that was part of so many failed steps in a row is given up.
     pub max_step_failures: u32,
     /// Epoch of the group that the executor holds at start.
     pub epoch: u32,
-    /// Key of the prefix cache's block hashes. `spawn_engine` draws it anew, so that what is cached can neither be guessed
-    /// nor collided with from outside.
+    /// How the prefix cache names blocks.
+    pub prefix_hash_algo: PrefixHashAlgo,
+    /// Tell what changes in the prefix cache.
+    pub kv_events: bool,
+    /// Key of the builtin block hashes, or the start of vLLM's chains.
     pub prefix_cache_seed: [u8; 32],
 }
 
@@ -71,6 +83,8 @@ pub enum ConfigError {
     },
     #[error("step_timeout is zero")]
     NoTimeout,
+    #[error("prompt_lookup_min is {min}, more than prompt_lookup_max, which is {max}")]
+    LookupRange { min: u32, max: u32 },
 }
 
 impl EngineConfig {
@@ -89,9 +103,13 @@ impl EngineConfig {
             policy: SchedulingPolicy::Fcfs,
             long_prefill_token_threshold: 0,
             watermark: 0.01,
+            reserve_full_isl: true,
+            speculative: None,
             step_timeout: Duration::from_secs(60),
             max_step_failures: 3,
             epoch: 0,
+            prefix_hash_algo: PrefixHashAlgo::Builtin,
+            kv_events: false,
             prefix_cache_seed: [0; 32],
         }
     }
@@ -110,15 +128,10 @@ impl EngineConfig {
             ("max_edits_per_row", self.max_edits_per_row, 1, 1 << 24),
             ("max_step_failures", self.max_step_failures, 1, max),
         ] {
-            let value = u64::from(value);
-            if value < min || value > max {
-                return Err(ConfigError::OutOfRange {
-                    field,
-                    value,
-                    min,
-                    max,
-                });
-            }
+            within(field, value, min, max)?;
+        }
+        if let Some(speculative) = &self.speculative {
+            speculative.validate()?;
         }
         if !(0.0..1.0).contains(&self.watermark) {
             return Err(ConfigError::Watermark(self.watermark));
@@ -135,10 +148,22 @@ impl EngineConfig {
         Ok(())
     }
 
+    /// Rows of a step: sequences, and guesses as long as the batch is small. A large one keeps the ranks busy without
+    /// them.
+    fn max_rows(&self) -> u32 {
+        const MOST_WITH_DRAFTS: u32 = 256;
+        let drafts = self
+            .speculative
+            .map_or(0, |speculative| speculative.num_speculative_tokens);
+        let wanted = self.max_num_seqs.saturating_mul(drafts.saturating_add(1));
+        let most = MOST_WITH_DRAFTS.min(self.max_num_batched_tokens);
+        wanted.min(most).max(self.max_num_seqs)
+    }
+
     /// What the engine's plans stay within.
     pub fn step_limits(&self) -> StepLimits {
         StepLimits {
-            max_rows: self.max_num_seqs,
+            max_rows: self.max_rows(),
             max_tokens: self.max_num_batched_tokens,
             max_blocks_per_row: self.max_model_len.div_ceil(self.block_size),
             num_blocks: self.num_blocks,
@@ -149,9 +174,91 @@ impl EngineConfig {
     }
 }
 
+impl NgramSpeculation {
+    /// # Errors
+    /// The first number that is out of its range.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        let longest = u64::from(Self::LONGEST_NGRAM);
+        for (field, value, max) in [
+            (
+                "num_speculative_tokens",
+                self.num_speculative_tokens,
+                Self::MOST_TOKENS.into(),
+            ),
+            ("prompt_lookup_min", self.prompt_lookup_min, longest),
+            ("prompt_lookup_max", self.prompt_lookup_max, longest),
+        ] {
+            within(field, value, 1, max)?;
+        }
+        let (min, max) = (self.prompt_lookup_min, self.prompt_lookup_max);
+        if min > max {
+            return Err(ConfigError::LookupRange { min, max });
+        }
+        Ok(())
+    }
+}
+
+fn within(field: &'static str, value: u32, min: u64, max: u64) -> Result<(), ConfigError> {
+    let value = u64::from(value);
+    if (min..=max).contains(&value) {
+        return Ok(());
+    }
+    Err(ConfigError::OutOfRange {
+        field,
+        value,
+        min,
+        max,
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn guesses_take_the_rows_that_a_small_batch_leaves() {
+        let rows = |max_num_seqs, num_speculative_tokens| {
+            let speculative = Some(NgramSpeculation {
+                num_speculative_tokens,
+                prompt_lookup_min: 1,
+                prompt_lookup_max: 4,
+            });
+            let config = EngineConfig {
+                max_num_seqs,
+                speculative,
+                ..EngineConfig::new(64, 256, 100)
+            };
+            assert_eq!(config.validate(), Ok(()));
+            config.step_limits().max_rows
+        };
+        assert_eq!(
+            [rows(1, 4), rows(8, 4), rows(100, 4), rows(300, 4)],
+            [5, 40, 256, 300]
+        );
+    }
+
+    #[test]
+    fn what_is_guessed_from_has_bounds() {
+        let validate = |num_speculative_tokens, prompt_lookup_min, prompt_lookup_max| {
+            let speculation = NgramSpeculation {
+                num_speculative_tokens,
+                prompt_lookup_min,
+                prompt_lookup_max,
+            };
+            speculation.validate().map_err(|error| error.to_string())
+        };
+        assert_eq!(validate(4, 2, 4), Ok(()));
+        let refused = |(tokens, min, max)| validate(tokens, min, max).expect_err("out of range");
+        assert_eq!(
+            refused((17, 2, 4)),
+            "num_speculative_tokens is 17, allowed are 1 to 16"
+        );
+        assert_eq!(refused((4, 0, 4)), "prompt_lookup_min is 0, allowed are 1 to 32");
+        assert_eq!(
+            refused((4, 5, 4)),
+            "prompt_lookup_min is 5, more than prompt_lookup_max, which is 4"
+        );
+    }
 
     #[test]
     fn the_first_wrong_setting_is_named() {

@@ -5,7 +5,7 @@ use std::time::Duration;
 use phalanx_proto::step::{StepOutput, StepPlan};
 
 use super::{
-    Clock, Command, ConfigError, EngineConfig, Event, Executor, ExecutorError, Instant, Snapshot,
+    Clock, Command, ConfigError, EngineConfig, Event, Executor, ExecutorError, Instant, KvEvent, Snapshot,
     scheduler::Scheduler,
 };
 
@@ -32,7 +32,7 @@ pub struct StepStats {
     pub step: u64,
     /// Tokens computed.
     pub num_tokens: usize,
-    /// Sequences that were part of it.
+    /// Rows of the plan: the sequences that were part of it, and guesses.
     pub num_rows: usize,
     /// Time from handing the plan to the executor to its output.
     pub took: Duration,
@@ -118,6 +118,16 @@ impl<E: Executor, C: Clock> EngineCore<E, C> {
     /// No sequence is live: the next [`EngineCore::step`] would only apply commands.
     pub fn is_idle(&self) -> bool {
         self.scheduler.is_idle()
+    }
+
+    /// What has changed in the prefix cache since the last call; nothing unless the configuration asks for it.
+    pub fn take_kv_events(&mut self) -> Vec<KvEvent> {
+        self.scheduler.take_kv_events()
+    }
+
+    #[cfg(test)]
+    pub(crate) fn cached_blocks(&self) -> std::collections::BTreeSet<super::BlockHash> {
+        self.scheduler.cached_blocks()
     }
 
     pub fn snapshot(&self) -> Snapshot {

@@ -2,29 +2,33 @@
 
 use phalanx_proto::step::BlockId;
 
-use super::{EngineConfig, block_hash::BlockHash, block_pool::BlockPool};
+use super::{
+    EngineConfig, KvEvent, PrefixHashAlgo,
+    block_hash::BlockNames,
+    block_pool::BlockPool,
+    kv_events::{KvEventLog, Stored},
+};
 
 /// The KV of one sequence.
 #[derive(Debug)]
 pub(super) struct SequenceKv {
     /// Blocks in the order of the tokens they hold; the last may be partly filled.
     pub(super) table: Vec<BlockId>,
-    /// Names of the sequence's full blocks, computed as they are needed and kept across preemption: tokens never change.
-    hashes: Vec<BlockHash>,
-    /// Name before the first block.
-    root: BlockHash,
+    /// Kept across preemption: tokens never change.
+    names: BlockNames,
     /// Leading blocks of the table that have been offered to the prefix cache or came from it.
     num_offered: usize,
 }
 
-impl SequenceKv {
-    fn extend_hashes(&mut self, tokens: &[u32], num_blocks: usize, block_size: usize) {
-        for index in self.hashes.len()..num_blocks {
-            let parent = self.hashes.last().unwrap_or(&self.root);
-            self.hashes
-                .push(parent.child(&tokens[index * block_size..(index + 1) * block_size]));
-        }
-    }
+/// What must be free for a sequence to be admitted.
+#[derive(Clone, Copy)]
+pub(super) struct Room {
+    /// Leading tokens whose KV may come from the prefix cache: never all of them, the last one's logits are wanted.
+    pub(super) num_cacheable: usize,
+    /// Blocks for so many of its tokens beyond the cached ones, if it has them.
+    pub(super) new_tokens: usize,
+    /// And so many blocks beside.
+    pub(super) kept_blocks: usize,
 }
 
 /// Blocks of all sequences over one pool.
@@ -32,17 +36,18 @@ pub(super) struct KvCacheManager {
     pool: BlockPool,
     block_size: usize,
     enable_prefix_caching: bool,
+    hash_algo: PrefixHashAlgo,
     seed: [u8; 32],
-    /// Blocks that admission leaves free while anything runs.
     watermark_blocks: usize,
 }
 
 impl KvCacheManager {
     pub(super) fn new(config: &EngineConfig) -> Self {
         Self {
-            pool: BlockPool::new(config.num_blocks),
+            pool: BlockPool::new(config.num_blocks, KvEventLog::new(config.kv_events)),
             block_size: config.block_size as usize,
             enable_prefix_caching: config.enable_prefix_caching,
+            hash_algo: config.prefix_hash_algo,
             seed: config.prefix_cache_seed,
             watermark_blocks: (f64::from(config.watermark) * f64::from(config.num_blocks)) as usize,
         }
@@ -54,40 +59,42 @@ impl KvCacheManager {
     pub(super) fn num_free_blocks(&self) -> usize {
         self.pool.num_free()
     }
+    /// Blocks that admission leaves free while anything runs.
+    pub(super) fn watermark_blocks(&self) -> usize {
+        self.watermark_blocks
+    }
+    /// Blocks that a sequence is still to get for the tokens it has.
+    pub(super) fn num_missing_blocks(&self, kv: &SequenceKv, tokens: &[u32]) -> usize {
+        tokens
+            .len()
+            .div_ceil(self.block_size)
+            .saturating_sub(kv.table.len())
+    }
 
     /// The state of a sequence that holds nothing yet.
     pub(super) fn sequence(&self, cache_salt: Option<&str>) -> SequenceKv {
         SequenceKv {
             table: Vec::new(),
-            hashes: Vec::new(),
-            root: BlockHash::root(&self.seed, cache_salt),
+            names: BlockNames::new(self.hash_algo, &self.seed, cache_salt),
             num_offered: 0,
         }
     }
 
-    /// Takes what the prefix cache knows of the first `num_cacheable` tokens, which leave at least the last one, if the
-    /// rest would fit as well. Returns how many tokens need no computation. None, and nothing taken, if the free blocks
-    /// do not suffice; with `alone` the watermark does not count.
-    ///
-    /// The whole sequence has to fit although only its first chunk is allocated now, because a prompt that is admitted
-    /// and then preempted halfway was computed for nothing.
-    pub(super) fn admit(
-        &mut self,
-        kv: &mut SequenceKv,
-        tokens: &[u32],
-        num_cacheable: usize,
-        alone: bool,
-    ) -> Option<usize> {
-        let cached = self.find_prefix(kv, &tokens[..num_cacheable]);
-        let new_blocks = tokens.len().div_ceil(self.block_size) - cached.len();
+    /// Takes what the prefix cache knows of `tokens`, if what else has to fit would. Returns how many tokens need no
+    /// computation. None, and nothing taken, if the free blocks do not suffice.
+    pub(super) fn admit(&mut self, kv: &mut SequenceKv, tokens: &[u32], room: Room) -> Option<usize> {
+        let cached = self.find_prefix(kv, &tokens[..room.num_cacheable]);
+        let num_cached_tokens = cached.len() * self.block_size;
+        let first = num_cached_tokens
+            .saturating_add(room.new_tokens)
+            .min(tokens.len());
+        let new_blocks = first.div_ceil(self.block_size) - cached.len();
         let revived = cached.iter().filter(|id| self.pool.is_free(**id)).count();
-        let reserve = if alone { 0 } else { self.watermark_blocks };
-        if new_blocks + revived + reserve > self.pool.num_free() {
+        if new_blocks + revived + room.kept_blocks > self.pool.num_free() {
             return None;
         }
         cached.iter().for_each(|&id| self.pool.share(id));
         kv.num_offered = cached.len();
-        let num_cached_tokens = cached.len() * self.block_size;
         kv.table = cached;
         Some(num_cached_tokens)
     }
@@ -97,8 +104,7 @@ impl KvCacheManager {
             return Vec::new();
         }
         let num_blocks = tokens.len() / self.block_size;
-        kv.extend_hashes(tokens, num_blocks, self.block_size);
-        let hashes = kv.hashes.iter().take(num_blocks);
+        let hashes = kv.names.extend(tokens, num_blocks, self.block_size).iter();
         hashes.map_while(|hash| self.pool.find(hash)).collect()
     }
 
@@ -121,9 +127,15 @@ impl KvCacheManager {
             return;
         }
         let num_full = num_computed / self.block_size;
-        kv.extend_hashes(tokens, num_full, self.block_size);
+        kv.names.extend(tokens, num_full, self.block_size);
         for index in kv.num_offered..num_full {
-            self.pool.cache(kv.table[index], kv.hashes[index]);
+            let block = Stored {
+                hash: kv.names.get(index),
+                parent: kv.names.parent(index),
+                token_ids: &tokens[index * self.block_size..(index + 1) * self.block_size],
+                salt: kv.names.salt(),
+            };
+            self.pool.cache(kv.table[index], &block);
         }
         kv.num_offered = num_full;
     }
@@ -144,7 +156,17 @@ impl KvCacheManager {
 
     /// The ranks have lost all KV. Every [`SequenceKv`] must have been freed.
     pub(super) fn reset(&mut self) {
-        self.pool = BlockPool::new(self.pool.num_blocks() as u32);
+        self.pool.clear();
+    }
+
+    /// What has changed in the prefix cache since the last call.
+    pub(super) fn take_events(&mut self) -> Vec<KvEvent> {
+        self.pool.take_events()
+    }
+
+    #[cfg(test)]
+    pub(super) fn cached_blocks(&self) -> std::collections::BTreeSet<super::BlockHash> {
+        self.pool.names()
     }
 
     /// Panics unless every block is held exactly as often as the tables of `all` say.
@@ -157,6 +179,15 @@ impl KvCacheManager {
 mod tests {
     use super::*;
 
+    /// All of the sequence, and nothing else.
+    fn alone(tokens: &[u32]) -> Room {
+        Room {
+            num_cacheable: tokens.len() - 1,
+            new_tokens: usize::MAX,
+            kept_blocks: 0,
+        }
+    }
+
     fn manager() -> KvCacheManager {
         let mut config = EngineConfig::new(8, 64, 100);
         config.block_size = 4;
@@ -167,7 +198,7 @@ mod tests {
     /// Computes `tokens` to the end and gives the blocks back.
     fn run(manager: &mut KvCacheManager, tokens: &[u32], salt: Option<&str>) -> Option<usize> {
         let mut kv = manager.sequence(salt);
-        let cached = manager.admit(&mut kv, tokens, tokens.len() - 1, true);
+        let cached = manager.admit(&mut kv, tokens, alone(tokens));
         assert!(manager.grow(&mut kv, tokens.len()));
         manager.offer(&mut kv, tokens, tokens.len());
         manager.check([&kv].into_iter());
@@ -197,10 +228,11 @@ mod tests {
         run(&mut manager, &tokens, None);
         for (num_cacheable, expected) in [(0, 0), (3, 0), (4, 4), (11, 8)] {
             let mut kv = manager.sequence(None);
-            assert_eq!(
-                manager.admit(&mut kv, &tokens, num_cacheable, true),
-                Some(expected)
-            );
+            let room = Room {
+                num_cacheable,
+                ..alone(&tokens)
+            };
+            assert_eq!(manager.admit(&mut kv, &tokens, room), Some(expected));
             manager.free(&mut kv);
         }
     }
@@ -216,12 +248,25 @@ mod tests {
     }
 
     #[test]
-    fn admission_leaves_the_watermark_free_unless_nothing_runs() {
+    fn admission_keeps_free_what_it_is_told_to() {
         let mut manager = manager();
-        let tokens = vec![1; 28]; // 7 of 8 blocks, the watermark is 2
+        assert_eq!(manager.watermark_blocks(), 2);
+        let tokens = vec![1; 28]; // 7 of 8 blocks
         let mut kv = manager.sequence(None);
-        assert_eq!(manager.admit(&mut kv, &tokens, 27, false), None);
-        assert_eq!(manager.admit(&mut kv, &tokens, 27, true), Some(0));
+        let room = |new_tokens, kept_blocks| Room {
+            num_cacheable: 27,
+            new_tokens,
+            kept_blocks,
+        };
+        assert_eq!(manager.admit(&mut kv, &tokens, room(usize::MAX, 2)), None);
+        assert_eq!(manager.admit(&mut kv, &tokens, room(25, 2)), None);
+        assert_eq!(
+            manager.admit(&mut kv, &tokens, room(24, 2)),
+            Some(0),
+            "the first chunk"
+        );
+        assert_eq!(manager.num_missing_blocks(&kv, &tokens), 7);
+        assert_eq!(manager.admit(&mut kv, &tokens, alone(&tokens)), Some(0));
     }
 
     #[test]
@@ -230,7 +275,7 @@ mod tests {
         let tokens: Vec<u32> = (0..29).collect(); // all 8 blocks
         run(&mut manager, &tokens, None);
         let mut kv = manager.sequence(None);
-        assert_eq!(manager.admit(&mut kv, &tokens, 28, true), Some(28));
+        assert_eq!(manager.admit(&mut kv, &tokens, alone(&tokens)), Some(28));
         assert_eq!(manager.num_free_blocks(), 1);
         assert!(manager.grow(&mut kv, 29) && !manager.grow(&mut kv, 33));
         manager.check([&kv].into_iter());
@@ -241,7 +286,7 @@ mod tests {
         let mut manager = manager();
         let tokens: Vec<u32> = (0..12).collect();
         let mut kv = manager.sequence(None);
-        manager.admit(&mut kv, &tokens, 11, true);
+        manager.admit(&mut kv, &tokens, alone(&tokens));
         manager.grow(&mut kv, 12);
         manager.offer(&mut kv, &tokens, 12);
         manager.discard(&mut kv);

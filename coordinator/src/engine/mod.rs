@@ -9,18 +9,26 @@ mod block_pool;
 mod config;
 mod core;
 mod kv_cache_manager;
+mod kv_events;
+mod ngram;
 mod request;
 mod scheduler;
 mod sequence;
 #[cfg(test)]
 pub(crate) mod sim;
+mod speculation;
 mod types;
+mod waiting;
 
 pub use self::core::{EngineCore, EngineFailure, Progress, StepStats};
+pub use block_hash::{BlockHash, PrefixHashAlgo};
 pub use config::{ConfigError, EngineConfig, SchedulingPolicy};
+pub use kv_events::KvEvent;
+pub use ngram::NgramSpeculation;
 pub use request::RequestError;
 pub use scheduler::Snapshot;
+pub use speculation::SpeculationStats;
 pub use types::{
     Clock, Command, EngineRequest, Event, Executor, ExecutorError, FinishReason, Instant, SamplingParams,
-    StopRules,
+    StopRules, TenantId,
 };

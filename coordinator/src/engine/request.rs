@@ -33,8 +33,18 @@ pub enum RequestError {
         max_tokens: u32,
         max_model_len: u32,
     },
-    #[error("needs {needed_blocks} KV blocks, the cache has {total_blocks}")]
-    NeverFits { needed_blocks: u64, total_blocks: u32 },
+    #[error(
+        "{prompt_tokens} prompt tokens and {max_tokens} to generate need {needed_blocks} KV blocks, the cache has \
+         {total_blocks}, which is room for {fitting_tokens} tokens"
+    )]
+    NeverFits {
+        prompt_tokens: usize,
+        max_tokens: u32,
+        needed_blocks: u64,
+        total_blocks: u32,
+        /// Most tokens of prompt and completion together.
+        fitting_tokens: u64,
+    },
 }
 
 impl RequestError {
@@ -96,9 +106,13 @@ fn check_length(prompt: &[u32], stop: &StopRules, config: &EngineConfig) -> Resu
     // The last token is sampled and never fed back, so its KV is never stored.
     let needed_blocks = (num_tokens - 1).div_ceil(u64::from(config.block_size));
     if needed_blocks > u64::from(config.num_blocks) {
+        let room = u64::from(config.num_blocks) * u64::from(config.block_size) + 1;
         return Err(RequestError::NeverFits {
+            prompt_tokens: prompt.len(),
+            max_tokens: stop.max_tokens,
             needed_blocks,
             total_blocks: config.num_blocks,
+            fitting_tokens: room.min(config.max_model_len.into()),
         });
     }
     Ok(())
@@ -176,6 +190,7 @@ mod tests {
     use phalanx_proto::step::SequenceId;
 
     use super::*;
+    use crate::engine::TenantId;
 
     fn request() -> EngineRequest {
         EngineRequest {
@@ -190,6 +205,7 @@ mod tests {
             },
             priority: 0,
             cache_salt: None,
+            tenant: TenantId::default(),
         }
     }
 
@@ -204,8 +220,11 @@ mod tests {
         assert_eq!(
             longer.check(&config),
             Err(RequestError::NeverFits {
+                prompt_tokens: 3,
+                max_tokens: 5,
                 needed_blocks: 4,
-                total_blocks: 3
+                total_blocks: 3,
+                fitting_tokens: 7
             })
         );
         config.max_model_len = 6;

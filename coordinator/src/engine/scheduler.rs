@@ -2,16 +2,20 @@
 //!
 //! Running sequences come before waiting ones, decodes before prompt chunks, and within each the more urgent before the
 //! less urgent. When blocks are short the least urgent running sequence gives all of its back and is computed again
-//! later, so the most urgent one always makes progress: alone it fits, or it would have been rejected.
+//! later, so the most urgent one always makes progress: alone it fits, or it would have been rejected. Every decode is
+//! part of every step, so that prompts delay it by one step of bounded size at most; and as a step has room for more
+//! tokens than there can be other decodes, the first prompt is part of every step, too. Guesses get what is left.
 
 use std::collections::BTreeMap;
 
 use phalanx_proto::step::{SampledToken, ScoredPrompt, SequenceId, StepOutput, StepPlan, StepRow};
 
 use super::{
-    Command, EngineConfig, EngineRequest, Event, FinishReason, SchedulingPolicy,
-    kv_cache_manager::KvCacheManager,
+    Command, EngineConfig, EngineRequest, Event, FinishReason, KvEvent, SchedulingPolicy, SpeculationStats,
+    kv_cache_manager::{KvCacheManager, Room},
     sequence::{Sequence, Urgency},
+    speculation::Verifier,
+    waiting::WaitingQueue,
 };
 
 /// The engine in numbers. Counters count since the engine's start.
@@ -32,6 +36,7 @@ pub struct Snapshot {
     pub num_preemptions: u64,
     /// Plans made, including those that failed.
     pub num_steps: u64,
+    pub speculation: SpeculationStats,
 }
 
 impl Snapshot {
@@ -46,7 +51,7 @@ pub(super) struct Scheduler {
     kv: KvCacheManager,
     sequences: BTreeMap<SequenceId, Sequence>,
     /// Every sequence is in exactly one of these two.
-    waiting: BTreeMap<Urgency, SequenceId>,
+    waiting: WaitingQueue,
     running: BTreeMap<Urgency, SequenceId>,
     num_arrivals: u64,
     epoch: u32,
@@ -55,6 +60,7 @@ pub(super) struct Scheduler {
     prefix_cache_queries: u64,
     prefix_cache_hits: u64,
     num_preemptions: u64,
+    speculation: SpeculationStats,
 }
 
 /// A step in the making.
@@ -63,6 +69,8 @@ struct Draft<'a> {
     budget: usize,
     /// New tokens of each sequence, in order of urgency.
     chosen: BTreeMap<Urgency, usize>,
+    /// Guesses at what follows some of them.
+    drafts: BTreeMap<Urgency, Vec<u32>>,
     preempted: bool,
     /// It holds a sequence that will be given up if this step fails as well.
     on_last_chance: bool,
@@ -81,7 +89,7 @@ impl Scheduler {
         Self {
             kv: KvCacheManager::new(&config),
             sequences: BTreeMap::new(),
-            waiting: BTreeMap::new(),
+            waiting: WaitingQueue::new(config.policy),
             running: BTreeMap::new(),
             num_arrivals: 0,
             epoch: config.epoch,
@@ -89,6 +97,7 @@ impl Scheduler {
             prefix_cache_queries: 0,
             prefix_cache_hits: 0,
             num_preemptions: 0,
+            speculation: SpeculationStats::default(),
             config,
         }
     }
@@ -108,7 +117,17 @@ impl Scheduler {
             prefix_cache_hits: self.prefix_cache_hits,
             num_preemptions: self.num_preemptions,
             num_steps: self.step,
+            speculation: self.speculation,
         }
+    }
+
+    pub(super) fn take_kv_events(&mut self) -> Vec<KvEvent> {
+        self.kv.take_events()
+    }
+
+    #[cfg(test)]
+    pub(super) fn cached_blocks(&self) -> std::collections::BTreeSet<super::BlockHash> {
+        self.kv.cached_blocks()
     }
 
     pub(super) fn apply(&mut self, command: Command, events: &mut Vec<Event>) {
@@ -128,14 +147,14 @@ impl Scheduler {
         }
         let urgency = Urgency {
             priority: match self.config.policy {
-                SchedulingPolicy::Fcfs => 0,
+                SchedulingPolicy::Fcfs | SchedulingPolicy::Fair => 0,
                 SchedulingPolicy::Priority => request.priority,
             },
             arrival: self.num_arrivals,
         };
         self.num_arrivals += 1;
         let kv = self.kv.sequence(request.cache_salt.as_deref());
-        self.waiting.insert(urgency, id);
+        self.waiting.submit(urgency, id, request.tenant);
         let replaced = self.sequences.insert(id, Sequence::new(request, urgency, kv));
         assert!(replaced.is_none(), "{id:?} was submitted twice");
     }
@@ -145,6 +164,7 @@ impl Scheduler {
         let mut draft = Draft {
             budget: self.config.max_num_batched_tokens as usize,
             chosen: BTreeMap::new(),
+            drafts: BTreeMap::new(),
             preempted: false,
             on_last_chance: false,
             events,
@@ -154,32 +174,40 @@ impl Scheduler {
         // Who was just preempted would be the next to be admitted.
         if !draft.preempted {
             self.admit_waiting(&mut draft);
+            self.add_drafts(&mut draft);
         }
-        let chosen = draft.chosen;
+        let Draft { chosen, drafts, .. } = draft;
         if chosen.is_empty() {
             assert!(self.is_idle(), "sequences are live but none can run");
             return None;
         }
         self.step += 1;
+        let rows = self.rows(&chosen, &drafts);
         Some(StepPlan {
             epoch: self.epoch,
             step: self.step,
-            rows: self.rows(&chosen),
+            rows,
             masks_follow: false,
         })
     }
 
-    /// The rows of the chosen sequences, the most urgent first. One whose penalties look at more tokens than the plan
-    /// has room for is left to a later step: alone, every history fits.
-    fn rows(&self, chosen: &BTreeMap<Urgency, usize>) -> Vec<StepRow> {
+    /// The rows of the chosen sequences, the most urgent first, each with its guesses behind it. One whose penalties look
+    /// at more tokens than the plan has room for is left to a later step: alone, every history fits.
+    fn rows(&self, chosen: &BTreeMap<Urgency, usize>, drafts: &BTreeMap<Urgency, Vec<u32>>) -> Vec<StepRow> {
         let mut history_left = self.config.step_limits().max_history() as usize;
         let mut rows = Vec::with_capacity(chosen.len());
         for (urgency, &num_tokens) in chosen {
             let sequence = &self.sequences[&self.running[urgency]];
-            let history = sequence.history_len(num_tokens);
-            if history <= history_left {
-                history_left -= history;
-                rows.push(sequence.row(num_tokens));
+            let own = sequence.row(num_tokens, &self.config);
+            let guesses = drafts
+                .get(urgency)
+                .map_or_else(Vec::new, |drafts| sequence.draft_rows(drafts, &self.config));
+            for row in std::iter::once(own).chain(guesses) {
+                let Some(left) = history_left.checked_sub(history_len(&row)) else {
+                    break;
+                };
+                history_left = left;
+                rows.push(row);
             }
         }
         rows
@@ -209,9 +237,10 @@ impl Scheduler {
     }
 
     fn preempt_least_urgent(&mut self, draft: &mut Draft<'_>) {
-        let Some((urgency, id)) = self.running.pop_last() else {
+        let Some((urgency, id)) = self.least_urgent_running() else {
             return;
         };
+        self.running.remove(&urgency);
         self.requeue(urgency, id);
         self.num_preemptions += 1;
         draft.preempted = true;
@@ -219,19 +248,33 @@ impl Scheduler {
         draft.events.push(Event::Preempted { sequence: id });
     }
 
+    /// The first to give way: the last of the tenant that was served most.
+    fn least_urgent_running(&self) -> Option<(Urgency, SequenceId)> {
+        if self.config.policy != SchedulingPolicy::Fair {
+            return self.running.last_key_value().map(|(&urgency, &id)| (urgency, id));
+        }
+        let served = |id: &SequenceId| self.waiting.service(self.sequences[id].tenant);
+        let most_served = self
+            .running
+            .iter()
+            .max_by_key(|&(urgency, id)| (served(id), *urgency));
+        most_served.map(|(&urgency, &id)| (urgency, id))
+    }
+
     /// Back to waiting, with nothing computed and in its old place of the order.
     fn requeue(&mut self, urgency: Urgency, id: SequenceId) {
         if let Some(sequence) = self.sequences.get_mut(&id) {
             self.kv.free(&mut sequence.kv);
             sequence.num_computed_tokens = 0;
+            self.waiting.put_back(urgency, id, sequence.tenant);
         }
-        self.waiting.insert(urgency, id);
     }
 
     /// Admits in order: nobody overtakes a sequence that does not fit yet, or a large one might never run.
     fn admit_waiting(&mut self, draft: &mut Draft<'_>) {
+        let mut promised = self.promised_blocks();
         while draft.budget > 0 && self.running.len() < self.config.max_num_seqs as usize {
-            let Some((&urgency, &id)) = self.waiting.first_key_value() else {
+            let Some((urgency, id)) = self.waiting.next() else {
                 return;
             };
             let Some(sequence) = self.sequences.get_mut(&id) else {
@@ -244,12 +287,21 @@ impl Scheduler {
             if last_chance && draft.on_last_chance {
                 return;
             }
-            let alone = self.running.is_empty();
-            let cacheable = sequence.num_cacheable_tokens();
-            let admitted = self
-                .kv
-                .admit(&mut sequence.kv, &sequence.tokens, cacheable, alone);
-            let Some(num_cached_tokens) = admitted else {
+            let room = Room {
+                num_cacheable: sequence.num_cacheable_tokens(),
+                new_tokens: if self.config.reserve_full_isl {
+                    usize::MAX
+                } else {
+                    longest_chunk(draft.budget, &self.config)
+                },
+                // What runs alone may have all of it.
+                kept_blocks: if self.running.is_empty() {
+                    0
+                } else {
+                    self.kv.watermark_blocks() + promised
+                },
+            };
+            let Some(num_cached_tokens) = self.kv.admit(&mut sequence.kv, &sequence.tokens, room) else {
                 return;
             };
             draft.on_last_chance |= last_chance;
@@ -257,7 +309,12 @@ impl Scheduler {
             let num_tokens = chunk(sequence, draft.budget, &self.config);
             let grown = self.kv.grow(&mut sequence.kv, num_cached_tokens + num_tokens);
             assert!(grown, "admission has made sure of the blocks of {id:?}");
+            if self.config.reserve_full_isl {
+                promised += self.kv.num_missing_blocks(&sequence.kv, &sequence.tokens);
+            }
             if !std::mem::replace(&mut sequence.started, true) {
+                self.waiting
+                    .charge_prompt(sequence.tenant, sequence.tokens.len() - num_cached_tokens);
                 self.prefix_cache_queries += sequence.tokens.len() as u64;
                 self.prefix_cache_hits += num_cached_tokens as u64;
                 draft.events.push(Event::Started {
@@ -272,27 +329,80 @@ impl Scheduler {
         }
     }
 
+    /// Blocks that running prompts still need, if they are kept for them.
+    fn promised_blocks(&self) -> usize {
+        if !self.config.reserve_full_isl || self.waiting.len() == 0 {
+            return 0;
+        }
+        let sequences = self.running.values().map(|id| &self.sequences[id]);
+        let missing = sequences.map(|sequence| self.kv.num_missing_blocks(&sequence.kv, &sequence.tokens));
+        missing.sum()
+    }
+
+    /// Guesses with the tokens, rows and blocks that nobody else can use in this step.
+    fn add_drafts(&mut self, draft: &mut Draft<'_>) {
+        let Some(speculation) = self.config.speculative else {
+            return;
+        };
+        let mut rows = self.config.step_limits().max_rows as usize - draft.chosen.len();
+        for (urgency, &num_tokens) in &draft.chosen {
+            let most = rows.min(draft.budget);
+            let sequence = self
+                .running
+                .get(urgency)
+                .and_then(|id| self.sequences.get_mut(id));
+            let Some(sequence) = sequence.filter(|sequence| num_tokens == sequence.num_remaining_tokens())
+            else {
+                continue;
+            };
+            let mut drafts = sequence.propose(&speculation, most);
+            let end = sequence.tokens.len();
+            while !drafts.is_empty() && !self.kv.grow(&mut sequence.kv, end + drafts.len()) {
+                drafts.pop();
+            }
+            if drafts.is_empty() {
+                continue;
+            }
+            rows -= drafts.len();
+            draft.budget -= drafts.len();
+            draft.drafts.insert(*urgency, drafts);
+        }
+    }
+
     /// Books what a step has computed. The output must answer the plan; sequences that ended meanwhile are skipped.
     pub(super) fn update(&mut self, plan: &StepPlan, output: StepOutput, events: &mut Vec<Event>) {
-        // First, because nobody may find the blocks of a sequence whose logits are no numbers.
-        for id in not_finite(&output) {
-            if let Some(sequence) = self.sequences.get_mut(&id) {
-                self.kv.discard(&mut sequence.kv);
-                self.finish(id, FinishReason::NotFinite, events);
-            }
-        }
+        let mut verifier = Verifier::default();
+        let mut sampled = output.sampled.into_iter();
+        let mut scored = output.prompt_logprobs.into_iter();
         for row in &plan.rows {
-            if let Some(sequence) = self.sequences.get_mut(&row.sequence) {
-                let num_computed = row.num_computed_tokens as usize + row.token_ids.len();
-                sequence.num_computed_tokens = num_computed;
-                sequence.failed_steps = 0;
-                self.kv.offer(&mut sequence.kv, &sequence.tokens, num_computed);
+            let answer = Answer {
+                scored: row.prompt_logprobs.as_ref().and_then(|_| scored.next()),
+                sampled: row.sampling.as_ref().and_then(|_| sampled.next()),
+            };
+            if verifier.check(row, answer.sampled.as_ref(), &mut self.speculation) {
+                self.book(row, answer, events);
             }
         }
-        for scored in output.prompt_logprobs {
+    }
+
+    /// Books a row whose tokens are its sequence's.
+    fn book(&mut self, row: &StepRow, answer: Answer, events: &mut Vec<Event>) {
+        let Some(sequence) = self.sequences.get_mut(&row.sequence) else {
+            return;
+        };
+        if !answer.is_finite() {
+            // Nobody may find blocks that lead to logits that are no numbers.
+            self.kv.discard(&mut sequence.kv);
+            return self.finish(row.sequence, FinishReason::NotFinite, events);
+        }
+        let num_computed = row.num_computed_tokens as usize + row.token_ids.len();
+        sequence.num_computed_tokens = num_computed;
+        sequence.failed_steps = 0;
+        self.kv.offer(&mut sequence.kv, &sequence.tokens, num_computed);
+        if let Some(scored) = answer.scored {
             self.accept_scored(scored, events);
         }
-        for sampled in output.sampled {
+        if let Some(sampled) = answer.sampled {
             self.accept(sampled, events);
         }
     }
@@ -310,6 +420,7 @@ impl Scheduler {
         let Some(sequence) = self.sequences.get_mut(&id) else {
             return;
         };
+        self.waiting.charge_output_token(sequence.tenant);
         let finished = sequence.push(sampled.token);
         events.push(Event::Token(sampled));
         if let Some(reason) = finished {
@@ -338,11 +449,11 @@ impl Scheduler {
             self.requeue(urgency, id);
         }
         self.kv.reset();
-        for id in failed
-            .into_iter()
-            .flat_map(|plan| &plan.rows)
-            .map(|row| row.sequence)
-        {
+        let rows = failed.into_iter().flat_map(|plan| &plan.rows);
+        let mut sequences: Vec<SequenceId> = rows.map(|row| row.sequence).collect();
+        // Rows of guesses stand behind their sequence's own.
+        sequences.dedup();
+        for id in sequences {
             let Some(sequence) = self.sequences.get_mut(&id) else {
                 continue;
             };
@@ -387,30 +498,45 @@ impl Scheduler {
                     sequence.tokens.len()
                 );
             } else {
-                assert_eq!(self.waiting.get(urgency), Some(id), "place of {id:?}");
+                assert_eq!(self.waiting.get(urgency), Some(*id), "place of {id:?}");
                 assert_eq!((computed, room), (0, 0), "{id:?} waits and holds nothing");
             }
         }
     }
 }
 
-/// The sequences whose logits held a NaN or an infinity.
-fn not_finite(output: &StepOutput) -> impl Iterator<Item = SequenceId> {
-    let sampled = output.sampled.iter().filter(|sampled| !sampled.finite);
-    let scored = output
-        .prompt_logprobs
-        .iter()
-        .filter(|scored| scored.tokens.iter().any(|token| token.logprob.is_nan()));
-    sampled
-        .map(|sampled| sampled.sequence)
-        .chain(scored.map(|scored| scored.sequence))
+/// Entries of a row's penalty history.
+fn history_len(row: &StepRow) -> usize {
+    let penalties = row
+        .sampling
+        .as_ref()
+        .and_then(|sampling| sampling.penalties.as_ref());
+    penalties.map_or(0, |penalties| penalties.history.len())
+}
+
+/// What came of one row.
+struct Answer {
+    scored: Option<ScoredPrompt>,
+    sampled: Option<SampledToken>,
+}
+
+impl Answer {
+    /// No logits of the row held a NaN or an infinity.
+    fn is_finite(&self) -> bool {
+        let scores = self.scored.iter().flat_map(|scored| &scored.tokens);
+        let sampled = self.sampled.as_ref().is_none_or(|sampled| sampled.finite);
+        sampled && scores.into_iter().all(|token| !token.logprob.is_nan())
+    }
 }
 
 /// How many tokens a sequence may compute in this step.
 fn chunk(sequence: &Sequence, budget: usize, config: &EngineConfig) -> usize {
-    let longest = match config.long_prefill_token_threshold {
-        0 => usize::MAX,
-        threshold => threshold as usize,
-    };
-    sequence.num_remaining_tokens().min(budget).min(longest)
+    sequence.num_remaining_tokens().min(longest_chunk(budget, config))
+}
+
+fn longest_chunk(budget: usize, config: &EngineConfig) -> usize {
+    match config.long_prefill_token_threshold {
+        0 => budget,
+        threshold => budget.min(threshold as usize),
+    }
 }

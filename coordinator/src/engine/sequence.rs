@@ -2,9 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use phalanx_proto::step::{PromptLogprobs, RowSampling, SequenceId, StepRow};
+use phalanx_proto::step::{BlockId, PromptLogprobs, RowSampling, SequenceId, StepRow};
 
-use super::{EngineRequest, FinishReason, SamplingParams, StopRules, kv_cache_manager::SequenceKv};
+use super::{
+    EngineConfig, EngineRequest, FinishReason, NgramSpeculation, SamplingParams, StopRules, TenantId,
+    kv_cache_manager::SequenceKv, ngram::NgramIndex,
+};
 
 /// Order of service: the smallest runs first and gives way last. No two sequences are equal.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -20,6 +23,7 @@ pub(super) struct Urgency {
 pub(super) struct Sequence {
     pub(super) id: SequenceId,
     pub(super) urgency: Urgency,
+    pub(super) tenant: TenantId,
     /// Prompt and output.
     pub(super) tokens: Vec<u32>,
     num_prompt_tokens: usize,
@@ -32,6 +36,8 @@ pub(super) struct Sequence {
     stop: StopRules,
     /// Kept only for sequences with penalties.
     history: Option<TokenHistory>,
+    /// Made when guesses are first wanted.
+    ngrams: Option<NgramIndex>,
     /// Has been part of a plan, so its owner knows.
     pub(super) started: bool,
     /// Steps in a row that this sequence was part of and that lost the group.
@@ -44,6 +50,7 @@ impl Sequence {
         let mut sequence = Self {
             id: request.id,
             urgency,
+            tenant: request.tenant,
             num_prompt_tokens: request.prompt.len(),
             next_scored: match request.sampling.prompt_logprobs {
                 Some(_) => 1,
@@ -59,6 +66,7 @@ impl Sequence {
             tokens: request.prompt,
             sampling: request.sampling,
             stop: request.stop,
+            ngrams: None,
             started: false,
             failed_steps: 0,
         };
@@ -92,24 +100,16 @@ impl Sequence {
         wanted - 1
     }
 
-    /// Entries of the penalty history of a row of the next `num_new_tokens` tokens.
-    pub(super) fn history_len(&self, num_new_tokens: usize) -> usize {
-        let samples = self.num_computed_tokens + num_new_tokens == self.tokens.len();
-        self.history
-            .as_ref()
-            .filter(|_| samples)
-            .map_or(0, |history| history.counts.len())
-    }
-
     /// The next `num_new_tokens` tokens; samples if they reach the last one.
-    pub(super) fn row(&self, num_new_tokens: usize) -> StepRow {
+    pub(super) fn row(&self, num_new_tokens: usize, config: &EngineConfig) -> StepRow {
         let end = self.num_computed_tokens + num_new_tokens;
+        let sampling = || self.row_sampling(0, self.history.as_ref());
         StepRow {
             sequence: self.id,
             token_ids: self.tokens[self.num_computed_tokens..end].to_vec(),
             num_computed_tokens: self.num_computed_tokens as u32,
-            block_table: self.kv.table.clone(),
-            sampling: (end == self.tokens.len()).then(|| self.row_sampling()),
+            block_table: self.blocks(end, config),
+            sampling: (end == self.tokens.len()).then(sampling),
             prompt_logprobs: self.row_prompt_logprobs(end),
         }
     }
@@ -131,9 +131,53 @@ impl Sequence {
         debug_assert!(self.next_scored <= self.num_prompt_tokens, "{:?}", self.id);
     }
 
-    fn row_sampling(&self) -> RowSampling {
+    /// One row for each guess at what follows the last token, see [`super::speculation`].
+    pub(super) fn draft_rows(&self, drafts: &[u32], config: &EngineConfig) -> Vec<StepRow> {
+        let mut history = self.history.clone();
+        let row = |(index, &token): (usize, &u32)| {
+            let position = self.tokens.len() + index;
+            if let Some(history) = &mut history {
+                history.push_output(token);
+            }
+            StepRow {
+                sequence: self.id,
+                token_ids: vec![token],
+                num_computed_tokens: position as u32,
+                block_table: self.blocks(position + 1, config),
+                sampling: Some(self.row_sampling(index + 1, history.as_ref())),
+                prompt_logprobs: None,
+            }
+        };
+        drafts.iter().enumerate().map(row).collect()
+    }
+
+    /// Guesses at what follows the last token: none that would come after the end.
+    pub(super) fn propose(&mut self, speculation: &NgramSpeculation, most: usize) -> Vec<u32> {
+        // One token is sampled behind the last guess.
+        let left = self.stop.max_tokens as usize - self.num_output_tokens() - 1;
+        let most = most.min(speculation.num_speculative_tokens as usize).min(left);
+        if most == 0 {
+            return Vec::new();
+        }
+        let shortest = speculation.prompt_lookup_min as usize;
+        let ngrams = self.ngrams.get_or_insert_with(|| NgramIndex::new(shortest));
+        let mut drafts = ngrams.propose(&self.tokens, speculation.prompt_lookup_max as usize, most);
+        let stops = |token: &u32| self.stop.stop_token_ids.contains(token);
+        if let Some(end) = drafts.iter().position(stops) {
+            drafts.truncate(end);
+        }
+        drafts
+    }
+
+    /// Those that hold the first `num_tokens` tokens; there may be more, for guesses that were wrong.
+    fn blocks(&self, num_tokens: usize, config: &EngineConfig) -> Vec<BlockId> {
+        self.kv.table[..num_tokens.div_ceil(config.block_size as usize)].to_vec()
+    }
+
+    /// The state after `num_drafts` guesses, which `history` knows.
+    fn row_sampling(&self, num_drafts: usize, history: Option<&TokenHistory>) -> RowSampling {
         let s = &self.sampling;
-        let history = || self.history.as_ref().map_or_else(Vec::new, TokenHistory::entries);
+        let history = || history.map_or_else(Vec::new, TokenHistory::entries);
         RowSampling {
             temperature: s.temperature,
             top_p: s.top_p,
@@ -142,13 +186,13 @@ impl Sequence {
             seed: s.seed,
             logprobs: s.logprobs,
             penalties: s.penalties(history),
-            bias: self.bias(),
+            bias: self.bias(self.num_output_tokens() + num_drafts),
         }
     }
 
     /// The caller's bias; until `min_tokens` are there, stop tokens are banned, whatever the caller's bias for them.
-    fn bias(&self) -> Vec<(u32, f32)> {
-        if self.num_output_tokens() >= self.stop.min_tokens as usize {
+    fn bias(&self, num_output_tokens: usize) -> Vec<(u32, f32)> {
+        if num_output_tokens >= self.stop.min_tokens as usize {
             return self.sampling.logit_bias.clone();
         }
         let banned = &self.stop.stop_token_ids;
@@ -173,6 +217,7 @@ impl Sequence {
 }
 
 /// Each distinct token of a sequence, maintained as it grows, with how often the output holds it.
+#[derive(Clone)]
 struct TokenHistory {
     counts: BTreeMap<u32, u32>,
 }

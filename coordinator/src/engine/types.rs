@@ -50,7 +50,13 @@ pub struct EngineRequest {
     pub priority: i32,
     /// Separates prefix-cache entries of callers who must not see each other's timing.
     pub cache_salt: Option<String>,
+    /// Whose request it is; only the fair policy looks at it.
+    pub tenant: TenantId,
 }
+
+/// A caller, told apart by API key. Never the key itself.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
+pub struct TenantId(pub u64);
 
 /// How tokens are drawn; the meaning of each field is that of `phalanx_proto::step::RowSampling`.
 #[derive(Clone, Debug, PartialEq)]

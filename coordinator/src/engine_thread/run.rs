@@ -82,6 +82,7 @@ impl<E: Executor> EngineThread<E> {
                 None => self.core.step(self.commands.drain(..), &mut self.events),
             };
             self.route_events(began);
+            self.publish_kv_events();
             self.publish(&progress);
             if let Progress::Fatal(failure) = progress {
                 ending.set(EngineState::Failed);
@@ -200,6 +201,14 @@ impl<E: Executor> EngineThread<E> {
                     self.fail(sequence, RpcError::new(ErrorKind::WorkerLost, why));
                 }
             }
+        }
+    }
+
+    fn publish_kv_events(&mut self) {
+        let config = &self.shared.config;
+        let events = self.core.take_kv_events();
+        if let Some(hub) = config.kv_events.as_ref().filter(|_| !events.is_empty()) {
+            hub.publish(config.engine.block_size, events);
         }
     }
 

@@ -71,6 +71,7 @@ fn sequence(prompt: Vec<u32>, max_tokens: u32) -> NewSequence {
         },
         priority: 0,
         cache_salt: None,
+        tenant: TenantId::default(),
     }
 }
 
@@ -84,6 +85,7 @@ fn expected(id: SequenceId, new: &NewSequence) -> Vec<u32> {
         stop: new.stop.clone(),
         priority: 0,
         cache_salt: None,
+        tenant: TenantId::default(),
     };
     oracle(&request).0
 }
@@ -327,7 +329,10 @@ async fn a_request_that_can_never_run_is_refused_before_the_queue() {
     let refused = |new| engine.handle.submit(new).expect_err("refused");
     let long = refused(sequence(vec![1; 100], 100));
     assert_eq!(long.kind, ErrorKind::ContextLengthExceeded);
-    assert_eq!(long.message, "needs 50 KV blocks, the cache has 40");
+    assert_eq!(
+        long.message,
+        "100 prompt tokens and 100 to generate need 50 KV blocks, the cache has 40, which is room for 161 tokens"
+    );
     let mut odd = sequence(vec![1], 1);
     odd.sampling.top_p = f32::NAN;
     let odd = refused(odd);

@@ -4,6 +4,7 @@ use std::{
 };
 
 use super::*;
+use crate::engine::SpeculationStats;
 
 /// Name, labels and value of every sample, read as a scraper would.
 fn parse(text: &str) -> Vec<(String, BTreeMap<String, String>, f64)> {
@@ -47,6 +48,12 @@ fn recorded() -> Metrics {
         prefix_cache_hits: 16,
         num_preemptions: 5,
         num_steps: 9,
+        speculation: SpeculationStats {
+            num_drafts: 3,
+            num_draft_tokens: 7,
+            num_accepted_tokens: 4,
+            num_accepted_per_position: [3, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+        },
     };
     metrics.engine_turned(&Snapshot::default(), &now);
     metrics.engine_turned(&now, &now);
@@ -113,6 +120,10 @@ fn names_are_those_that_dashboards_know() {
         "phalanx_ranks",
         "phalanx_rank_resident_bytes",
         "phalanx_rank_loaded_bytes",
+        "vllm:spec_decode_num_drafts_total",
+        "vllm:spec_decode_num_draft_tokens_total",
+        "vllm:spec_decode_num_accepted_tokens_total",
+        "vllm:spec_decode_num_accepted_tokens_per_pos_total",
         "phalanx_epoch",
         "phalanx_ranks_lost_total",
     ];
@@ -190,6 +201,20 @@ fn labels_and_values_are_those_recorded() {
     let success = |reason| value("vllm:request_success_total", Some(("finished_reason", reason)));
     assert_eq!((success("error"), success("stop")), (1.0, 0.0));
     assert_eq!(value("vllm:corrupted_requests_total", None), 1.0);
+    assert_eq!(value("vllm:spec_decode_num_draft_tokens_total", None), 7.0);
+    let at = |position| {
+        value(
+            "vllm:spec_decode_num_accepted_tokens_per_pos_total",
+            Some(("position", position)),
+        )
+    };
+    assert_eq!((at("0"), at("1")), (3.0, 1.0));
+    let rejected = |limit| value("vllm:admission_rejections_total", Some(("reason", limit)));
+    assert_eq!(
+        rejected("max_num_queued_tokens"),
+        0.0,
+        "a rate needs a zero first"
+    );
     assert_eq!(
         value("vllm:time_to_first_token_seconds_bucket", Some(("le", "0.04"))),
         0.0

@@ -1,6 +1,13 @@
 //! A request's way from text to sequences.
 
-use std::{path::Path, sync::Arc, thread};
+use std::{
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    thread,
+};
 
 use phalanx_model::gguf::Gguf;
 use phalanx_proto::{ErrorKind, RpcError, limits::MAX_CACHE_SALT_BYTES, v1};
@@ -11,7 +18,7 @@ use super::{
     chat::{ChatSide, message_bytes},
     sampling::{self, CheckedParams, Rules},
 };
-use crate::engine_thread::NewSequence;
+use crate::{engine::TenantId, engine_thread::NewSequence};
 
 /// Prompts that may wait for a thread to tokenize them.
 const MAX_WAITING_PROMPTS: usize = 1024;
@@ -21,6 +28,8 @@ const MAX_WAITING_PROMPTS: usize = 1024;
 pub struct TextModel {
     pub tokenizer: Tokenizer,
     pub chat_template: Option<String>,
+    /// The template of conversations with tools, if they have one of their own.
+    pub tool_template: Option<String>,
     pub defaults: GenerationDefaults,
 }
 
@@ -31,6 +40,7 @@ impl TextModel {
         Ok(Self {
             tokenizer: Tokenizer::from_gguf(&vocab)?,
             chat_template: vocab.chat_template,
+            tool_template: vocab.tool_template,
             defaults: GenerationDefaults::from_gguf(file)?,
         })
     }
@@ -41,6 +51,7 @@ impl TextModel {
         Ok(Self {
             tokenizer: files.tokenizer()?,
             chat_template: files.chat_template()?,
+            tool_template: files.tool_template()?,
             defaults: GenerationDefaults::from_json(&files.generation_config)?,
         })
     }
@@ -66,6 +77,8 @@ pub struct TextProcessor {
     chat: Arc<ChatSide>,
     defaults: GenerationDefaults,
     limits: ModelLimits,
+    /// Takes the place of the limits' own, which may have to give way to the memory there turns out to be.
+    max_model_len: AtomicU32,
     seed: Option<u64>,
     pool: TextPool,
 }
@@ -105,8 +118,10 @@ impl TextProcessor {
                 });
             }
         }
+        let tool_template = model.tool_template.filter(|_| options.chat_template.is_none());
         let template = options.chat_template.or(model.chat_template);
-        let chat = ChatSide::new(template.as_deref(), &model.tokenizer, options.chat)?;
+        let templates = (template.as_deref(), tool_template.as_deref());
+        let chat = ChatSide::new(templates, &model.tokenizer, options.chat)?;
         let threads = options
             .threads
             .unwrap_or_else(|| thread::available_parallelism().map_or(1, |cores| cores.get() / 2));
@@ -114,6 +129,7 @@ impl TextProcessor {
             chat: Arc::new(chat),
             tokenizer: Arc::new(model.tokenizer),
             defaults: model.defaults,
+            max_model_len: AtomicU32::new(options.limits.max_model_len),
             limits: options.limits,
             seed: options.seed,
             pool: TextPool::new(threads, MAX_WAITING_PROMPTS),
@@ -123,8 +139,16 @@ impl TextProcessor {
     pub fn tokenizer(&self) -> &Arc<Tokenizer> {
         &self.tokenizer
     }
-    pub fn limits(&self) -> &ModelLimits {
-        &self.limits
+    pub fn limits(&self) -> ModelLimits {
+        ModelLimits {
+            // A number by itself: nothing else is published through it.
+            max_model_len: self.max_model_len.load(Ordering::Relaxed),
+            ..self.limits
+        }
+    }
+    /// The memory has room for sequences of so many tokens. Before the first request.
+    pub fn set_max_model_len(&self, tokens: u32) {
+        self.max_model_len.store(tokens, Ordering::Relaxed);
     }
 
     /// Checks and tokenizes a completion request. Errors name the field to blame; `QueueFull` when too many prompts
@@ -194,8 +218,9 @@ impl TextProcessor {
         params: &v1::SamplingParams,
         output: &v1::OutputOptions,
     ) -> Result<CheckedParams, RpcError> {
+        let limits = self.limits();
         let rules = Rules {
-            limits: &self.limits,
+            limits: &limits,
             defaults: &self.defaults,
             special: self.tokenizer.special_tokens(),
         };
@@ -212,7 +237,7 @@ impl TextProcessor {
 
     /// Text longer than this has more tokens than the context, whatever they are.
     fn max_prompt_bytes(&self) -> usize {
-        (self.limits.max_model_len as usize).saturating_mul(self.tokenizer.table().longest_token())
+        (self.limits().max_model_len as usize).saturating_mul(self.tokenizer.table().longest_token())
     }
 
     fn check_bytes(&self, bytes: usize, param: &str) -> Result<(), RpcError> {
@@ -222,7 +247,7 @@ impl TextProcessor {
         let message = format!(
             "This model's maximum context length is {} tokens. However, your request has {bytes} bytes of text, which \
              cannot fit. Please reduce the length of the input.",
-            self.limits.max_model_len
+            self.limits().max_model_len
         );
         Err(RpcError::new(ErrorKind::ContextLengthExceeded, message).with_param(param))
     }
@@ -257,7 +282,7 @@ impl TextProcessor {
         }
         // A tokenizer may know tokens that the model's embedding has no row for.
         self.check_ids(&prompt)?;
-        let stop = params.stop_rules(prompt.len(), &self.limits)?;
+        let stop = params.stop_rules(prompt.len(), &self.limits())?;
         let prompt_tokens = prompt.len() as u32;
         let sequences = (0..params.n).map(|index| NewSequence {
             prompt: prompt.clone(),
@@ -266,6 +291,7 @@ impl TextProcessor {
             stop: stop.clone(),
             priority: place.priority,
             cache_salt: place.cache_salt.clone(),
+            tenant: TenantId::default(),
         });
         let sequences = sequences.collect();
         let tells_of_prompt = output.return_prompt_token_ids || params.sampling.prompt_logprobs.is_some();

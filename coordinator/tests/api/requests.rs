@@ -1,5 +1,7 @@
 //! Completions and conversations, from the client's side.
 
+use std::time::Duration;
+
 use phalanx_proto::{
     ErrorKind, RpcError,
     v1::{self, FinishReason, admin_client::AdminClient, choice::StopReason, generate_request::Prompt},
@@ -412,4 +414,27 @@ async fn a_slow_client_stops_only_itself() {
     let error = failure(&mut unread).await;
     assert_eq!(error.kind, ErrorKind::QueueFull);
     assert!(error.message.contains("was not read"), "{}", error.message);
+}
+
+#[tokio::test]
+async fn a_deadline_ends_a_request_and_frees_its_blocks() {
+    let server = Server::start(Setup::default());
+    let mut client = server.inference().await;
+    let mut ask = request(1, |sampling| sampling.ignore_eos = true);
+    ask.timeout_ms = Some(200);
+    let mut own = open(&mut client, ask.clone()).await;
+    server.permit(Permit::Step);
+    next(&mut own).await.expect("no error").expect("a token in time");
+    let error = failure(&mut own).await;
+    assert_eq!(error.kind, ErrorKind::DeadlineExceeded);
+    assert!(error.message.contains("200ms"), "{}", error.message);
+    ask.timeout_ms = None;
+    let mut call = tonic::Request::new(ask.clone());
+    call.set_timeout(Duration::from_millis(100));
+    let mut of_call = client.generate_stream(call).await.expect("accepted").into_inner();
+    assert_eq!(failure(&mut of_call).await.kind, ErrorKind::DeadlineExceeded);
+    ask.timeout_ms = Some(0);
+    let error = client.generate(ask).await.expect_err("refused");
+    assert_eq!(RpcError::from(&error).param.as_deref(), Some("timeout"));
+    assert!(server.steps_until_idle().await < 10, "nobody computes on");
 }

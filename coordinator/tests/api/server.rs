@@ -77,6 +77,7 @@ pub(crate) fn api(engine: EngineSlot, status: StatusHandle) -> Api {
     Api {
         text: TEXT.clone(),
         engine,
+        kv_events: None,
         metrics: Arc::new(Metrics::new("demo", MAX_MODEL_LEN)),
         status,
         served_model_names: vec!["demo".into(), "alias".into()],

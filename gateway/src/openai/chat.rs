@@ -17,6 +17,7 @@ use serde_json::value::RawValue;
 use super::{
     answer::{Delta, ReplyMessage},
     body::{self, parse},
+    caller::Caller,
     error::ApiError,
     logprobs::ChatLogprobs,
     messages::{self, Messages},
@@ -110,6 +111,7 @@ fn prepare(body: &[u8], id: &str, service: &Service) -> Result<Call, RpcError> {
         model: params.model.take().unwrap_or_default(),
         priority: params.priority(),
         cache_salt: params.cache_salt.take(),
+        timeout_ms: params.timeout_ms()?,
         truncate_prompt_tokens: outputs.truncate_prompt_tokens,
         tools_json: raw("tools", '[', fields.tools)?,
         tool_choice: fields.tool_choice.map(|choice| choice.0),
@@ -122,13 +124,18 @@ fn prepare(body: &[u8], id: &str, service: &Service) -> Result<Call, RpcError> {
         reasoning_effort: fields.reasoning_effort.unwrap_or_default(),
         ..ChatRequest::default()
     };
+    let style = outputs.style(&output, service.reply);
     Ok(Call {
         request,
         user: params.user.take(),
         streams: params.streams(),
         n: params.n(),
         role: last_role.unwrap_or_else(|| service.response_role.clone()),
-        style: outputs.style(&output, service.reply),
+        style: Style {
+            // The tokens of reasoning that is left out would tell it.
+            token_ids: style.token_ids && fields.include_reasoning != Some(false),
+            ..style
+        },
     })
 }
 
@@ -148,10 +155,12 @@ pub(crate) async fn handle(
     request: Request,
 ) -> Result<Response, ApiError> {
     let mut ticket = service.lifecycle.admit()?;
+    let caller = Caller::of(&request);
     let header = request.headers().get(X_SESSION_ID).cloned();
     let body = body::read(request, &service.limits).await?;
     let id = format!("chatcmpl-{}", request_id.0);
-    let call = prepare(&body, &id, &service)?;
+    let mut call = prepare(&body, &id, &service)?;
+    caller.sign(&mut call.request.tenant, &mut call.request.timeout_ms);
     drop(body);
     ticket.start(1)?;
     let replicas = service

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     body::{self, parse},
+    caller::Caller,
     error::ApiError,
     logprobs::CompletionLogprobs,
     output::{OutputFields, ReplyOptions, Style},
@@ -86,6 +87,7 @@ fn prepare(body: &[u8], id: &str, options: ReplyOptions) -> Result<Call, RpcErro
     }
     let (model, several) = (params.model.take().unwrap_or_default(), prompts.len() > 1);
     let (priority, cache_salt) = (params.priority(), params.cache_salt.take());
+    let timeout_ms = params.timeout_ms()?;
     let requests = prompts
         .into_iter()
         .enumerate()
@@ -102,6 +104,7 @@ fn prepare(body: &[u8], id: &str, options: ReplyOptions) -> Result<Call, RpcErro
             add_special_tokens: fields.add_special_tokens,
             priority,
             cache_salt: cache_salt.clone(),
+            timeout_ms,
             truncate_prompt_tokens: outputs.truncate_prompt_tokens,
             ..GenerateRequest::default()
         });
@@ -120,10 +123,14 @@ pub(crate) async fn handle(
     request: Request,
 ) -> Result<Response, ApiError> {
     let mut ticket = service.lifecycle.admit()?;
+    let caller = Caller::of(&request);
     let header = request.headers().get(X_SESSION_ID).cloned();
     let body = body::read(request, &service.limits).await?;
     let id = format!("cmpl-{}", request_id.0);
-    let call = prepare(&body, &id, service.reply)?;
+    let mut call = prepare(&body, &id, service.reply)?;
+    for request in &mut call.requests {
+        caller.sign(&mut request.tenant, &mut request.timeout_ms);
+    }
     drop(body);
     ticket.start(call.requests.len())?;
     let replicas = service

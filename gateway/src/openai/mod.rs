@@ -3,6 +3,7 @@
 mod answer;
 mod bias;
 mod body;
+mod caller;
 pub(crate) mod chat;
 pub(crate) mod completions;
 pub(crate) mod error;

@@ -15,6 +15,7 @@ use serde::{
 use super::{
     bias::LogitBias,
     body::{Bounded, Object},
+    caller,
 };
 
 /// Sampling and streaming. `null` and absent are the same: the model's default.
@@ -42,6 +43,8 @@ pub(super) struct Params {
     logit_bias: Option<LogitBias>,
     priority: Option<i32>,
     pub(super) cache_salt: Option<String>,
+    /// Seconds that the client waits.
+    timeout: Option<f64>,
     /// Names the session of a request that does not name one itself.
     pub(super) user: Option<String>,
 }
@@ -65,6 +68,14 @@ impl Params {
     /// Smaller is more urgent.
     pub(super) fn priority(&self) -> i32 {
         self.priority.unwrap_or(0)
+    }
+
+    /// Milliseconds after which the request ends with an error.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for what is no time to wait.
+    pub(super) fn timeout_ms(&self) -> Result<Option<u64>, RpcError> {
+        caller::timeout_ms(self.timeout)
     }
 
     /// The sampling parameters with `max_tokens`, which the two routes read differently.

@@ -27,6 +27,8 @@ pub(super) struct Migrating {
     /// None after the end.
     source: Option<Source>,
     losses: u32,
+    /// The client has got a chunk.
+    begun: bool,
 }
 
 /// A replica's part of the stream.
@@ -58,6 +60,7 @@ impl Migrating {
             route,
             call,
             losses: 0,
+            begun: false,
         };
         let chunks = unfold(stream, |mut stream| async {
             let chunk = stream.next().await?;
@@ -70,7 +73,11 @@ impl Migrating {
         loop {
             let source = self.source.as_mut()?;
             let error = match source.chunks.next().await {
-                Some(Ok(chunk)) => {
+                Some(Ok(mut chunk)) => {
+                    // Each replica tells of the prompt as if it were the first.
+                    if std::mem::replace(&mut self.begun, true) {
+                        chunk.prompt = None;
+                    }
                     if self.ledger.record(&chunk) {
                         self.losses = 0;
                     }

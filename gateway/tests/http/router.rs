@@ -68,8 +68,10 @@ async fn metrics_with(server: &Server, line: &str) -> String {
 async fn a_stream_goes_on_elsewhere_without_a_gap() {
     let count = Script::Count { willing: true };
     let (mut coordinators, server) = router([count.clone(), count], RoutingPolicy::RoundRobin).await;
-    let body = r#"{"prompt": "a", "stream": true, "n": 2, "temperature": 1}"#;
+    let body = r#"{"prompt": "a", "stream": true, "n": 2, "temperature": 1, "return_token_ids": true}"#;
     let reply = post(server.address, COMPLETIONS, body).await;
+    let prompts = reply.text().matches(r#""prompt_token_ids":[7,9]"#);
+    assert_eq!(prompts.count(), 1, "{}", reply.text());
     let length = json!("length");
     assert_eq!(
         texts(&reply, 2),

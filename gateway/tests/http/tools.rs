@@ -3,7 +3,7 @@
 use phalanx_proto::v1::{ToolChoice, tool_choice::Mode};
 use serde_json::{Value, json};
 
-use crate::support::{Script, pair, post};
+use crate::support::{Script, Server, config, pair, post};
 
 const CHAT: &str = "/v1/chat/completions";
 
@@ -61,6 +61,30 @@ async fn a_reply_of_a_call() {
         "stop_reason": null,
     });
     assert_eq!(reply["choices"], json!([expected]));
+}
+
+#[tokio::test]
+async fn reasoning_that_is_left_out_has_no_token_ids_either() {
+    let (_coordinator, server) = pair(Script::Hello).await;
+    for (include, shown) in [("true", true), ("false", false)] {
+        let body = format!(
+            r#"{{"messages": [{{"role": "user", "content": "hi"}}], "return_token_ids": true,
+            "include_reasoning": {include}}}"#
+        );
+        let reply = post(server.address, CHAT, &body).await.json();
+        assert_eq!(reply["choices"][0].get("token_ids").is_some(), shown, "{reply}");
+    }
+}
+
+#[tokio::test]
+async fn the_operator_names_the_models_role() {
+    let (coordinator, _) = pair(Script::Hello).await;
+    let mut config = config(&coordinator);
+    config.response_role = "model".to_owned();
+    let server = Server::start(config).await;
+    let body = r#"{"messages": [{"role": "user", "content": "hi"}]}"#;
+    let reply = post(server.address, CHAT, body).await.json();
+    assert_eq!(reply["choices"][0]["message"]["role"], "model");
 }
 
 #[tokio::test]

@@ -22,6 +22,8 @@ pub struct StepPlan {
     pub epoch: u32,
     /// Counts up by one within an epoch.
     pub step: u64,
+    /// A sequence may have several rows, one behind the other: in every layer the KV of all rows is written before any
+    /// row attends, so each sees the tokens of those before it.
     pub rows: Vec<StepRow>,
     /// Token masks for this step come in a message of their own, before sampling.
     pub masks_follow: bool,

@@ -17,18 +17,28 @@ use tonic::{Request, Response, Status};
 pub(super) use control::ControlService;
 
 use self::reply::Replies;
-use super::{inference::InferenceService, observe::parent_of, stream::RequestStream};
+use super::{
+    caller::{Caller, Claims},
+    inference::InferenceService,
+    stream::RequestStream,
+};
 
 /// `vllm.Inference`.
 pub(super) struct VllmInference(pub(super) Arc<InferenceService>);
 
 impl VllmInference {
     async fn start(&self, request: Request<GenerateRequest>) -> Result<(RequestStream, Replies), RpcError> {
-        let parent = parent_of(request.metadata());
+        let caller = Caller::of(
+            &request,
+            Claims {
+                tenant: "",
+                timeout_ms: None,
+            },
+        )?;
         let (request, wanted) = request::to_native(request.into_inner())?;
-        let (prepared, registration) = self.0.prepare(request).await?;
+        let (prepared, registration) = self.0.prepare(request, &caller).await?;
         let replies = Replies::new(wanted, &prepared);
-        Ok((self.0.start(prepared, registration, parent)?, replies))
+        Ok((self.0.start(prepared, registration, caller)?, replies))
     }
 }
 

@@ -119,7 +119,8 @@ impl SimExecutor {
                 });
             }
             if let Some(sampling) = &row.sampling {
-                let (token, finite) = sample(context(end), sampling);
+                let context: Vec<u64> = context(end).collect();
+                let (token, finite) = sample(&context, sampling);
                 sampled.push(SampledToken {
                     sequence: row.sequence,
                     token,

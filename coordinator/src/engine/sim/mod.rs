@@ -3,6 +3,8 @@
 //! requeue changes a token, and the oracle, which knows nothing of blocks, notices. No model and no device is needed.
 
 mod executor;
+mod fairness;
+mod indexer;
 mod scenario;
 mod tests;
 
@@ -55,8 +57,8 @@ fn kv_entry(token: u32, id: SequenceId) -> u64 {
 }
 
 /// The token drawn after `context`, and whether the logits are numbers. Everything a real sampler looks at counts.
-fn sample(context: impl Iterator<Item = u64>, sampling: &RowSampling) -> (u32, bool) {
-    let mut hash = context.fold(7, mix);
+fn sample(context: &[u64], sampling: &RowSampling) -> (u32, bool) {
+    let mut hash = context.iter().copied().fold(7, mix);
     // A request with such a seed has a weight that is no number in its way, now and then.
     let finite = sampling.seed % 8 != 7 || !hash.is_multiple_of(16);
     hash = mix(hash, sampling.seed ^ u64::from(sampling.temperature.to_bits()));
@@ -67,6 +69,14 @@ fn sample(context: impl Iterator<Item = u64>, sampling: &RowSampling) -> (u32, b
         }
     }
     let mut token = (hash % u64::from(VOCAB_SIZE)) as u32;
+    // Every other seed goes round in circles, of which it now and then breaks out, so that there is something to guess.
+    let period = (sampling.seed / 16 % 4 + 1) as usize;
+    if (sampling.seed / 8).is_multiple_of(2)
+        && !hash.is_multiple_of(11)
+        && let Some(at) = context.len().checked_sub(period)
+    {
+        token = ((context[at] >> 8) % u64::from(VOCAB_SIZE)) as u32;
+    }
     while sampling.bias.contains(&(token, f32::NEG_INFINITY)) {
         token = (token + 1) % VOCAB_SIZE;
     }
@@ -126,8 +136,8 @@ pub(crate) fn oracle(request: &EngineRequest) -> (Vec<u32>, FinishReason) {
             bias,
             ..RowSampling::GREEDY
         };
-        let context = tokens.iter().map(|&token| kv_entry(token, request.id));
-        let (token, finite) = sample(context, &sampling);
+        let context: Vec<u64> = tokens.iter().map(|&token| kv_entry(token, request.id)).collect();
+        let (token, finite) = sample(&context, &sampling);
         let output = |tokens: &[u32]| tokens[num_known..].to_vec();
         if !finite {
             return (output(&tokens), FinishReason::NotFinite);

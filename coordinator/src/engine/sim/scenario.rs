@@ -1,13 +1,17 @@
 //! A seeded story: configuration, arrivals, aborts and faults, played against the engine and compared with the oracle.
 
-use std::{cell::Cell, collections::BTreeMap, time::Duration};
+use std::{
+    cell::Cell,
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use phalanx_proto::step::{ScoredToken, SequenceId};
 
-use super::{Faults, Prng, SimExecutor, VOCAB_SIZE, mix, oracle, prompt_oracle, salt};
+use super::{Faults, Prng, SimExecutor, VOCAB_SIZE, indexer::Indexer, mix, oracle, prompt_oracle, salt};
 use crate::engine::{
-    Clock, Command, EngineConfig, EngineCore, EngineRequest, Event, FinishReason, Instant, Progress,
-    SamplingParams, SchedulingPolicy, Snapshot, StopRules,
+    Clock, Command, EngineConfig, EngineCore, EngineRequest, Event, FinishReason, Instant, NgramSpeculation,
+    PrefixHashAlgo, Progress, SamplingParams, SchedulingPolicy, Snapshot, StopRules, TenantId,
 };
 
 /// Time passes with every look at it.
@@ -90,6 +94,8 @@ impl Scenario {
         let mut core = EngineCore::new(self.config.clone(), executor, SimClock::default()).expect("valid");
         let mut heard: BTreeMap<SequenceId, Heard> = BTreeMap::new();
         let (mut commands, mut trace, mut turn) = (self.commands.clone(), 0, 0);
+        let mut decoding = BTreeSet::new();
+        let mut indexer = Indexer::new(&self.config);
         while !commands.is_empty() || !core.is_idle() {
             let inbox = commands.remove(&turn).unwrap_or_default();
             for command in &inbox {
@@ -100,10 +106,24 @@ impl Scenario {
             let mut events = Vec::new();
             let oldest = oldest_live(&heard, &inbox);
             let progress = core.step(inbox, &mut events);
+            indexer.follow(core.take_kv_events());
+            assert_eq!(indexer.blocks(), core.cached_blocks(), "what an indexer knows");
             let said = format!("{progress:?} {events:?}");
             trace = said.bytes().fold(trace, |hash, byte| mix(hash, byte.into()));
+            follow_decodes(&mut decoding, &events);
             for event in events {
                 hear(&mut heard, event);
+            }
+            if let Progress::Recovered { .. } = progress {
+                decoding.clear();
+            }
+            if let Progress::Stepped(_) = progress {
+                let planned = &observed.lock().unwrap().last_plan;
+                // One that drew its first token in this very step was part of it as well.
+                assert!(
+                    decoding.iter().all(|id| planned.contains(id)),
+                    "every decode is part of every step"
+                );
             }
             if let (SchedulingPolicy::Fcfs, Progress::Stepped(_), Some(oldest)) =
                 (self.config.policy, &progress, oldest)
@@ -173,6 +193,21 @@ impl Scenario {
     }
 }
 
+/// Keeps the sequences that have drawn a token and need one step for the next.
+fn follow_decodes(decoding: &mut BTreeSet<SequenceId>, events: &[Event]) {
+    for event in events {
+        match event {
+            Event::Token(sampled) => {
+                decoding.insert(sampled.sequence);
+            }
+            Event::Preempted { sequence } | Event::Finished { sequence, .. } => {
+                decoding.remove(sequence);
+            }
+            _ => {}
+        }
+    }
+}
+
 /// Under first come, first served: the one that must be part of the next step.
 fn oldest_live(heard: &BTreeMap<SequenceId, Heard>, inbox: &[Command]) -> Option<SequenceId> {
     // Commands of this very turn may end sequences before the step is planned.
@@ -218,8 +253,24 @@ fn config(prng: &mut Prng) -> EngineConfig {
     config.max_num_batched_tokens = config.max_num_seqs + prng.range(0, 24);
     config.long_prefill_token_threshold = [0, 0, 1, 3, 8][prng.below(5) as usize];
     config.watermark = [0.0, 0.01, 0.1, 0.3][prng.below(4) as usize];
+    config.reserve_full_isl = !prng.one_in(3);
+    if !prng.one_in(4) {
+        let prompt_lookup_min = prng.range(1, 3);
+        config.speculative = Some(NgramSpeculation {
+            num_speculative_tokens: prng.range(1, 6),
+            prompt_lookup_min,
+            prompt_lookup_max: prompt_lookup_min + prng.range(0, 2),
+        });
+    }
     config.enable_prefix_caching = !prng.one_in(4);
-    config.policy = [SchedulingPolicy::Fcfs, SchedulingPolicy::Priority][prng.below(2) as usize];
+    config.kv_events = true;
+    config.prefix_hash_algo = [PrefixHashAlgo::Builtin, PrefixHashAlgo::Sha256Cbor][prng.below(2) as usize];
+    let policies = [
+        SchedulingPolicy::Fcfs,
+        SchedulingPolicy::Priority,
+        SchedulingPolicy::Fair,
+    ];
+    config.policy = policies[prng.below(3) as usize];
     config.max_edits_per_row = [10, 64][prng.below(2) as usize];
     config.max_step_failures = u32::MAX - 1;
     config.epoch = prng.range(0, 3);
@@ -268,6 +319,7 @@ fn request(id: SequenceId, shared: &[u32], config: &EngineConfig, prng: &mut Prn
         },
         priority: prng.range(0, 3) as i32,
         cache_salt: salt(id).map(str::to_owned),
+        tenant: TenantId(prng.below(3)),
     };
     // Now and then one that another engine has begun.
     if oversized == 0 && prng.one_in(4) {

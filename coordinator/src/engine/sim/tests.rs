@@ -8,18 +8,21 @@ use super::{
 };
 use crate::engine::{
     Command, EngineConfig, EngineCore, EngineFailure, EngineRequest, Event, ExecutorError, FinishReason,
-    Progress, SamplingParams, StopRules,
+    NgramSpeculation, Progress, SamplingParams, SpeculationStats, StopRules, TenantId,
 };
 
 /// Plays many seeds and makes sure that the stories held what they are meant to test.
 fn play_seeds(first: u64, count: u64, with_faults: bool) {
     let (mut ends, mut preemptions, mut hits, mut faults, mut scored) =
         (BTreeMap::<_, u64>::new(), 0, 0, 0, 0);
+    let (mut guessed, mut accepted) = (0, 0);
     for seed in first..first + count {
         let report = std::panic::catch_unwind(|| Scenario::from_seed(seed, with_faults).play())
             .unwrap_or_else(|_| panic!("seed {seed}, faults {with_faults}"));
         preemptions += report.snapshot.num_preemptions;
         hits += report.snapshot.prefix_cache_hits;
+        guessed += report.snapshot.speculation.num_draft_tokens;
+        accepted += report.snapshot.speculation.num_accepted_tokens;
         faults += u64::from(report.num_faults);
         scored += report.num_scored;
         report
@@ -36,6 +39,10 @@ fn play_seeds(first: u64, count: u64, with_faults: bool) {
     );
     assert!(scored > 10 * count, "{scored} prompt tokens scored");
     assert_eq!(faults > count, with_faults, "{faults} faults");
+    assert!(
+        accepted > count && guessed - accepted > count,
+        "{accepted} of {guessed} guesses were right"
+    );
 }
 
 #[test]
@@ -69,6 +76,7 @@ fn request(id: u64, prompt: Vec<u32>, max_tokens: u32) -> EngineRequest {
         },
         priority: 0,
         cache_salt: super::salt(SequenceId(id)).map(str::to_owned),
+        tenant: TenantId::default(),
     }
 }
 
@@ -317,4 +325,62 @@ fn penalties_look_at_every_token_however_long_the_history() {
         assert!(tokens.eq(oracle(request).0), "{:?}", request.id);
     }
     assert!(core.snapshot().num_steps >= 6, "a step has room for one of them");
+}
+
+#[test]
+fn a_repetitive_sequence_takes_fewer_steps_and_gives_the_same_tokens() {
+    let mut config = EngineConfig::new(64, 512, VOCAB_SIZE);
+    config.max_num_seqs = 2;
+    let mut repetitive = request(0, vec![1, 2, 3, 1, 2, 3, 1], 60);
+    // Goes round in circles of three.
+    repetitive.sampling.seed = 2 * 16;
+    let mut steps = |speculative| {
+        config.speculative = speculative;
+        let mut core = core(&config, Faults::default());
+        let events = finish(&mut core, vec![Command::Submit(repetitive.clone())]);
+        let tokens = events.iter().filter_map(|event| match event {
+            Event::Token(sampled) => Some(sampled.token),
+            _ => None,
+        });
+        assert!(tokens.eq(oracle(&repetitive).0));
+        (core.snapshot().num_steps, core.snapshot().speculation)
+    };
+    let (alone, none) = steps(None);
+    assert_eq!((alone, none), (60, SpeculationStats::default()));
+    let (guessing, stats) = steps(Some(NgramSpeculation {
+        num_speculative_tokens: 4,
+        prompt_lookup_min: 2,
+        prompt_lookup_max: 4,
+    }));
+    assert!(guessing < 45, "{guessing} steps");
+    assert_eq!(
+        guessing + stats.num_accepted_tokens,
+        60,
+        "each token is one or the other"
+    );
+    assert_eq!(
+        stats.num_accepted_per_position.iter().sum::<u64>(),
+        stats.num_accepted_tokens
+    );
+}
+
+#[test]
+fn guesses_take_no_block_that_is_not_free() {
+    // Exactly the blocks that one sequence needs: a guess that took more would preempt it.
+    let mut config = EngineConfig::new(5, 80, VOCAB_SIZE);
+    config.max_num_seqs = 1;
+    config.speculative = Some(NgramSpeculation {
+        num_speculative_tokens: 16,
+        prompt_lookup_min: 1,
+        prompt_lookup_max: 1,
+    });
+    let mut core = core(&config, Faults::default());
+    let mut full = request(0, vec![9; 20], 60);
+    full.sampling.seed = 0;
+    let events = finish(&mut core, vec![Command::Submit(full.clone())]);
+    let tokens = events.iter().filter(|event| matches!(event, Event::Token(_)));
+    assert_eq!(tokens.count(), oracle(&full).0.len());
+    let snapshot = core.snapshot();
+    assert_eq!(snapshot.num_preemptions, 0);
+    assert!(snapshot.speculation.num_accepted_tokens > 20);
 }

@@ -51,6 +51,8 @@ pub struct ChatOptions {
 #[derive(Debug)]
 pub(crate) struct ChatSide {
     template: Option<ChatTemplate>,
+    /// In its place where there are tools.
+    tool_template: Option<ChatTemplate>,
     special: SpecialTokens,
     options: ChatOptions,
     default_kwargs: Vec<(String, Json)>,
@@ -68,14 +70,20 @@ pub(crate) struct Rendered {
 }
 
 impl ChatSide {
-    /// Errors: the template does not compile, the default variables are no JSON object.
+    /// A side with a template, and one of its own for conversations with tools. Errors: one of them does not compile,
+    /// the default variables are no JSON object.
     pub(crate) fn new(
-        template: Option<&str>,
+        (template, tool_template): (Option<&str>, Option<&str>),
         tokenizer: &Tokenizer,
         options: ChatOptions,
     ) -> Result<Self, TextError> {
         let special = tokenizer.special_tokens().clone();
-        let template = template.map(|source| ChatTemplate::new(source, &special, options.content_format));
+        let compile = |source: Option<&str>| {
+            source
+                .map(|source| ChatTemplate::new(source, &special, options.content_format))
+                .transpose()
+        };
+        let (template, tool_template) = (compile(template)?, compile(tool_template)?);
         let default_kwargs = kwargs(&options.default_template_kwargs)
             .map_err(|error| TextError::file("--default-chat-template-kwargs", error.message))?;
         let tools = options.tool_parser.map_or(&[][..], ToolParser::markers);
@@ -86,7 +94,8 @@ impl ChatSide {
         let mut markers: Vec<u32> = markers.filter_map(|tag| tokenizer.token_id(tag)).collect();
         markers.sort_unstable();
         Ok(Self {
-            template: template.transpose()?,
+            template,
+            tool_template,
             special,
             options,
             default_kwargs,
@@ -127,7 +136,11 @@ impl ChatSide {
             variables: context! { ..kwargs, ..given },
             max_bytes,
         };
-        let template = own.as_ref().or(self.template.as_ref());
+        let with_tools = self
+            .tool_template
+            .as_ref()
+            .filter(|_| shows_tools && !tools.is_empty());
+        let template = own.as_ref().or(with_tools).or(self.template.as_ref());
         let prompt = template.map_or(Ok(String::new()), |template| template.render(&conversation))?;
         let plan = self.plan(&prompt, thinks, request, (tools, choice));
         let echoes = request.output.is_some_and(|output| output.echo);

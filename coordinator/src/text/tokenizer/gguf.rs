@@ -66,6 +66,8 @@ pub struct GgufVocab {
     pub add_space_prefix: Option<bool>,
     /// `tokenizer.chat_template`.
     pub chat_template: Option<String>,
+    /// `tokenizer.chat_template.tool_use`: the template of conversations with tools, if they have one of their own.
+    pub tool_template: Option<String>,
 }
 
 impl GgufVocab {
@@ -111,6 +113,7 @@ impl GgufVocab {
             add_eos_token: file.bool("tokenizer.ggml.add_eos_token")?,
             add_space_prefix: file.bool("tokenizer.ggml.add_space_prefix")?,
             chat_template: text("tokenizer.chat_template")?,
+            tool_template: text("tokenizer.chat_template.tool_use")?,
         })
     }
 

@@ -102,15 +102,28 @@ impl HfFiles {
             return Ok(self.chat_template.clone());
         }
         match &self.tokenizer_config["chat_template"] {
-            Value::Null => Ok(None),
             Value::String(template) => Ok(Some(template.clone())),
-            several => {
-                let templates: Vec<NamedTemplate> = Deserialize::deserialize(several)
-                    .map_err(|error| TextError::file("tokenizer_config.json", error))?;
-                let default = templates.into_iter().find(|template| template.name == "default");
-                Ok(default.map(|template| template.template))
-            }
+            _ => self.named_template("default"),
         }
+    }
+
+    /// The template of conversations with tools, where the model has one of its own: the one named `tool_use` of several.
+    pub fn tool_template(&self) -> Result<Option<String>, TextError> {
+        if self.chat_template.is_some() {
+            return Ok(None);
+        }
+        self.named_template("tool_use")
+    }
+
+    fn named_template(&self, name: &str) -> Result<Option<String>, TextError> {
+        let several = &self.tokenizer_config["chat_template"];
+        if several.is_null() || several.is_string() {
+            return Ok(None);
+        }
+        let templates: Vec<NamedTemplate> = Deserialize::deserialize(several)
+            .map_err(|error| TextError::file("tokenizer_config.json", error))?;
+        let named = templates.into_iter().find(|template| template.name == name);
+        Ok(named.map(|template| template.template))
     }
 
     fn special_tokens(&self, vocab: &HashMap<String, u32>) -> Result<SpecialTokens, TextError> {

@@ -9,7 +9,7 @@ use futures_util::{StreamExt, stream, stream::BoxStream};
 use phalanx_proto::{
     ErrorKind, RpcError,
     v1::{
-        AbortRequestRequest, AbortRequestResponse, ChatRequest, Choice, FinishReason, GenerateChunk,
+        self, AbortRequestRequest, AbortRequestResponse, ChatRequest, Choice, FinishReason, GenerateChunk,
         GenerateRequest, GenerateResponse, GetMetricsRequest, GetMetricsResponse, GetStatusRequest,
         GetStatusResponse, GroupState, ListModelsRequest, ListModelsResponse, ModelCard, OutputOptions,
         PromptOutput, ResumedChoice, SamplingParams, TokenLogprob, TokenLogprobs, ToolCall, Usage,
@@ -193,11 +193,11 @@ impl Scripted {
                 match (resume, willing) {
                     ([], _) => {
                         let n = sampling.n.unwrap_or(1) as usize;
-                        let begin = count(&vec![ResumedChoice::default(); n]).into_iter();
+                        let begin = count(&vec![ResumedChoice::default(); n], output).into_iter();
                         let begin = begin.take(2 * n + 1).map(Ok);
                         Ok(stream::iter(begin.chain([Err(lost.into())])).boxed())
                     }
-                    (resume, true) => Ok(stream::iter(count(resume).into_iter().map(Ok)).boxed()),
+                    (resume, true) => Ok(stream::iter(count(resume, output).into_iter().map(Ok)).boxed()),
                     (_, false) => Err(lost.into()),
                 }
             }
@@ -300,7 +300,7 @@ fn call(n: u32, output: &OutputOptions) -> Vec<GenerateChunk> {
 }
 
 /// What is still to be counted, a token of each choice in turn.
-fn count(resume: &[ResumedChoice]) -> Vec<GenerateChunk> {
+fn count(resume: &[ResumedChoice], output: &OutputOptions) -> Vec<GenerateChunk> {
     let mut chunks = Vec::new();
     for token in 1..=4 + 2 * resume.len() as u32 {
         for (index, choice) in (0..).zip(resume) {
@@ -320,6 +320,9 @@ fn count(resume: &[ResumedChoice]) -> Vec<GenerateChunk> {
             }
             chunks.push(chunk(piece));
         }
+    }
+    if let Some(first) = chunks.first_mut() {
+        first.prompt = prompt(output);
     }
     chunks
 }
@@ -477,6 +480,15 @@ impl inference_server::Inference for Scripted {
 
 #[tonic::async_trait]
 impl admin_server::Admin for Scripted {
+    type SubscribeKvEventsStream = BoxStream<'static, Result<v1::KvEventBatch, Status>>;
+
+    async fn subscribe_kv_events(
+        &self,
+        _: Request<v1::SubscribeKvEventsRequest>,
+    ) -> Result<Response<Self::SubscribeKvEventsStream>, Status> {
+        Err(Status::unimplemented("the gateway does not call it"))
+    }
+
     async fn get_status(&self, _: Request<GetStatusRequest>) -> Result<Response<GetStatusResponse>, Status> {
         Ok(Response::new(self.status.lock().expect("not poisoned").clone()))
     }
