@@ -4,7 +4,8 @@ use std::{env, error::Error, fs, path::PathBuf};
 use prost::Message;
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let own = ["inference", "cluster", "admin"].map(|name| format!("proto/phalanx/v1/{name}.proto"));
+    let own = ["inference", "cluster", "admin", "control", "tokenizer"]
+        .map(|name| format!("proto/phalanx/v1/{name}.proto"));
     let files: Vec<String> = own
         .into_iter()
         .chain(["inference", "control"].map(|name| format!("proto/vllm/{name}.proto")))

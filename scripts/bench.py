@@ -235,6 +235,12 @@ def machine():
     return f"{fields['model name']}, {os.cpu_count()} CPUs, {' '.join(features)}"
 
 
+def revision():
+    command = ["git", "describe", "--always", "--dirty"]
+    found = subprocess.run(command, capture_output=True, text=True)
+    return f"revision {found.stdout.strip()}" if found.returncode == 0 else "of no revision"
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--phalanx", required=True)
@@ -246,8 +252,17 @@ def main():
     parser.add_argument("models", nargs="+", help="NAME=FILE")
     arguments = parser.parse_args()
     text = [
-        f"Machine: {machine()}. Peer: {arguments.peer_version}.",
-        f"Medians of {arguments.rounds} rounds, the servers in turn; a ratio above 1 is in favour of Phalanx.",
+        "# Benchmarks",
+        "",
+        "Written by `./scripts/bench`, which runs both servers on the same cores and model files, in turn, and asks them the",
+        "same with `phalanx bench serve`.",
+        "",
+        "## Serving",
+        "",
+        f"Machine: {machine()}. Phalanx: {revision()}, as it comes. Peer: {arguments.peer_version},",
+        "`-t 2 -np C -no-kvu -fa on -cb`. Both have a KV cache for as many tokens as the load needs.",
+        f"Medians of {arguments.rounds} interleaved rounds; a ratio above 1 is in favour of Phalanx. A limit is what `phalanx bench floors`",
+        "measures: reading all weights once per token of one stream, or the layers' integer products of every prompt token.",
     ]
     print("\n".join(text), flush=True)
     for entry in arguments.models:

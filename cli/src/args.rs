@@ -47,7 +47,7 @@ pub(crate) enum Command {
     /// Only one rank, attached to a coordinator.
     Worker(WorkerArgs),
     /// Only the OpenAI-compatible HTTP gateway: in front of one coordinator, or as a router over several.
-    Gateway(GatewayArgs),
+    Gateway(Box<GatewayArgs>),
     /// Print who would hold what and the bytes, without loading anything.
     Plan(Box<PlanArgs>),
     /// Measure a server.
@@ -311,6 +311,15 @@ pub(crate) struct EngineArgs {
     /// File of such keys, one a line.
     #[arg(long, env = "PHALANX_API_KEY_FILE")]
     pub(crate) api_key_file: Option<PathBuf>,
+    /// Keys of which an operator must bring one to pause, resume, abort or reset, over HTTP as a bearer token; without
+    /// any, nobody can.
+    #[arg(
+        long,
+        env = "PHALANX_ADMIN_API_KEY",
+        value_delimiter = ',',
+        hide_env_values = true
+    )]
+    pub(crate) admin_api_key: Vec<String>,
     /// Unix socket of the gRPC API; default: one in a private directory.
     #[arg(long, env = "PHALANX_GRPC_UDS")]
     pub(crate) grpc_uds: Option<PathBuf>,
@@ -355,6 +364,15 @@ pub(crate) struct FrontendArgs {
     /// Unix socket to listen on instead of host and port.
     #[arg(long, env = "PHALANX_UDS")]
     pub(crate) uds: Option<PathBuf>,
+    /// Path under which a proxy serves the gateway, e.g. `/llm`: every route answers there, too.
+    #[arg(long, env = "PHALANX_ROOT_PATH", default_value = "")]
+    pub(crate) root_path: String,
+    /// Serve /tokenizer_info, which shows the tokenizer's configuration and the chat template.
+    #[arg(long, env = "PHALANX_ENABLE_TOKENIZER_INFO_ENDPOINT", value_parser = BoolishValueParser::new())]
+    pub(crate) enable_tokenizer_info_endpoint: bool,
+    /// Serve neither /openapi.json nor /docs.
+    #[arg(long, env = "PHALANX_DISABLE_FASTAPI_DOCS", value_parser = BoolishValueParser::new())]
+    pub(crate) disable_fastapi_docs: bool,
     #[command(flatten)]
     pub(crate) reply: ReplyArgs,
     /// Role of the messages that the model makes.
@@ -447,6 +465,15 @@ pub(crate) struct GatewayArgs {
     /// File of such keys, one a line.
     #[arg(long, env = "PHALANX_API_KEY_FILE")]
     pub(crate) api_key_file: Option<PathBuf>,
+    /// Keys of which an operator must bring one as a bearer token to control the engine; without any, nobody can. The
+    /// coordinator is shown the first.
+    #[arg(
+        long,
+        env = "PHALANX_ADMIN_API_KEY",
+        value_delimiter = ',',
+        hide_env_values = true
+    )]
+    pub(crate) admin_api_key: Vec<String>,
     /// Seconds that running streams may take to end after SIGTERM.
     #[arg(long, env = "PHALANX_SHUTDOWN_TIMEOUT", default_value_t = 30)]
     pub(crate) shutdown_timeout: u64,

@@ -7,8 +7,8 @@ use clap::{
     Args,
     builder::{PossibleValuesParser, TypedValueParser},
 };
-use phalanx_gateway::{Backends, Gateway, GatewayConfig, RoutingPolicy};
-use phalanx_proto::tls::ClientTlsFiles;
+use phalanx_gateway::{Backends, Gateway, GatewayConfig, RouteOptions, RoutingPolicy};
+use phalanx_proto::{secret::ApiKeys, tls::ClientTlsFiles};
 use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
 use tokio::sync::oneshot;
 
@@ -99,6 +99,7 @@ async fn serve(args: GatewayArgs, logging: &LoggingArgs) -> anyhow::Result<()> {
     config.tls = args.tls.files();
     config.log_requests = logging.enable_log_requests;
     config.tracer = tracer(logging)?;
+    config.admin_keys = ApiKeys::new(args.admin_api_key).context("--admin-api-key")?;
     let gateway = Gateway::bind(config).await?;
     for address in gateway.local_addrs() {
         tracing::info!(%address, "HTTP gateway listening");
@@ -129,6 +130,11 @@ fn config(frontend: FrontendArgs, backends: Backends, drain_timeout: Duration) -
     config.reply = frontend.reply.options();
     config.response_role = frontend.response_role;
     config.drain_timeout = drain_timeout;
+    config.routes = RouteOptions {
+        root_path: frontend.root_path,
+        tokenizer_info: frontend.enable_tokenizer_info_endpoint,
+        docs: !frontend.disable_fastapi_docs,
+    };
     config
 }
 

@@ -69,7 +69,7 @@ fn run(arguments: Vec<OsString>) -> anyhow::Result<()> {
         Command::Serve(args) => serve::serve(*args, &cli.logging),
         Command::Coordinator(args) => serve::coordinator(*args, &cli.logging),
         Command::Worker(args) => worker::run(args),
-        Command::Gateway(args) => gateway::run(args, &cli.logging),
+        Command::Gateway(args) => gateway::run(*args, &cli.logging),
         Command::Plan(args) => plan::run(&args),
         Command::Bench(args) => bench::run(args),
         Command::WarmKernels(args) => warm_kernels::run(args),

@@ -16,6 +16,7 @@ use phalanx_coordinator::{
     engine::{PrefixHashAlgo, SchedulingPolicy},
 };
 use phalanx_model::{KvDtype, QuantizationMethod, TensorParallelStyle};
+use phalanx_proto::secret::ApiKeys;
 
 use crate::{
     args::{
@@ -161,6 +162,7 @@ pub(crate) fn api(
         tcp: tcp.transpose()?,
         tls: tls.files(),
         api_keys: keys::load(&args.api_key, args.api_key_file.as_deref())?,
+        admin_keys: ApiKeys::new(args.admin_api_key.iter().cloned()).context("--admin-api-key")?,
         observers: Observers {
             log_requests: logging.enable_log_requests,
             tracer: logging::tracer(logging)?,

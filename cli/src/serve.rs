@@ -169,7 +169,8 @@ async fn stop(coordinator: &Coordinator, gateway: Option<&mut GatewayProcess>, d
 struct GatewayCommand {
     program: PathBuf,
     arguments: Vec<String>,
-    api_keys: String,
+    /// Variables with the keys.
+    keys: [(&'static str, String); 2],
     uds: Option<PathBuf>,
 }
 
@@ -186,9 +187,19 @@ impl GatewayCommand {
         if let Some(path) = &frontend.uds {
             flag("--uds", path.to_string_lossy().into_owned());
         }
+        flag("--root-path", frontend.root_path.clone());
         flag("--response-role", frontend.response_role.clone());
         flag("--shutdown-timeout", args.engine.shutdown_timeout.to_string());
         flag("--parent-pid", std::process::id().to_string());
+        for (name, given) in [
+            (
+                "--enable-tokenizer-info-endpoint",
+                frontend.enable_tokenizer_info_endpoint,
+            ),
+            ("--disable-fastapi-docs", frontend.disable_fastapi_docs),
+        ] {
+            arguments.extend(given.then(|| name.to_owned()));
+        }
         arguments.extend(frontend.reply.arguments());
         if let Some(path) = &args.engine.api_key_file {
             arguments.push(format!("--api-key-file={}", path.display()));
@@ -198,7 +209,10 @@ impl GatewayCommand {
         Self {
             program: program.to_owned(),
             arguments,
-            api_keys: args.engine.api_key.join(","),
+            keys: [
+                ("PHALANX_API_KEY", args.engine.api_key.join(",")),
+                ("PHALANX_ADMIN_API_KEY", args.engine.admin_api_key.join(",")),
+            ],
             uds: frontend.uds.clone(),
         }
     }
@@ -213,9 +227,9 @@ impl GatewayCommand {
         command.process_group(0);
         // Its flags are all here; the file's are not its own.
         command.env_remove("PHALANX_CONFIG");
-        if !self.api_keys.is_empty() {
+        for (name, keys) in self.keys.iter().filter(|(_, keys)| !keys.is_empty()) {
             // Not an argument: those are readable by everybody on the machine.
-            command.env("PHALANX_API_KEY", &self.api_keys);
+            command.env(name, keys);
         }
         command.spawn().context("cannot start the gateway")
     }

@@ -142,6 +142,8 @@ pub struct ApiOptions {
     pub uds: Option<PathBuf>,
     /// What clients over TCP must present.
     pub api_keys: ApiKeys,
+    /// What operators over TCP must present; without any, there are none.
+    pub admin_keys: ApiKeys,
     pub observers: Observers,
 }
 

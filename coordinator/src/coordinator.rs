@@ -33,6 +33,7 @@ use crate::{
     executor::{ShmExecutor, TracedExecutor},
     kv_events::{KvEventHub, ZmqError, ZmqPublisher},
     metrics::Metrics,
+    server_info::describe,
     text::{ModelLimits, TextError, TextModel, TextOptions, TextProcessor},
 };
 
@@ -172,6 +173,8 @@ impl Coordinator {
             model_root: self.config.model.path.to_string_lossy().into_owned(),
             tensor_parallel_size: self.config.model.tensor_parallel_size as u32,
             api_keys: self.config.api.api_keys.clone(),
+            admin_keys: self.config.api.admin_keys.clone(),
+            server_info: describe(&self.config, self.proposal.blueprint.max_model_len).to_string(),
             observers: self.config.api.observers.clone(),
             shutdown: self.asked_to_stop.clone(),
         };

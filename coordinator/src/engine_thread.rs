@@ -5,6 +5,7 @@
 //! holding up a step. Without sequences the thread sleeps in `recv`.
 
 mod admission;
+mod control;
 mod lifecycle;
 mod run;
 mod stream;
@@ -26,14 +27,15 @@ use phalanx_proto::{
     ErrorKind, RpcError, secret,
     step::{SampledToken, ScoredToken, SequenceId},
 };
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 
 pub(crate) use self::lifecycle::Milestones;
 use self::{admission::AdmissionQueue, lifecycle::Lifecycle, stream::Stream};
 use crate::{
     engine::{
-        ConfigError, EngineConfig, EngineFailure, EngineRequest, Executor, ExecutorError, FinishReason,
-        PrefixHashAlgo, RequestError, SamplingParams, SchedulingPolicy, Snapshot, StopRules, TenantId,
+        Command, ConfigError, EngineConfig, EngineFailure, EngineRequest, Executor, ExecutorError,
+        FinishReason, PrefixHashAlgo, RequestError, SamplingParams, SchedulingPolicy, Snapshot, StopRules,
+        TenantId,
     },
     kv_events::KvEventHub,
     metrics::Metrics,
@@ -170,10 +172,11 @@ struct Shared {
 }
 
 /// What the thread finds in its inbox. The channel has no bound of its own, but needs none: there is one `Submit` for
-/// each admission ticket and one `Finish` for each submission.
+/// each admission ticket and one `Finish` for each submission, and operators wait for the answer to a `Control`.
 enum Message {
     Submit(Box<(EngineRequest, Stream, Lifecycle)>),
     Finish(SequenceId, FinishReason),
+    Control(Command, oneshot::Sender<bool>),
     RankLost { epoch: u32, cause: ExecutorError },
     Drain,
     Shutdown,

@@ -11,6 +11,7 @@ pub mod engine_thread;
 pub mod executor;
 pub mod kv_events;
 pub mod metrics;
+mod server_info;
 pub mod text;
 
 pub use coordinator::{Coordinator, CoordinatorError};

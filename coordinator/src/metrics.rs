@@ -121,13 +121,13 @@ impl Metrics {
         let m = &self.engine;
         m.num_requests_running.set(now.num_running as i64);
         m.num_requests_waiting.set(now.num_waiting as i64);
-        m.num_requests_waiting_by_reason
-            .get_or_create(&[("reason", "capacity")])
-            .set(now.num_waiting as i64);
-        // Nothing that waits here waits for anything but room.
-        m.num_requests_waiting_by_reason
-            .get_or_create(&[("reason", "deferred")])
-            .set(0);
+        let (capacity, deferred) = if now.paused {
+            (0, now.num_waiting)
+        } else {
+            (now.num_waiting, 0)
+        };
+        self.waiting_by_reason(capacity as i64, deferred as i64);
+        self.group.paused.set(now.paused.into());
         m.kv_cache_usage_perc.set(now.kv_cache_usage());
         m.num_preemptions
             .inc_by(now.num_preemptions - before.num_preemptions);
@@ -144,10 +144,17 @@ impl Metrics {
         let m = &self.engine;
         m.num_requests_running.set(0);
         m.num_requests_waiting.set(0);
-        m.num_requests_waiting_by_reason
-            .get_or_create(&[("reason", "capacity")])
-            .set(0);
+        self.waiting_by_reason(0, 0);
         m.kv_cache_usage_perc.set(0.0);
+    }
+
+    fn waiting_by_reason(&self, capacity: i64, deferred: i64) {
+        for (reason, count) in [("capacity", capacity), ("deferred", deferred)] {
+            self.engine
+                .num_requests_waiting_by_reason
+                .get_or_create(&[("reason", reason)])
+                .set(count);
+        }
     }
 
     pub(crate) fn stepped(&self, step: &StepStats) {

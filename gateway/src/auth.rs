@@ -1,4 +1,5 @@
-//! API keys. Everything but the probes needs one when any is configured, metrics and unknown routes included.
+//! Who may ask for what. Everything but the probes needs an API key when any is configured, metrics and unknown routes
+//! included; what operators do needs an admin key always.
 
 use std::sync::Arc;
 
@@ -7,32 +8,92 @@ use axum::{
     middleware::Next,
     response::{IntoResponse, Response},
 };
-use http::{HeaderValue, header};
+use http::{HeaderMap, HeaderName, HeaderValue, header};
 use phalanx_proto::{ErrorKind, RpcError, secret::ApiKeys};
 
-use crate::openai::error::ApiError;
+use crate::{openai::error::ApiError, routes::RouteTable};
 
-/// Routes that answer without a key: what a kubelet and a load balancer ask. A scraper can bring one.
-const OPEN_ROUTES: [&str; 2] = ["/health", "/ping"];
+/// Where Anthropic's clients put the key.
+const X_API_KEY: HeaderName = HeaderName::from_static("x-api-key");
+
+/// Who may use a route.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Access {
+    /// Everybody: what a kubelet and a load balancer ask. A scraper can bring a key.
+    Open,
+    /// Whoever has an API key, if there are any.
+    Client,
+    /// Whoever has an admin key. Without any, nobody.
+    Admin,
+}
+
+/// The keys of the two kinds of callers.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Keys {
+    pub(crate) clients: ApiKeys,
+    pub(crate) admins: ApiKeys,
+}
+
+impl Keys {
+    /// Errors: `Unauthenticated`, or `PermissionDenied` where no key would help.
+    fn admit(&self, access: Access, headers: &HeaderMap) -> Result<(), RpcError> {
+        let authorization = headers.get(header::AUTHORIZATION).map(HeaderValue::as_bytes);
+        let bare = headers.get(X_API_KEY).map(HeaderValue::as_bytes);
+        let holds = |keys: &ApiKeys| keys.admit(authorization) || bare.is_some_and(|key| keys.contains(key));
+        let refuse = |kind, message| Err(RpcError::new(kind, message));
+        match access {
+            Access::Open => Ok(()),
+            Access::Client if holds(&self.clients) => Ok(()),
+            Access::Client => refuse(
+                ErrorKind::Unauthenticated,
+                "this server needs an API key: Authorization: Bearer <key>",
+            ),
+            Access::Admin if self.admins.is_empty() => refuse(
+                ErrorKind::PermissionDenied,
+                "this route is for operators, and this server was started without --admin-api-key",
+            ),
+            Access::Admin if holds(&self.admins) => Ok(()),
+            Access::Admin => refuse(
+                ErrorKind::Unauthenticated,
+                "this route needs the admin key: Authorization: Bearer <admin key>",
+            ),
+        }
+    }
+}
 
 /// Whose request it is: a name made of the key it came with, which tells nothing of it. An extension of the request.
 #[derive(Clone, Debug)]
 pub(crate) struct Tenant(pub(crate) Arc<str>);
 
-/// Middleware: 401 unless the route is open or a key fits.
-pub(crate) async fn require_key(State(keys): State<ApiKeys>, mut request: Request, next: Next) -> Response {
-    let authorization = request.headers().get(header::AUTHORIZATION);
-    let open = OPEN_ROUTES.contains(&request.uri().path());
-    let authorization = authorization.map(HeaderValue::as_bytes);
-    if open || keys.admit(authorization) {
-        if let Some(tenant) = ApiKeys::tenant(authorization).filter(|_| !keys.is_empty()) {
-            request.extensions_mut().insert(Tenant(tenant.into()));
+impl Tenant {
+    /// None without a key.
+    fn of(headers: &HeaderMap) -> Option<Self> {
+        let authorization = headers.get(header::AUTHORIZATION).map(HeaderValue::as_bytes);
+        let bare = headers.get(X_API_KEY).map(HeaderValue::as_bytes);
+        let tenant = ApiKeys::tenant(authorization)
+            .or_else(|| ApiKeys::tenant(Some(&[b"Bearer ", bare?].concat())))?;
+        Some(Self(tenant.into()))
+    }
+}
+
+/// Middleware: refuses who may not use the route.
+pub(crate) async fn guard(
+    State((table, keys)): State<(RouteTable, Keys)>,
+    mut request: Request,
+    next: Next,
+) -> Response {
+    let access = table.find(&request).map_or(Access::Client, |route| route.access);
+    let Err(error) = keys.admit(access, request.headers()) else {
+        if let Some(tenant) = Tenant::of(request.headers()).filter(|_| !keys.clients.is_empty()) {
+            request.extensions_mut().insert(tenant);
         }
         return next.run(request).await;
+    };
+    let challenge = error.kind == ErrorKind::Unauthenticated;
+    let mut response = ApiError::from(error).into_response();
+    if challenge {
+        let bearer = HeaderValue::from_static("Bearer");
+        response.headers_mut().insert(header::WWW_AUTHENTICATE, bearer);
     }
-    let message = "this server needs an API key: Authorization: Bearer <key>";
-    let mut response = ApiError::from(RpcError::new(ErrorKind::Unauthenticated, message)).into_response();
-    let challenge = HeaderValue::from_static("Bearer");
-    response.headers_mut().insert(header::WWW_AUTHENTICATE, challenge);
     response
 }

@@ -5,13 +5,16 @@ use std::{error::Error, fmt, time::Duration};
 use futures_util::{StreamExt, stream::BoxStream};
 use phalanx_proto::{
     ErrorKind, RpcError,
-    secret::ApiKeys,
     spans::TRACEPARENT,
     tls::ClientTlsFiles,
     v1::{
-        ChatRequest, GenerateChunk, GenerateRequest, GenerateResponse, GetMetricsRequest, GetMetricsResponse,
-        GetStatusRequest, GetStatusResponse, ListModelsRequest, ListModelsResponse,
-        admin_client::AdminClient, inference_client::InferenceClient, inference_server::SERVICE_NAME,
+        AbortRequestRequest, AbortRequestsRequest, ChatRequest, DetokenizeRequest, DetokenizeResponse,
+        GenerateChunk, GenerateRequest, GenerateResponse, GetMetricsRequest, GetMetricsResponse,
+        GetServerInfoRequest, GetServerInfoResponse, GetStatusRequest, GetStatusResponse,
+        GetTokenizerInfoRequest, GetTokenizerInfoResponse, ListModelsRequest, ListModelsResponse,
+        PauseRequest, ResetPrefixCacheRequest, ResumeRequest, TokenizeRequest, TokenizeResponse,
+        admin_client::AdminClient, control_client::ControlClient, inference_client::InferenceClient,
+        inference_server::SERVICE_NAME, tokenizer_client::TokenizerClient,
     },
 };
 use tonic::{
@@ -23,6 +26,7 @@ use tonic::{
 use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse, health_client::HealthClient};
 
 use crate::{
+    auth::Keys,
     config::GatewayError,
     limits::{ADMIN_DEADLINE, MAX_REPLY_BYTES},
     trace,
@@ -46,36 +50,49 @@ pub(crate) type Chunks = BoxStream<'static, Result<GenerateChunk, RpcError>>;
 #[derive(Clone, Debug)]
 pub(crate) struct Backend {
     inference: InferenceClient<Keyed>,
+    tokenizer: TokenizerClient<Keyed>,
     /// On a connection of its own, so that probes are answered however busy the other one is.
     admin: AdminClient<Keyed>,
+    control: ControlClient<Keyed>,
     /// On the connection of `admin`.
     health: HealthClient<Keyed>,
 }
 
 type Keyed = InterceptedService<Channel, Credentials>;
 
-/// Presents an API key with every call, as the coordinator wants the same keys as the gateway, and the place in the caller's
+/// Metadata with the key of an operator.
+const ADMIN_KEY: &str = "phalanx-admin-key";
+
+/// Presents keys with every call, as the coordinator wants the same ones as the gateway, and the place in the caller's
 /// trace.
-#[derive(Clone, Debug)]
-struct Credentials(Option<MetadataValue<Ascii>>);
+#[derive(Clone, Debug, Default)]
+struct Credentials {
+    api_key: Option<MetadataValue<Ascii>>,
+    admin_key: Option<MetadataValue<Ascii>>,
+}
 
 impl Credentials {
-    fn of(keys: &ApiKeys) -> Self {
-        // Keys without control characters fit a header.
-        let value = keys
-            .authorization()
-            .and_then(|value| MetadataValue::try_from(value.as_bytes()).ok());
-        Self(value.map(|mut value: MetadataValue<Ascii>| {
-            value.set_sensitive(true);
-            value
-        }))
+    fn of(keys: &Keys) -> Self {
+        Self {
+            api_key: keys.clients.authorization().and_then(|value| secret(&value)),
+            admin_key: keys.admins.first().and_then(secret),
+        }
     }
+}
+
+/// Keys without control characters fit a header.
+fn secret(value: &str) -> Option<MetadataValue<Ascii>> {
+    let mut value = MetadataValue::try_from(value.as_bytes()).ok()?;
+    value.set_sensitive(true);
+    Some(value)
 }
 
 impl Interceptor for Credentials {
     fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
-        if let Some(value) = &self.0 {
-            request.metadata_mut().insert("authorization", value.clone());
+        for (name, key) in [("authorization", &self.api_key), (ADMIN_KEY, &self.admin_key)] {
+            if let Some(value) = key {
+                request.metadata_mut().insert(name, value.clone());
+            }
         }
         // A context is hexadecimal digits and dashes.
         if let Some(context) = trace::caller()
@@ -91,17 +108,25 @@ impl Backend {
     /// Prepares for the coordinator at `address`, without connecting. `tls` is for `https`.
     pub(crate) fn new(
         address: &str,
-        keys: &ApiKeys,
+        keys: &Keys,
         tls: Option<&ClientTlsFiles>,
     ) -> Result<Self, GatewayError> {
         let endpoint = endpoint(address, tls)?;
-        let credentials = Credentials::of(keys);
-        let keyed = || InterceptedService::new(endpoint.connect_lazy(), credentials.clone());
-        let (busy, quick) = (keyed(), keyed());
+        let (work, operation) = (endpoint.connect_lazy(), endpoint.connect_lazy());
+        let operator = Credentials::of(keys);
+        // Only operators' calls carry their key.
+        let client = Credentials {
+            admin_key: None,
+            ..operator.clone()
+        };
+        let keyed = |channel: &Channel| InterceptedService::new(channel.clone(), client.clone());
+        let control = InterceptedService::new(operation.clone(), operator);
         Ok(Self {
-            inference: InferenceClient::new(busy).max_decoding_message_size(MAX_REPLY_BYTES),
-            health: HealthClient::new(quick.clone()),
-            admin: AdminClient::new(quick).max_decoding_message_size(MAX_REPLY_BYTES),
+            inference: InferenceClient::new(keyed(&work)).max_decoding_message_size(MAX_REPLY_BYTES),
+            tokenizer: TokenizerClient::new(keyed(&work)).max_decoding_message_size(MAX_REPLY_BYTES),
+            admin: AdminClient::new(keyed(&operation)).max_decoding_message_size(MAX_REPLY_BYTES),
+            health: HealthClient::new(keyed(&operation)),
+            control: ControlClient::new(control),
         })
     }
 
@@ -132,6 +157,52 @@ impl Backend {
 
     pub(crate) async fn status(&self) -> Result<GetStatusResponse, RpcError> {
         unwrap(self.admin.clone().get_status(brief(GetStatusRequest {})).await)
+    }
+
+    pub(crate) async fn tokenize(&self, request: TokenizeRequest) -> Result<TokenizeResponse, RpcError> {
+        unwrap(self.tokenizer.clone().tokenize(request).await)
+    }
+
+    pub(crate) async fn detokenize(
+        &self,
+        request: DetokenizeRequest,
+    ) -> Result<DetokenizeResponse, RpcError> {
+        unwrap(self.tokenizer.clone().detokenize(request).await)
+    }
+
+    pub(crate) async fn tokenizer_info(&self) -> Result<GetTokenizerInfoResponse, RpcError> {
+        let request = brief(GetTokenizerInfoRequest {});
+        unwrap(self.tokenizer.clone().get_tokenizer_info(request).await)
+    }
+
+    /// Without a deadline: requests in flight take as long as they like. False if somebody resumed before they ended.
+    pub(crate) async fn pause(&self, request: PauseRequest) -> Result<bool, RpcError> {
+        unwrap(self.control.clone().pause(request).await).map(|reply| reply.paused)
+    }
+
+    pub(crate) async fn resume(&self) -> Result<(), RpcError> {
+        unwrap(self.control.clone().resume(ResumeRequest {}).await).map(drop)
+    }
+
+    /// How many requests of these ids, or without any of all, were running.
+    pub(crate) async fn abort_requests(&self, request_ids: Vec<String>) -> Result<u32, RpcError> {
+        let request = brief(AbortRequestsRequest { request_ids });
+        unwrap(self.control.clone().abort_requests(request).await).map(|reply| reply.aborted)
+    }
+
+    /// Ends a client's own request; it is no error if there is none.
+    pub(crate) async fn abort_request(&self, request_id: String) -> Result<(), RpcError> {
+        let request = brief(AbortRequestRequest { request_id });
+        unwrap(self.admin.clone().abort_request(request).await).map(drop)
+    }
+
+    pub(crate) async fn reset_prefix_cache(&self, request: ResetPrefixCacheRequest) -> Result<(), RpcError> {
+        unwrap(self.control.clone().reset_prefix_cache(request).await).map(drop)
+    }
+
+    pub(crate) async fn server_info(&self) -> Result<GetServerInfoResponse, RpcError> {
+        let request = brief(GetServerInfoRequest {});
+        unwrap(self.admin.clone().get_server_info(request).await)
     }
 
     /// What the health service says of `Inference`, now and whenever it changes.
@@ -235,6 +306,8 @@ impl fmt::Display for Causes<'_> {
 mod tests {
     use std::time::Instant;
 
+    use phalanx_proto::secret::ApiKeys;
+
     use super::*;
 
     #[test]
@@ -258,20 +331,29 @@ mod tests {
         }
     }
 
+    fn keys(clients: &[&str], admins: &[&str]) -> Keys {
+        let keys = |keys: &[&str]| ApiKeys::new(keys.iter().map(ToString::to_string)).expect("keys");
+        Keys {
+            clients: keys(clients),
+            admins: keys(admins),
+        }
+    }
+
     #[test]
-    fn the_first_key_is_presented() {
-        let keys = ApiKeys::new(["first".to_owned(), "second".to_owned()]).expect("keys");
-        let request = Credentials::of(&keys).call(Request::new(())).expect("no error");
-        let presented = request.metadata().get("authorization").expect("a header");
-        assert_eq!(presented, "Bearer first");
-        let request = Credentials::of(&ApiKeys::default()).call(Request::new(()));
+    fn the_first_keys_are_presented() {
+        let mut credentials = Credentials::of(&keys(&["first", "second"], &["admin", "other"]));
+        let request = credentials.call(Request::new(())).expect("no error");
+        let presented = |name| request.metadata().get(name).expect("a header");
+        assert_eq!(presented("authorization"), "Bearer first");
+        assert_eq!(presented(ADMIN_KEY), "admin");
+        let request = Credentials::of(&keys(&[], &[])).call(Request::new(()));
         assert!(request.expect("no error").metadata().is_empty());
     }
 
     #[tokio::test]
     async fn an_absent_coordinator_is_unavailable_at_once() {
-        let backend = Backend::new("unix:/nonexistent/phalanx.sock", &ApiKeys::default(), None)
-            .expect("a good address");
+        let backend =
+            Backend::new("unix:/nonexistent/phalanx.sock", &keys(&[], &[]), None).expect("a good address");
         let start = Instant::now();
         let error = backend.status().await.expect_err("nobody there");
         assert_eq!(error.kind, ErrorKind::Unavailable);

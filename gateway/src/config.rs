@@ -23,6 +23,11 @@ pub struct GatewayConfig {
     pub backends: Backends,
     /// Keys of which a client must present one; without any, no key is needed. Coordinators are shown the first.
     pub api_keys: ApiKeys,
+    /// Keys of which an operator must present one to control the engine; without any, nobody can. The coordinator is
+    /// shown the first.
+    pub admin_keys: ApiKeys,
+    /// Which routes there are, and where.
+    pub routes: RouteOptions,
     /// A log line for every request that is answered.
     pub log_requests: bool,
     /// Where the spans of requests go.
@@ -46,6 +51,8 @@ impl GatewayConfig {
             tls: None,
             backends,
             api_keys: ApiKeys::default(),
+            admin_keys: ApiKeys::default(),
+            routes: RouteOptions::default(),
             log_requests: false,
             tracer: Tracer::default(),
             reply: ReplyOptions::default(),
@@ -53,6 +60,47 @@ impl GatewayConfig {
             drain_timeout: Duration::from_secs(30),
             limits: HttpLimits::default(),
         }
+    }
+}
+
+/// The routes that a configuration adds, leaves out or moves.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RouteOptions {
+    /// Where a proxy serves the gateway, `/llm`: every route answers there, too. Empty: nowhere else.
+    pub root_path: String,
+    /// `/tokenizer_info`, which shows the chat template.
+    pub tokenizer_info: bool,
+    /// `/openapi.json` and `/docs`.
+    pub docs: bool,
+}
+
+impl Default for RouteOptions {
+    fn default() -> Self {
+        Self {
+            root_path: String::new(),
+            tokenizer_info: false,
+            docs: true,
+        }
+    }
+}
+
+impl RouteOptions {
+    /// Takes vLLM's forms of a root path, with or without a slash at its end.
+    ///
+    /// # Errors
+    /// [`GatewayError::RootPath`].
+    pub(crate) fn checked(mut self) -> Result<Self, GatewayError> {
+        self.root_path
+            .truncate(self.root_path.trim_end_matches('/').len());
+        let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"/-._~".contains(&byte);
+        let usable = self.root_path.is_empty()
+            || (self.root_path.starts_with('/')
+                && !self.root_path.contains("//")
+                && self.root_path.bytes().all(plain));
+        if usable {
+            return Ok(self);
+        }
+        Err(GatewayError::RootPath { path: self.root_path })
     }
 }
 
@@ -83,6 +131,12 @@ pub enum GatewayError {
     /// A certificate or a key that cannot be used.
     #[error(transparent)]
     Tls(#[from] TlsError),
+    /// The root path is no plain absolute path.
+    #[error("root path {path:?} must start with / and hold letters, digits and -._~ only")]
+    RootPath {
+        /// The path as configured.
+        path: String,
+    },
     /// There is no coordinator to ask.
     #[error("no coordinator: give the address of at least one, or a name that resolves to them")]
     NoBackend,
@@ -106,4 +160,26 @@ pub enum GatewayError {
         /// Name of the field in [`HttpLimits`].
         field: &'static str,
     },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn root_paths_are_plain_and_absolute() {
+        let root = |path: &str| {
+            let options = RouteOptions {
+                root_path: path.to_owned(),
+                ..RouteOptions::default()
+            };
+            options.checked().map(|options| options.root_path)
+        };
+        for (given, taken) in [("", ""), ("/", ""), ("/llm", "/llm"), ("/a/b-1/", "/a/b-1")] {
+            assert_eq!(root(given).expect(given), taken);
+        }
+        for bad in ["llm", "/a//b", "/{a}", "/a b", "/a?b", "http://a"] {
+            assert!(root(bad).is_err(), "{bad}");
+        }
+    }
 }

@@ -1,5 +1,5 @@
-//! The OpenAI-compatible HTTP front: translates JSON and server-sent events to the gRPC services `Inference` and
-//! `Admin` of a coordinator, and back.
+//! The OpenAI-compatible HTTP front: translates JSON and server-sent events to the gRPC services `Inference`,
+//! `Tokenizer`, `Admin` and `Control` of a coordinator, and back.
 //!
 //! Of several coordinators that serve one model it is the router: see `router`.
 //!
@@ -8,23 +8,31 @@
 //! keys, OpenAI's error objects, the order of events in a stream, draining.
 #![forbid(unsafe_code)]
 
+mod anthropic;
 mod auth;
 mod backend;
 mod config;
+mod control;
 mod exposition;
+mod inference;
 mod lifecycle;
 mod limits;
 mod metrics;
 mod observe;
 mod openai;
+mod openapi;
 mod operator;
+mod query;
 mod router;
 mod routes;
+mod sagemaker;
 mod server;
 mod stall;
+mod tgi;
+mod tokenizer;
 mod trace;
 
-pub use config::{GatewayConfig, GatewayError};
+pub use config::{GatewayConfig, GatewayError, RouteOptions};
 pub use limits::HttpLimits;
 pub use openai::output::ReplyOptions;
 pub use router::{Backends, RoutingPolicy};

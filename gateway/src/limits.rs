@@ -9,6 +9,8 @@ use std::time::Duration;
 pub(crate) const MAX_PROMPTS: usize = 128;
 /// Prompts times completions: what one HTTP request may have running at once.
 pub(crate) const MAX_CHOICES: usize = 256;
+/// Ids in one request to abort others.
+pub(crate) const MAX_ABORTED: usize = 1024;
 /// Bytes of a client's `X-Request-Id`; a longer one is replaced, as it ends up in every log line.
 pub(crate) const MAX_REQUEST_ID: usize = 128;
 

@@ -13,7 +13,7 @@ use phalanx_proto::{secret, spans::Tracer};
 use crate::{
     limits::MAX_REQUEST_ID,
     metrics::{HttpMetrics, Measurement},
-    routes::handler_label,
+    routes::RouteTable,
     trace::{self, HttpSpan},
 };
 
@@ -51,8 +51,14 @@ pub(crate) struct Observer {
 }
 
 /// Middleware: gives the request its id, answers with it, measures, traces and logs.
-pub(crate) async fn observe(State(observer): State<Observer>, mut request: Request, next: Next) -> Response {
-    let (method, handler) = (request.method().clone(), handler_label(request.uri().path()));
+pub(crate) async fn observe(
+    State((table, observer)): State<(RouteTable, Observer)>,
+    mut request: Request,
+    next: Next,
+) -> Response {
+    let method = request.method().clone();
+    // A client's own path is no label: labels must not grow with what clients send.
+    let handler = table.find(&request).map_or("none", |route| route.path);
     let mut measurement = Measurement::start(observer.metrics, &method, handler);
     let id = RequestId::of(request.headers());
     let mut context = trace::parent_of(request.headers());

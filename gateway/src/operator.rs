@@ -5,11 +5,21 @@ use axum::{
     extract::State,
     response::{IntoResponse, Response},
 };
-use http::{HeaderMap, StatusCode, header};
-use phalanx_proto::v1::{GetStatusResponse, GroupState, Phase, RankStatus};
+use http::{HeaderMap, StatusCode, Uri, header};
+use phalanx_proto::{
+    RpcError,
+    v1::{GetStatusResponse, GroupState, Phase, RankStatus},
+};
 use serde::Serialize;
+use serde_json::{Value, json};
 
-use crate::{exposition, router::Overview, routes::Service};
+use crate::{
+    exposition,
+    openai::error::{ApiError, broken_reply},
+    query,
+    router::Overview,
+    routes::Service,
+};
 
 /// `GET /health`, `/ping`: 200 when the coordinator's ranks are ready and this gateway is not draining; otherwise
 /// 503, with how far each rank has come. Of several coordinators one that serves is enough.
@@ -43,6 +53,22 @@ pub(crate) async fn version() -> Response {
     Json(Version { version }).into_response()
 }
 
+/// `GET /server_info`: what the coordinator was started with, as text or, with `config_format=json`, as an object.
+pub(crate) async fn server_info(State(service): State<Service>, uri: Uri) -> Result<Response, ApiError> {
+    let reply = service.backend.server_info().await?;
+    let config = match query::value(&uri, "config_format") {
+        None | Some("text") => Value::String(reply.json),
+        Some("json") => serde_json::from_str(&reply.json)
+            .map_err(|error| broken_reply(&format!("the server info is not JSON: {error}")))?,
+        Some(_) => {
+            let message = "config_format must be text or json";
+            return Err(RpcError::invalid("config_format", message).into());
+        }
+    };
+    let system = json!({"os": std::env::consts::OS, "arch": std::env::consts::ARCH});
+    Ok(Json(json!({"vllm_config": config, "system_env": system})).into_response())
+}
+
 /// `GET /load`: the number of completions requests this gateway has running.
 pub(crate) async fn load(State(service): State<Service>) -> Response {
     #[derive(Serialize)]
@@ -69,6 +95,8 @@ struct Health {
     message: String,
     epoch: u32,
     version: String,
+    /// An operator holds the engine still; that is no illness.
+    paused: bool,
     ranks: Vec<Rank>,
     /// Of a router.
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -93,6 +121,7 @@ impl Health {
             message: message.into(),
             epoch: 0,
             version: String::new(),
+            paused: false,
             ranks: Vec::new(),
             backends: Vec::new(),
         }
@@ -121,6 +150,7 @@ impl Health {
             message: status.message,
             epoch: status.epoch,
             version: status.version,
+            paused: status.paused,
             ranks: status.ranks.into_iter().map(Rank::of).collect(),
             backends: Vec::new(),
         }

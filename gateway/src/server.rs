@@ -21,13 +21,15 @@ use tokio::{
 };
 
 use crate::{
+    auth::Keys,
     config::{GatewayConfig, GatewayError},
     lifecycle::Lifecycle,
     limits::{HttpLimits, MAX_HEAD_BYTES, MAX_HEADERS},
     metrics::HttpMetrics,
     observe::Observer,
+    openapi::Document,
     router::{Replicas, RouterMetrics},
-    routes::{Service, router},
+    routes::{Service, router, table},
     stall::StallGuard,
 };
 
@@ -55,13 +57,20 @@ impl Gateway {
     /// A [`GatewayError`] that names the address or the field.
     pub async fn bind(config: GatewayConfig) -> Result<Self, GatewayError> {
         check(&config.limits)?;
+        let options = config.routes.checked()?;
+        let keys = Keys {
+            clients: config.api_keys,
+            admins: config.admin_keys,
+        };
+        let routes = table(&options);
         let lifecycle = Arc::new(Lifecycle::new(config.limits.running_prompts));
         let router_metrics = RouterMetrics::default();
         let service = Service {
             metrics: Arc::new(HttpMetrics::new(&router_metrics)),
-            backend: Replicas::new(&config.backends, &config.api_keys, router_metrics)?,
+            backend: Replicas::new(&config.backends, &keys, router_metrics)?,
             lifecycle: Arc::clone(&lifecycle),
             limits: config.limits.clone(),
+            document: Arc::new(Document::of(&routes, &options.root_path)),
             reply: config.reply,
             response_role: config.response_role.into(),
         };
@@ -97,7 +106,7 @@ impl Gateway {
             lifecycle,
             front: Front {
                 tls,
-                router: router(service, config.api_keys, observer),
+                router: router(service, routes, &options, (keys, observer)),
                 permits: Arc::new(Semaphore::new(config.limits.connections)),
                 limits: config.limits,
             },

@@ -16,7 +16,13 @@ use support::{Group, STREAM_BYTES, Work, noise, threads};
 
 const BLOCK_SIZE: usize = 16;
 const SHAPES: [(&str, Heads); 2] = [("9q3kv", heads(9, 3)), ("32q8kv", heads(32, 8))];
-const DTYPES: [KvDtype; 4] = [KvDtype::F32, KvDtype::F16, KvDtype::BF16, KvDtype::E4M3];
+const DTYPES: [KvDtype; 5] = [
+    KvDtype::F32,
+    KvDtype::F16,
+    KvDtype::BF16,
+    KvDtype::E4M3,
+    KvDtype::INT8,
+];
 
 const fn heads(num_q: usize, num_kv: usize) -> Heads {
     Heads {
@@ -56,13 +62,12 @@ fn batch(sequences: usize, capacity: usize, computed: Range<usize>) -> BatchInpu
     input
 }
 
-/// A layer's cache.
-struct Layer {
-    kv: CpuKvCache,
-    bytes: usize,
+/// Bytes of K and V of so many tokens.
+fn kv_bytes(heads: &Heads, tokens: usize, dtype: KvDtype) -> usize {
+    2 * tokens * heads.num_kv * (heads.head_dim * dtype.bytes() + dtype.scale_bytes())
 }
 
-fn kv_cache(backend: &CpuBackend, heads: &Heads, tokens: usize, dtype: KvDtype) -> Layer {
+fn kv_cache(backend: &CpuBackend, heads: &Heads, tokens: usize, dtype: KvDtype) -> CpuKvCache {
     let spec = KvSpec {
         num_blocks: tokens.div_ceil(BLOCK_SIZE),
         block_size: BLOCK_SIZE,
@@ -70,10 +75,7 @@ fn kv_cache(backend: &CpuBackend, heads: &Heads, tokens: usize, dtype: KvDtype) 
         head_dim: heads.head_dim,
         dtype,
     };
-    Layer {
-        kv: backend.kv_cache(spec).expect("memory"),
-        bytes: 2 * tokens * heads.num_kv * heads.head_dim * dtype.bytes(),
-    }
+    backend.kv_cache(spec).expect("memory")
 }
 
 fn filled(backend: &CpuBackend, rows: usize, width: usize) -> CpuBuffer {
@@ -90,7 +92,7 @@ fn filled_cache(
     heads: &Heads,
     (sequences, tokens): (usize, usize),
     dtype: KvDtype,
-) -> Layer {
+) -> CpuKvCache {
     /// Rows at a time: q, k and v of all positions at once would be much larger than the cache.
     const ROWS: usize = 1024;
     let mut layer = kv_cache(
@@ -105,7 +107,7 @@ fn filled_cache(
         let input = batch(sequences, tokens, first..tokens.min(first + piece));
         let input = backend.batch(&input).expect("parts that fit");
         backend
-            .reshape_and_cache(&mut layer.kv, &qkv, heads, &input)
+            .reshape_and_cache(&mut layer, &qkv, heads, &input)
             .expect("slots within");
     }
     layer
@@ -163,7 +165,7 @@ fn decode(c: &mut Criterion) {
             for dtype in DTYPES {
                 let input = batch(sequences, context, context - 1..context);
                 let mut call = Call::new(heads, &input);
-                let bytes = kv_cache(&call.backend, &heads, sequences * context, dtype).bytes;
+                let bytes = kv_bytes(&heads, sequences * context, dtype);
                 let work = Work::F32 {
                     bytes,
                     operations: operations(&heads, &input),
@@ -177,7 +179,7 @@ fn decode(c: &mut Criterion) {
                         layers.push(filled_cache(&call.backend, &heads, (sequences, context), dtype));
                     }
                     next = (next + 1) % count;
-                    call.run(&layers[next].kv);
+                    call.run(&layers[next]);
                 });
             }
         }
@@ -193,7 +195,7 @@ fn prompt(c: &mut Criterion) {
                 let input = batch(1, computed.end, computed.clone());
                 let mut call = Call::new(heads, &input);
                 let work = Work::F32 {
-                    bytes: kv_cache(&call.backend, &heads, computed.end, dtype).bytes,
+                    bytes: kv_bytes(&heads, computed.end, dtype),
                     operations: operations(&heads, &input),
                 };
                 let mut layer = None;
@@ -201,7 +203,7 @@ fn prompt(c: &mut Criterion) {
                 group.measure(&name, work, || {
                     let layer = layer
                         .get_or_insert_with(|| filled_cache(&call.backend, &heads, (1, computed.end), dtype));
-                    call.run(&layer.kv);
+                    call.run(layer);
                 });
             }
         }
@@ -216,15 +218,14 @@ fn cache(c: &mut Criterion) {
                 let input = batch(sequences, computed.end, computed.clone());
                 let call = Call::new(heads, &input);
                 let mut layer = kv_cache(&call.backend, &heads, sequences * computed.end, dtype);
-                let values = 2 * input.num_rows() * heads.num_kv * heads.head_dim;
                 let work = Work::Pass {
-                    read: 4 * values,
-                    written: dtype.bytes() * values,
+                    read: kv_bytes(&heads, input.num_rows(), KvDtype::F32),
+                    written: kv_bytes(&heads, input.num_rows(), dtype),
                 };
                 let name = format!("{shape}/{} rows/{dtype:?}", input.num_rows());
                 group.measure(&name, work, || {
                     call.backend
-                        .reshape_and_cache(&mut layer.kv, black_box(&call.qkv), &heads, &call.batch)
+                        .reshape_and_cache(&mut layer, black_box(&call.qkv), &heads, &call.batch)
                         .expect("slots within");
                 });
             }

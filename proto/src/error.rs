@@ -13,6 +13,8 @@ pub enum ErrorKind {
     NotFound,
     /// The API key or the join token is missing or wrong.
     Unauthenticated,
+    /// Whoever asks, this server does not allow it.
+    PermissionDenied,
     /// A message or body over its limit.
     PayloadTooLarge,
     /// A queue is full; try again later.
@@ -58,6 +60,7 @@ const TABLE: &[Row] = &[
     row(ErrorKind::ContextLengthExceeded, "context_length_exceeded", Code::InvalidArgument,   400, "BadRequestError"),
     row(ErrorKind::NotFound,              "not_found",               Code::NotFound,          404, "NotFoundError"),
     row(ErrorKind::Unauthenticated,       "unauthenticated",         Code::Unauthenticated,   401, "AuthenticationError"),
+    row(ErrorKind::PermissionDenied,      "permission_denied",       Code::PermissionDenied,  403, "PermissionDeniedError"),
     row(ErrorKind::PayloadTooLarge,       "payload_too_large",       Code::ResourceExhausted, 413, "BadRequestError"),
     row(ErrorKind::QueueFull,             "queue_full",              Code::ResourceExhausted, 429, "RateLimitError"),
     row(ErrorKind::Unavailable,           "unavailable",             Code::Unavailable,       503, "ServiceUnavailableError"),
@@ -101,7 +104,6 @@ impl ErrorKind {
         match code {
             // tonic's own oversized-message reply; ours always carries its name.
             Code::OutOfRange => Self::PayloadTooLarge,
-            Code::PermissionDenied => Self::Unauthenticated,
             _ => TABLE
                 .iter()
                 .find(|row| row.grpc == code)

@@ -78,6 +78,11 @@ impl ApiKeys {
         self.0.first().map(|key| format!("Bearer {key}"))
     }
 
+    /// The first key, for who presents it without a scheme.
+    pub fn first(&self) -> Option<&str> {
+        self.0.first().map(String::as_str)
+    }
+
     /// Whose requests these are, as a name that tells nothing of the key; none if no key was presented.
     pub fn tenant(authorization: Option<&[u8]>) -> Option<String> {
         let key = authorization.and_then(bearer).filter(|key| !key.is_empty())?;
@@ -97,12 +102,15 @@ impl ApiKeys {
     /// Whether the value of an `Authorization` header holds one of the keys. Always true without keys.
     pub fn admit(&self, authorization: Option<&[u8]>) -> bool {
         let given = authorization.and_then(bearer).unwrap_or_default();
+        self.contains(given) || self.is_empty()
+    }
+
+    /// Whether `given` is one of the keys. Never without keys.
+    pub fn contains(&self, given: &[u8]) -> bool {
         // Every key is compared, whether or not an earlier one matched.
-        let found = self
-            .0
+        self.0
             .iter()
-            .fold(false, |found, key| found | same(key.as_bytes(), given));
-        found || self.is_empty()
+            .fold(false, |found, key| found | same(key.as_bytes(), given))
     }
 }
 
@@ -145,6 +153,12 @@ mod tests {
             assert!(!admits(&["sesame"], wrong), "{wrong}");
         }
         assert!(ApiKeys::default().admit(None), "without keys none is needed");
+        let keys = ApiKeys::new(["sesame".to_owned()]).expect("no empty key");
+        assert!(keys.contains(b"sesame") && !keys.contains(b"sesam") && !keys.contains(b""));
+        assert!(
+            !ApiKeys::default().contains(b"sesame"),
+            "nobody holds a key that is not there"
+        );
     }
 
     #[test]

@@ -108,6 +108,7 @@ while subscriber.poll(500):
     _, sequence, payload = read(subscriber)
     if int.from_bytes(sequence, "big") > index.sequence:
         index.follow(int.from_bytes(sequence, "big"), payload)
-assert index.counts["BlockStored"] >= 12 and index.counts["BlockRemoved"] >= 12, index.counts
+# Three prompts fit; each of the others throws out what another has stored.
+assert index.counts["BlockStored"] >= 12 and index.counts["BlockRemoved"] >= 9, index.counts
 assert 0 < len(index.names) <= 20, len(index.names)
 print(index.counts, len(index.names))

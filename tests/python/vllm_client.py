@@ -1,6 +1,6 @@
 """Talks to a running server as a client of vLLM's own gRPC services does.
 
-usage: vllm_client.py HOST:PORT [KEY]
+usage: vllm_client.py HOST:PORT [KEY ADMIN_KEY]
 
 The messages are built from vllm_fields.tsv, the table of vLLM's fields and their numbers, and not from this project's
 .proto files: what is checked is the wire. Exits 0 and prints one line when every check passed.
@@ -116,6 +116,14 @@ class Client:
         self.metadata = [("authorization", f"Bearer {key}")] if key else []
 
     def __call__(self, call, **fields):
+        method, request = self.prepare(call, fields)
+        return method(request, metadata=self.metadata, timeout=120)
+
+    def later(self, call, **fields):
+        method, request = self.prepare(call, fields)
+        return method.future(request, metadata=self.metadata, timeout=120)
+
+    def prepare(self, call, fields):
         service, request, reply, streams = self.contract.calls[call]
         make = self.channel.unary_stream if streams else self.channel.unary_unary
         method = make(
@@ -123,7 +131,7 @@ class Client:
             request_serializer=lambda message: message.SerializeToString(),
             response_deserializer=self.contract.type(reply).FromString,
         )
-        return method(self.contract.type(request)(**fields), metadata=self.metadata, timeout=120)
+        return method, self.contract.type(request)(**fields)
 
 
 def check_control(call):
@@ -220,6 +228,18 @@ def check_errors(call, model):
     assert "media" in expect(bad, lambda: list(call("GenerateStream", **greedy(model, media=[{"url": "http://x"}]))))
 
 
+def check_pause(call, operate, model):
+    """What everybody would feel is for operators: a client's key is not enough."""
+    for method in ("PauseGeneration", "ResumeGeneration", "Shutdown"):
+        expect(grpc.StatusCode.UNAUTHENTICATED, lambda: call(method))
+    operate("PauseGeneration", mode=2)
+    assert call("IsPaused").paused
+    held = call.later("Generate", **greedy(model))
+    operate("ResumeGeneration")
+    assert not call("IsPaused").paused
+    assert "Paris" in held.result().outputs.text
+
+
 def check_abort(call, model):
     long = greedy(model, request_id="to-be-aborted")
     long["stopping"] = {"max_new_tokens": 1500, "ignore_eos": True}
@@ -231,7 +251,7 @@ def check_abort(call, model):
 
 
 def main():
-    address, key = sys.argv[1], (sys.argv[2:] or [None])[0]
+    address, key, admin_key = (sys.argv[1:] + [None, None])[:3]
     contract = Contract(pathlib.Path(__file__).with_name("vllm_fields.tsv"))
     call = Client(contract, address, key)
     if key:
@@ -239,7 +259,10 @@ def main():
     model = check_control(call)
     for check in (check_generate, check_sampling, check_logprobs, check_stop, check_errors, check_abort):
         check(call, model)
-    call("Shutdown")
+    operate = Client(contract, address, admin_key)
+    if admin_key:
+        check_pause(call, operate, model)
+    operate("Shutdown")
     print(f"grpcio {grpc.__version__}: every check passed against {model} at {address}")
 
 

@@ -44,30 +44,43 @@ pub struct Stream {
 }
 
 pub fn get(address: &str, path: &str) -> io::Result<Reply> {
-    send(address, "GET", path, None)?.finish()
+    send(address, ("GET", path), "", None)?.finish()
 }
 
 pub fn post(address: &str, path: &str, body: &Value) -> io::Result<Reply> {
-    send(address, "POST", path, Some(body.to_string().as_bytes()))?.finish()
+    open(address, path, body)?.finish()
+}
+
+/// The same with a bearer token.
+pub fn post_keyed(address: &str, path: &str, key: &str, body: &Value) -> io::Result<Reply> {
+    let header = format!("authorization: Bearer {key}\r\n");
+    let body = body.to_string();
+    send(address, ("POST", path), &header, Some(body.as_bytes()))?.finish()
 }
 
 pub fn post_bytes(address: &str, path: &str, body: &[u8]) -> io::Result<Reply> {
-    send(address, "POST", path, Some(body))?.finish()
+    send(address, ("POST", path), "", Some(body))?.finish()
 }
 
 /// Starts a request and returns as soon as the headers are here.
 pub fn open(address: &str, path: &str, body: &Value) -> io::Result<Stream> {
-    send(address, "POST", path, Some(body.to_string().as_bytes()))
+    send(address, ("POST", path), "", Some(body.to_string().as_bytes()))
 }
 
-fn send(address: &str, method: &str, path: &str, body: Option<&[u8]>) -> io::Result<Stream> {
+/// `headers` are lines, each ended by CRLF.
+fn send(
+    address: &str,
+    (method, path): (&str, &str),
+    headers: &str,
+    body: Option<&[u8]>,
+) -> io::Result<Stream> {
     let mut connection = TcpStream::connect(address)?;
     connection.set_read_timeout(Some(TIMEOUT))?;
     let body = body.unwrap_or_default();
     let length = body.len();
     let head = format!(
         "{method} {path} HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\ncontent-type: application/json\r\n\
-         content-length: {length}\r\n\r\n"
+         content-length: {length}\r\n{headers}\r\n"
     );
     connection.write_all(head.as_bytes())?;
     connection.write_all(body)?;

@@ -4,6 +4,7 @@
 pub mod fleet;
 pub mod http;
 pub mod processes;
+pub mod python;
 pub mod server;
 
 use std::path::{Path, PathBuf};

@@ -1,15 +1,12 @@
 //! What the engine promises, asked of real clusters: guesses change nothing but the time, and what cannot be served is
 //! refused at once, by name and with a number.
 
-use std::{
-    process::Command,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use phalanx_tests::{
     http,
     processes::eventually,
-    root,
+    python,
     server::{Server, chat, free_port},
 };
 use serde_json::{Value, json};
@@ -203,7 +200,6 @@ fn the_context_is_made_to_fit_and_what_does_not_is_refused_with_the_number() {
 
 #[test]
 fn indexers_outside_hear_of_cached_blocks_and_can_compute_their_names() {
-    let python = root().join(".venv/bin/python");
     let (endpoint, replay) = (free_port(), free_port());
     let config = json!({
         "enable_kv_cache_events": true,
@@ -222,17 +218,7 @@ fn indexers_outside_hear_of_cached_blocks_and_can_compute_their_names() {
         "--num-gpu-blocks-override",
         "20",
     ]);
-    let output = Command::new(python)
-        .arg(root().join("tests/python/kv_events.py"))
-        .args([&server.address, &endpoint.to_string(), &replay.to_string()])
-        .output()
-        .expect("python starts");
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    assert!(
-        output.status.success(),
-        "{}\n{}",
-        text(&output.stdout),
-        text(&output.stderr)
-    );
+    let ports = [endpoint.to_string(), replay.to_string()];
+    python::run("kv_events.py", &[&server.address, &ports[0], &ports[1]]);
     assert!(server.stop().success());
 }

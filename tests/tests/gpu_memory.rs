@@ -22,7 +22,7 @@ fn launch(libraries: &LibraryDir, mib: &str, arguments: &[&str]) -> Server {
     let model = demo_model();
     let arguments = [&SMALL, arguments].concat();
     let environment: [(&str, &OsStr); 4] = [
-        ("LD_LIBRARY_PATH", &libraries.library_path()),
+        ("LD_LIBRARY_PATH", &libraries.search_path()),
         ("CUDA_VISIBLE_DEVICES", "0,1".as_ref()),
         ("SOFTGPU_MEM_MIB", mib.as_ref()),
         (

@@ -1,8 +1,6 @@
 //! The real OpenAI client package against the real cluster.
 
-use std::process::Command;
-
-use phalanx_tests::{root, server::Server};
+use phalanx_tests::{python, root, server::Server};
 
 #[test]
 fn the_python_client_chats_streams_and_gets_its_own_errors() {
@@ -33,22 +31,5 @@ fn the_python_client_calls_tools() {
 
 /// Runs a script of tests/python against `server`; it must end well.
 fn run(script: &str, server: &Server) {
-    let python = root().join(".venv/bin/python");
-    assert!(
-        python.exists(),
-        "{} is missing: run ./scripts/test",
-        python.display()
-    );
-    let output = Command::new(python)
-        .arg(root().join("tests/python").join(script))
-        .arg(format!("http://{}/v1", server.address))
-        .output()
-        .expect("python starts");
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    assert!(
-        output.status.success(),
-        "{}\n{}",
-        text(&output.stdout),
-        text(&output.stderr)
-    );
+    python::run(script, &[&format!("http://{}/v1", server.address)]);
 }

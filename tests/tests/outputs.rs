@@ -1,11 +1,8 @@
 //! What comes out of a request: log-probabilities, token ids, echo and usage, through the whole cluster.
 
-use std::{
-    process::Command,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
-use phalanx_tests::{http, root, server::Server};
+use phalanx_tests::{http, python, server::Server};
 use serde_json::{Value, json};
 
 const CHAT: &str = "/v1/chat/completions";
@@ -274,15 +271,7 @@ fn bad_requests_are_refused_at_once(server: &Server) {
 }
 
 fn the_openai_client_reads_it_all(server: &Server) {
-    let python = root().join(".venv/bin/python");
-    let output = Command::new(python)
-        .arg(root().join("tests/python/outputs_client.py"))
-        .arg(format!("http://{}/v1", server.address))
-        .output()
-        .expect("python starts");
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    let said = format!("{}\n{}", text(&output.stdout), text(&output.stderr));
-    assert!(output.status.success(), "{said}");
+    python::run("outputs_client.py", &[&format!("http://{}/v1", server.address)]);
 }
 
 #[test]

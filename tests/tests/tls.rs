@@ -10,7 +10,7 @@ use std::{
 use phalanx_tests::{
     http, phalanx,
     processes::{self, eventually},
-    root,
+    python,
     server::{Server, free_port},
 };
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
@@ -58,19 +58,8 @@ fn clients_with_a_certificate_reach_http_and_grpc_and_others_reach_nothing() {
         ],
     );
     server.wait_logged("ready");
-    let output = Command::new(root().join(".venv/bin/python"))
-        .arg(root().join("tests/python/tls_client.py"))
-        .arg(format!("https://{}", server.address))
-        .args([&format!("127.0.0.1:{port}"), &ca, &certificate, &key])
-        .output()
-        .expect("python starts");
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    assert!(
-        output.status.success(),
-        "{}\n{}",
-        text(&output.stdout),
-        text(&output.stderr)
-    );
+    let (https, grpc) = (format!("https://{}", server.address), format!("127.0.0.1:{port}"));
+    python::run("tls_client.py", &[&https, &grpc, &ca, &certificate, &key]);
 
     // A gateway on another machine, which shows the coordinator who it is.
     let http_port = free_port();

@@ -1,39 +1,13 @@
 //! What was written for vLLM, unchanged: a command line, a gRPC client, a scraper.
 
-use std::{path::PathBuf, process::Command, time::Duration};
+use std::{net::SocketAddr, time::Duration};
 
 use phalanx_tests::{
     http,
     processes::listening,
-    root,
+    python,
     server::{Server, free_port},
 };
-
-fn python() -> PathBuf {
-    let python = root().join(".venv/bin/python");
-    assert!(
-        python.exists(),
-        "{} is missing: run ./scripts/test",
-        python.display()
-    );
-    python
-}
-
-/// Runs a script of `tests/python` to its successful end.
-fn run(script: &str, arguments: &[&str]) {
-    let output = Command::new(python())
-        .arg(root().join("tests/python").join(script))
-        .args(arguments)
-        .output()
-        .expect("python starts");
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    assert!(
-        output.status.success(),
-        "{}\n{}",
-        text(&output.stdout),
-        text(&output.stderr)
-    );
-}
 
 #[test]
 fn a_grpc_client_of_vllm_generates_aborts_and_shuts_down() {
@@ -47,9 +21,12 @@ fn a_grpc_client_of_vllm_generates_aborts_and_shuts_down() {
         &port,
         "--api-key",
         "sesame",
+        "--admin-api-key",
+        "operator",
     ];
     let mut server = Server::start(&flags);
-    run("vllm_client.py", &[&format!("127.0.0.1:{port}"), "sesame"]);
+    let address = format!("127.0.0.1:{port}");
+    python::run("vllm_client.py", &[&address, "sesame", "operator"]);
     // The client's last call was Control.Shutdown.
     assert!(server.wait(Duration::from_secs(30)).success());
 }
@@ -82,7 +59,7 @@ fn a_scraper_reads_vllms_names_of_a_server_started_with_vllms_flags() {
     );
     server.complete("One, two,", 8);
     assert_eq!(server.metric("vllm:generation_tokens_total"), Some(8.0));
-    run(
+    python::run(
         "metrics_client.py",
         &[&format!("http://{}/metrics", server.address)],
     );
@@ -118,7 +95,8 @@ fn only_http_is_reached_from_elsewhere_and_only_with_a_key() {
         &keys,
     ]);
     let listening = listening(&server.family());
-    let (open, local): (Vec<_>, Vec<_>) = listening.iter().partition(|address| !address.ip().is_loopback());
+    let (local, open): (Vec<SocketAddr>, Vec<_>) =
+        listening.iter().partition(|address| address.ip().is_loopback());
     assert_eq!(open.len(), 1, "{listening:?}");
     assert!(
         server.address.ends_with(&format!(":{}", open[0].port())),

@@ -110,11 +110,8 @@ pub(super) const GROUPS: &[Group] = &[
     Group::refused("would change what is generated or reported, and is not offered", &[
         many("--kv-cache-dtype-skip-layers"), switch("--kv-sharing-fast-prefill"), value("--watermark-config", &["{}"]),
         switch("--disable-sliding-window"), switch("--return-sampling-mask"), switch("--enable-return-routed-experts"),
-
-        value("--aux-output-config", &["{}"]),
-        value("--tool-server", &[]),
+        value("--aux-output-config", &["{}"]), value("--tool-server", &[]),
         value("--reasoning-effort-map", &[]), value("--tool-strict-level", &[]),
-        switch("--enable-tokenizer-info-endpoint"),
     ]),
     Group::refused("KV is neither moved to nor fetched from elsewhere", &[
         value("--kv-transfer-config", &["{}"]), value("--ec-transfer-config", &["{}"]), value("--ec-manager-config", &["{}"]),
@@ -132,7 +129,7 @@ pub(super) const GROUPS: &[Group] = &[
         value("--offload-prefetch-step", &[]), value("--kv-offloading-backend", &[]), value("--kv-offloading-size", &[]),
         value("--swap-space", &[]),
     ]),
-    Group::ignored("drafts change the speed and not the tokens; none are made", &[
+    Group::ignored("drafts change the speed and not the tokens; ask for them with --speculative-config", &[
         value("--spec-method", &[]), value("--spec-model", &[]),
         value("--spec-tokens", &[]), switch("--per-request-spec-decode-metrics"),
     ]),
@@ -179,9 +176,7 @@ pub(super) const GROUPS: &[Group] = &[
     Group::ignored("/load always counts", &[switch("--enable-server-load-tracking")]),
     Group::ignored("replies carry no fingerprint", &[value("--fingerprint-mode", &[]), value("--fingerprint-value", &[])]),
     Group::ignored("no comments are sent on an idle stream", &[value("--sse-keep-alive-interval", &[])]),
-    Group::ignored("there are no pages that would need it", &[
-        value("--root-path", &[]), switch("--disable-fastapi-docs"), switch("--enable-offline-docs"),
-    ]),
+    Group::ignored("/docs loads nothing from elsewhere", &[switch("--enable-offline-docs")]),
     Group::ignored("no CORS headers are sent: browsers on other origins are kept out", &[
         switch("--allow-credentials"), value("--allowed-headers", &[]), value("--allowed-methods", &[]),
         value("--allowed-origins", &[]),

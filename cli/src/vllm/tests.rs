@@ -86,7 +86,7 @@ fn what_means_nothing_is_taken_off_with_its_values() {
         "0",
         "1",
         "--kv-offloading-size=-1",
-        "--watermark",
+        "--max-num-active-seqs",
         "-1",
         "--seed",
         "7",

@@ -6,7 +6,7 @@ use phalanx_proto::v1::{self, admin_server::Admin};
 use tonic::{Request, Response, Status};
 
 use super::{
-    StatusHandle,
+    EngineSlot, StatusHandle,
     kv_events::{self, KvEventStream},
     registry::Registry,
 };
@@ -20,6 +20,9 @@ pub(super) struct AdminService {
     pub(super) metrics: Arc<Metrics>,
     pub(super) kv_events: Option<KvEventHub>,
     pub(super) registry: Registry,
+    pub(super) engine: EngineSlot,
+    /// A JSON object.
+    pub(super) server_info: String,
 }
 
 #[tonic::async_trait]
@@ -37,7 +40,10 @@ impl Admin for AdminService {
         &self,
         _: Request<v1::GetStatusRequest>,
     ) -> Result<Response<v1::GetStatusResponse>, Status> {
-        Ok(Response::new(self.status.get()))
+        Ok(Response::new(v1::GetStatusResponse {
+            paused: self.engine.is_paused(),
+            ..self.status.get()
+        }))
     }
 
     async fn get_metrics(
@@ -56,5 +62,13 @@ impl Admin for AdminService {
     ) -> Result<Response<v1::AbortRequestResponse>, Status> {
         let found = self.registry.abort(&request.get_ref().request_id);
         Ok(Response::new(v1::AbortRequestResponse { found }))
+    }
+
+    async fn get_server_info(
+        &self,
+        _: Request<v1::GetServerInfoRequest>,
+    ) -> Result<Response<v1::GetServerInfoResponse>, Status> {
+        let json = self.server_info.clone();
+        Ok(Response::new(v1::GetServerInfoResponse { json }))
     }
 }

@@ -22,13 +22,20 @@ impl EngineSlot {
 
     /// Queues a sequence without waiting. Errors: `Unavailable` while there is no engine, and the engine's own.
     pub(super) fn submit(&self, sequence: NewSequence) -> Result<Submission, RpcError> {
-        self.get()?.submit(sequence)
+        self.running()?.submit(sequence)
     }
 
     /// Errors: `Unavailable` while there is no engine.
-    pub(super) fn get(&self) -> Result<&EngineHandle, RpcError> {
+    pub(super) fn running(&self) -> Result<&EngineHandle, RpcError> {
         self.engine
             .get()
             .ok_or_else(|| RpcError::new(ErrorKind::Unavailable, "the model is still being loaded"))
+    }
+
+    /// Whether an operator holds the engine still.
+    pub(super) fn is_paused(&self) -> bool {
+        self.engine
+            .get()
+            .is_some_and(|engine| engine.status().snapshot.paused)
     }
 }

@@ -58,7 +58,7 @@ impl InferenceService {
         mut request: v1::GenerateRequest,
         caller: &Caller,
     ) -> Result<(PreparedRequest, Registration), RpcError> {
-        self.check_model(&request.model)?;
+        check_model(&self.parts.models, &request.model)?;
         let registration = self.register(std::mem::take(&mut request.request_id), "cmpl")?;
         let prepared = caller.in_time(self.parts.text.prepare(request)).await?;
         Ok((prepared, registration))
@@ -71,18 +71,10 @@ impl InferenceService {
         };
         let caller = Caller::of(&request, claims)?;
         let mut request = request.into_inner();
-        self.check_model(&request.model)?;
+        check_model(&self.parts.models, &request.model)?;
         let registration = self.register(std::mem::take(&mut request.request_id), "chatcmpl")?;
         let prepared = caller.in_time(self.parts.text.prepare_chat(request)).await?;
         self.start(prepared, registration, caller)
-    }
-
-    fn check_model(&self, name: &str) -> Result<(), RpcError> {
-        if name.is_empty() || self.parts.models.iter().any(|model| model.id == name) {
-            return Ok(());
-        }
-        let message = format!("The model `{name}` does not exist.");
-        Err(RpcError::new(ErrorKind::NotFound, message).with_param("model"))
     }
 
     fn register(&self, id: String, prefix: &str) -> Result<Registration, RpcError> {
@@ -111,6 +103,15 @@ impl InferenceService {
         let observation = Observation::start(&self.parts.observers, caller.parent, &envelope, &prepared);
         RequestStream::start(prepared, envelope, (registration, observation), &self.parts)
     }
+}
+
+/// Errors: `NotFound` for a name that none of `models` has.
+pub(super) fn check_model(models: &[v1::ModelCard], name: &str) -> Result<(), RpcError> {
+    if name.is_empty() || models.iter().any(|model| model.id == name) {
+        return Ok(());
+    }
+    let message = format!("The model `{name}` does not exist.");
+    Err(RpcError::new(ErrorKind::NotFound, message).with_param("model"))
 }
 
 type ChunkStream = BoxStream<'static, Result<v1::GenerateChunk, Status>>;

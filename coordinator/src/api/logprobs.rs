@@ -38,5 +38,6 @@ fn entry(table: &TokenTable, token_id: u32, logprob: f32, rank: Option<u32>) -> 
         logprob,
         bytes: bytes.to_vec(),
         rank,
+        special: table.is_special(token_id),
     }
 }

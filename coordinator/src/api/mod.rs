@@ -1,10 +1,11 @@
-//! The gRPC services clients and operators talk to: Inference, Admin, health and reflection.
+//! The gRPC services clients and operators talk to: Inference, Tokenizer, Admin, Control, health and reflection.
 
 mod admin;
 mod assembler;
 mod auth;
 mod caller;
 mod choice;
+mod control;
 mod engine;
 mod inference;
 mod kv_events;
@@ -16,14 +17,21 @@ mod registry;
 mod secured;
 mod status;
 mod stream;
+mod tokenizer;
 mod vllm;
 
 use std::{sync::Arc, time::SystemTime};
 
 use phalanx_proto::{
     secret::ApiKeys,
-    v1::{self, ModelCard, admin_server::AdminServer, inference_server::InferenceServer},
-    vllm::{control_server::ControlServer, inference_server::InferenceServer as VllmInferenceServer},
+    v1::{
+        self, ModelCard, admin_server::AdminServer, control_server::ControlServer,
+        inference_server::InferenceServer, tokenizer_server::TokenizerServer,
+    },
+    vllm::{
+        control_server::ControlServer as VllmControlServer,
+        inference_server::InferenceServer as VllmInferenceServer,
+    },
 };
 use tokio::sync::Notify;
 use tonic::service::{Routes, interceptor::InterceptedService};
@@ -55,14 +63,18 @@ pub struct Api {
     pub tensor_parallel_size: u32,
     /// What clients of all services but health and reflection must present, unless they come over a unix socket.
     pub api_keys: ApiKeys,
+    /// What operators must present to Control, unless they come over a unix socket. Without any, nobody else may.
+    pub admin_keys: ApiKeys,
+    /// What `GetServerInfo` tells: a JSON object without secrets.
+    pub server_info: String,
     pub observers: Observers,
     /// Told when a client asks the server to shut down.
     pub shutdown: Arc<Notify>,
 }
 
 impl Api {
-    /// Inference, Admin, vLLM's services, grpc.health.v1 and reflection; others add their own services. Must be called
-    /// within a Tokio runtime: health follows [`Api::status`] until its last handle is gone.
+    /// Inference, Tokenizer, Admin, Control, vLLM's services, grpc.health.v1 and reflection; others add their own
+    /// services. Must be called within a Tokio runtime: health follows [`Api::status`] until its last handle is gone.
     pub fn routes(self) -> Routes {
         let created = unix_seconds();
         let models = self.served_model_names.into_iter().map(|id| ModelCard {
@@ -73,18 +85,26 @@ impl Api {
         });
         let models: Vec<ModelCard> = models.collect();
         let registry = registry::Registry::default();
-        let control = vllm::ControlService {
+        let operators = auth::AdminCheck(self.admin_keys);
+        let tokenizer = tokenizer::TokenizerService {
+            text: self.text.clone(),
+            models: models.clone(),
+        };
+        let control = control::ControlService {
             engine: self.engine.clone(),
             registry: registry.clone(),
+        };
+        let vllm_control = vllm::ControlService {
+            control: control.clone(),
+            operators: operators.clone(),
             models: models.clone(),
             tensor_parallel_size: self.tensor_parallel_size,
             instance_id: format!("{:016x}", phalanx_proto::secret::random_u64()),
-            keys: self.api_keys.clone(),
             shutdown: self.shutdown,
         };
         let inference = Arc::new(inference::InferenceService::new(inference::Parts {
             text: self.text.clone(),
-            engine: self.engine,
+            engine: self.engine.clone(),
             registry: registry.clone(),
             metrics: self.metrics.clone(),
             observers: self.observers,
@@ -95,26 +115,31 @@ impl Api {
             metrics: self.metrics,
             kv_events: self.kv_events,
             registry,
+            engine: self.engine,
+            server_info: self.server_info,
         };
         let (reporter, health) = tonic_health::server::health_reporter();
         tokio::spawn(status::follow(self.status.subscribe(), reporter));
         // Probes and reflection tell nothing that the contract does not; they need no key.
         let check = auth::KeyCheck(self.api_keys);
         macro_rules! guarded {
-            ($server:expr) => {
+            ($server:expr, $check:expr) => {
                 InterceptedService::new(
                     $server
                         .max_decoding_message_size(MAX_REQUEST_BYTES)
                         .max_encoding_message_size(MAX_RESPONSE_BYTES),
-                    check.clone(),
+                    $check.clone(),
                 )
             };
         }
+        let either = auth::EitherCheck(check.clone(), operators.clone());
         let vllm = vllm::VllmInference(inference.clone());
-        let routes = Routes::new(guarded!(InferenceServer::from_arc(inference)))
-            .add_service(guarded!(AdminServer::new(admin)))
-            .add_service(guarded!(VllmInferenceServer::new(vllm)))
-            .add_service(guarded!(ControlServer::new(control)))
+        let routes = Routes::new(guarded!(InferenceServer::from_arc(inference), check))
+            .add_service(guarded!(TokenizerServer::new(tokenizer), check))
+            .add_service(guarded!(AdminServer::new(admin), check))
+            .add_service(guarded!(ControlServer::new(control), operators))
+            .add_service(guarded!(VllmInferenceServer::new(vllm), check))
+            .add_service(guarded!(VllmControlServer::new(vllm_control), either))
             .add_service(health);
         let reflection = tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(phalanx_proto::FILE_DESCRIPTOR_SET)

@@ -22,6 +22,15 @@ struct Entry {
     abort: Option<oneshot::Sender<()>>,
 }
 
+impl Entry {
+    fn abort(&mut self) {
+        if let Some(abort) = self.abort.take() {
+            // A receiver that is gone belongs to a request that is ending anyway.
+            let _ = abort.send(());
+        }
+    }
+}
+
 #[derive(Clone, Default)]
 pub(super) struct Registry {
     running: Arc<Mutex<Running>>,
@@ -58,17 +67,35 @@ impl Registry {
         }
     }
 
-    /// Asks every request of this id to end; false if there is none.
+    /// Asks every request of this id to end; false if there is none. The prompts of one HTTP request are requests
+    /// `id-0`, `id-1` and so on.
     pub(super) fn abort(&self, id: &str) -> bool {
         let mut running = self.lock();
-        let Some(entries) = running.by_id.get_mut(id) else {
-            return false;
-        };
-        for abort in entries.iter_mut().filter_map(|entry| entry.abort.take()) {
-            // A receiver that is gone belongs to a request that is ending anyway.
-            let _ = abort.send(());
+        if let Some(entries) = running.by_id.get_mut(id) {
+            entries.iter_mut().for_each(Entry::abort);
+            return true;
         }
-        true
+        let is_part = |other: &str| {
+            let number = other.strip_prefix(id).and_then(|rest| rest.strip_prefix('-'));
+            number.is_some_and(|number| number.parse::<u32>().is_ok())
+        };
+        let parts = running.by_id.iter_mut().filter(|(other, _)| is_part(other));
+        let mut found = false;
+        for entry in parts.flat_map(|(_, entries)| entries) {
+            entry.abort();
+            found = true;
+        }
+        found
+    }
+
+    /// Asks every request to end; returns how many there are.
+    pub(super) fn abort_all(&self) -> usize {
+        let mut count = 0;
+        for entry in self.lock().by_id.values_mut().flatten() {
+            entry.abort();
+            count += 1;
+        }
+        count
     }
 
     /// The lists are whole between any two statements, so a panic elsewhere does not spoil them.
@@ -102,6 +129,18 @@ mod tests {
         assert_eq!(second.aborted.try_recv(), Ok(()));
         drop(second);
         assert!(!registry.abort("a"));
+        let mut prompts = ["d-0", "d-1"].map(|id| registry.register(id.into()));
+        assert!(registry.abort("d") && !registry.abort("d-"));
+        assert!(
+            prompts
+                .iter_mut()
+                .all(|prompt| prompt.aborted.try_recv() == Ok(()))
+        );
+        drop(prompts);
+        let mut others = ["b", "c"].map(|id| registry.register(id.into()));
+        assert_eq!(registry.abort_all(), 2);
+        assert!(others.iter_mut().all(|other| other.aborted.try_recv() == Ok(())));
+        drop(others);
         assert!(registry.lock().by_id.is_empty());
     }
 }

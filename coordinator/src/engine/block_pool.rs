@@ -140,6 +140,15 @@ impl BlockPool {
         }
     }
 
+    /// The same for all blocks.
+    pub(super) fn uncache_all(&mut self) {
+        self.cached.clear();
+        for block in &mut self.blocks {
+            block.hash = None;
+        }
+        self.log.cleared();
+    }
+
     /// Panics unless `held` names every block exactly as often as it is counted, and list and map agree with the blocks.
     pub(super) fn check(&self, held: impl Iterator<Item = BlockId>) {
         let mut ref_counts = vec![0; self.blocks.len()];

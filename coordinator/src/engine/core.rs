@@ -12,7 +12,7 @@ use super::{
 /// What one turn came to.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Progress {
-    /// There is no sequence; the next turn makes sense once there is a command.
+    /// No sequence can run; the next turn makes sense once there is a command.
     Idle,
     Stepped(StepStats),
     /// The group was lost and a new one has taken over; every sequence will be computed again.
@@ -83,6 +83,7 @@ impl<E: Executor, C: Clock> EngineCore<E, C> {
             self.scheduler.apply(command, events);
         }
         let Some(plan) = self.scheduler.schedule(events) else {
+            self.scheduler.settle_pause(events);
             self.scheduler.check_invariants();
             return Progress::Idle;
         };
@@ -101,6 +102,7 @@ impl<E: Executor, C: Clock> EngineCore<E, C> {
             }
             Err(cause) => self.recover(cause, Some(&plan), events),
         };
+        self.scheduler.settle_pause(events);
         self.scheduler.check_invariants();
         progress
     }
@@ -111,13 +113,19 @@ impl<E: Executor, C: Clock> EngineCore<E, C> {
             return Progress::Idle;
         }
         let progress = self.recover(cause, None, events);
+        self.scheduler.settle_pause(events);
         self.scheduler.check_invariants();
         progress
     }
 
-    /// No sequence is live: the next [`EngineCore::step`] would only apply commands.
+    /// No sequence is live.
     pub fn is_idle(&self) -> bool {
         self.scheduler.is_idle()
+    }
+
+    /// Whether the next [`EngineCore::step`] would do more than apply commands.
+    pub fn has_work(&self) -> bool {
+        self.scheduler.has_work()
     }
 
     /// What has changed in the prefix cache since the last call; nothing unless the configuration asks for it.

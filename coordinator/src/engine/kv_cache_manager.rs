@@ -18,6 +18,15 @@ pub(super) struct SequenceKv {
     names: BlockNames,
     /// Leading blocks of the table that have been offered to the prefix cache or came from it.
     num_offered: usize,
+    /// The blocks are older than the last reset of the cache: nothing that is computed from them is offered.
+    withheld: bool,
+}
+
+impl SequenceKv {
+    /// Keeps what is computed so far, and what follows from it, out of the prefix cache.
+    pub(super) fn withhold(&mut self) {
+        self.withheld = !self.table.is_empty();
+    }
 }
 
 /// What must be free for a sequence to be admitted.
@@ -77,6 +86,7 @@ impl KvCacheManager {
             table: Vec::new(),
             names: BlockNames::new(self.hash_algo, &self.seed, cache_salt),
             num_offered: 0,
+            withheld: false,
         }
     }
 
@@ -123,7 +133,7 @@ impl KvCacheManager {
     /// Offers the blocks that `num_computed` tokens fill to other sequences. Not before the step that computes them has
     /// succeeded: a block is only ever findable while its content is there.
     pub(super) fn offer(&mut self, kv: &mut SequenceKv, tokens: &[u32], num_computed: usize) {
-        if !self.enable_prefix_caching {
+        if !self.enable_prefix_caching || kv.withheld {
             return;
         }
         let num_full = num_computed / self.block_size;
@@ -143,6 +153,7 @@ impl KvCacheManager {
     /// Gives all blocks back, the last first: the end of a prefix is of use to fewer than its beginning.
     pub(super) fn free(&mut self, kv: &mut SequenceKv) {
         kv.num_offered = 0;
+        kv.withheld = false;
         while let Some(id) = kv.table.pop() {
             self.pool.release(id);
         }
@@ -152,6 +163,11 @@ impl KvCacheManager {
     pub(super) fn discard(&mut self, kv: &mut SequenceKv) {
         kv.table.iter().for_each(|&id| self.pool.uncache(id));
         self.free(kv);
+    }
+
+    /// No block will be found by its content any more. Every [`SequenceKv`] that holds blocks must be withheld.
+    pub(super) fn forget(&mut self) {
+        self.pool.uncache_all();
     }
 
     /// The ranks have lost all KV. Every [`SequenceKv`] must have been freed.
@@ -279,6 +295,28 @@ mod tests {
         assert_eq!(manager.num_free_blocks(), 1);
         assert!(manager.grow(&mut kv, 29) && !manager.grow(&mut kv, 33));
         manager.check([&kv].into_iter());
+    }
+
+    #[test]
+    fn forgotten_content_is_not_found_nor_what_follows_from_it() {
+        let mut manager = manager();
+        let tokens: Vec<u32> = (0..12).collect();
+        let mut kv = manager.sequence(None);
+        manager.admit(&mut kv, &tokens, alone(&tokens));
+        manager.grow(&mut kv, 8);
+        manager.offer(&mut kv, &tokens, 8);
+        manager.forget();
+        kv.withhold();
+        manager.grow(&mut kv, 12);
+        manager.offer(&mut kv, &tokens, 12);
+        manager.check([&kv].into_iter());
+        manager.free(&mut kv);
+        assert_eq!(run(&mut manager, &tokens, None), Some(0));
+        assert_eq!(
+            run(&mut manager, &tokens, None),
+            Some(8),
+            "later content is found"
+        );
     }
 
     #[test]

@@ -13,6 +13,7 @@ use phalanx_proto::step::{SampledToken, ScoredPrompt, SequenceId, StepOutput, St
 use super::{
     Command, EngineConfig, EngineRequest, Event, FinishReason, KvEvent, SchedulingPolicy, SpeculationStats,
     kv_cache_manager::{KvCacheManager, Room},
+    pause::Pause,
     sequence::{Sequence, Urgency},
     speculation::Verifier,
     waiting::WaitingQueue,
@@ -37,6 +38,8 @@ pub struct Snapshot {
     /// Plans made, including those that failed.
     pub num_steps: u64,
     pub speculation: SpeculationStats,
+    /// Nothing new is started.
+    pub paused: bool,
 }
 
 impl Snapshot {
@@ -48,18 +51,19 @@ impl Snapshot {
 
 pub(super) struct Scheduler {
     config: EngineConfig,
-    kv: KvCacheManager,
-    sequences: BTreeMap<SequenceId, Sequence>,
+    pub(super) kv: KvCacheManager,
+    pub(super) sequences: BTreeMap<SequenceId, Sequence>,
     /// Every sequence is in exactly one of these two.
     waiting: WaitingQueue,
-    running: BTreeMap<Urgency, SequenceId>,
+    pub(super) running: BTreeMap<Urgency, SequenceId>,
+    pub(super) pause: Option<Pause>,
     num_arrivals: u64,
     epoch: u32,
     /// Number of the last plan. It goes on across epochs, so no late output can be taken for a newer one.
     step: u64,
     prefix_cache_queries: u64,
     prefix_cache_hits: u64,
-    num_preemptions: u64,
+    pub(super) num_preemptions: u64,
     speculation: SpeculationStats,
 }
 
@@ -91,6 +95,7 @@ impl Scheduler {
             sequences: BTreeMap::new(),
             waiting: WaitingQueue::new(config.policy),
             running: BTreeMap::new(),
+            pause: None,
             num_arrivals: 0,
             epoch: config.epoch,
             step: 0,
@@ -118,6 +123,7 @@ impl Scheduler {
             num_preemptions: self.num_preemptions,
             num_steps: self.step,
             speculation: self.speculation,
+            paused: self.pause.is_some(),
         }
     }
 
@@ -137,6 +143,9 @@ impl Scheduler {
                 self.finish(id, reason, events)
             }
             Command::Finish(..) => {}
+            Command::Pause { mode, clear_cache } => self.pause(mode, clear_cache, events),
+            Command::Resume => self.resume(events),
+            Command::ResetPrefixCache { reset_running } => self.reset_prefix_cache(reset_running, events),
         }
     }
 
@@ -159,8 +168,11 @@ impl Scheduler {
         assert!(replaced.is_none(), "{id:?} was submitted twice");
     }
 
-    /// The next step; none if there is no sequence.
+    /// The next step; none if there is no sequence that may run.
     pub(super) fn schedule(&mut self, events: &mut Vec<Event>) -> Option<StepPlan> {
+        if !self.has_work() {
+            return None;
+        }
         let mut draft = Draft {
             budget: self.config.max_num_batched_tokens as usize,
             chosen: BTreeMap::new(),
@@ -177,10 +189,7 @@ impl Scheduler {
             self.add_drafts(&mut draft);
         }
         let Draft { chosen, drafts, .. } = draft;
-        if chosen.is_empty() {
-            assert!(self.is_idle(), "sequences are live but none can run");
-            return None;
-        }
+        assert!(!chosen.is_empty(), "sequences are live but none can run");
         self.step += 1;
         let rows = self.rows(&chosen, &drafts);
         Some(StepPlan {
@@ -262,7 +271,7 @@ impl Scheduler {
     }
 
     /// Back to waiting, with nothing computed and in its old place of the order.
-    fn requeue(&mut self, urgency: Urgency, id: SequenceId) {
+    pub(super) fn requeue(&mut self, urgency: Urgency, id: SequenceId) {
         if let Some(sequence) = self.sequences.get_mut(&id) {
             self.kv.free(&mut sequence.kv);
             sequence.num_computed_tokens = 0;
@@ -274,7 +283,7 @@ impl Scheduler {
     fn admit_waiting(&mut self, draft: &mut Draft<'_>) {
         let mut promised = self.promised_blocks();
         while draft.budget > 0 && self.running.len() < self.config.max_num_seqs as usize {
-            let Some((urgency, id)) = self.waiting.next() else {
+            let Some((urgency, id)) = self.next_waiting() else {
                 return;
             };
             let Some(sequence) = self.sequences.get_mut(&id) else {
@@ -326,6 +335,14 @@ impl Scheduler {
             self.waiting.remove(&urgency);
             self.running.insert(urgency, id);
             draft.choose(urgency, num_tokens);
+        }
+    }
+
+    /// The one to admit next; in a pause, of those that have started and were preempted.
+    fn next_waiting(&self) -> Option<(Urgency, SequenceId)> {
+        match self.pause {
+            None => self.waiting.next(),
+            Some(_) => self.waiting.find(|id| self.sequences[&id].started),
         }
     }
 
@@ -428,7 +445,7 @@ impl Scheduler {
         }
     }
 
-    fn finish(&mut self, id: SequenceId, reason: FinishReason, events: &mut Vec<Event>) {
+    pub(super) fn finish(&mut self, id: SequenceId, reason: FinishReason, events: &mut Vec<Event>) {
         self.remove(id);
         events.push(Event::Finished { sequence: id, reason });
     }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use phalanx_proto::step::{Penalties, SampledToken, ScoredToken, SequenceId, StepOutput, StepPlan};
 
-use super::request::RequestError;
+use super::{pause::PauseMode, request::RequestError};
 
 /// Time since the engine's start.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
@@ -137,6 +137,19 @@ pub enum Command {
     /// Ends a sequence wherever it is: `Stop` at a stop string, `Abort` for whoever went away. Unknown or finished ids
     /// are ignored.
     Finish(SequenceId, FinishReason),
+    /// Start nothing new until [`Command::Resume`]; answered by [`Event::Paused`]. It replaces a pause in force.
+    Pause {
+        mode: PauseMode,
+        /// Reset the prefix cache once nothing is in flight; not with [`PauseMode::Keep`].
+        clear_cache: bool,
+    },
+    /// Answered by [`Event::Resumed`], also without a pause.
+    Resume,
+    /// Answered by [`Event::PrefixCacheReset`].
+    ResetPrefixCache {
+        /// Preempt what runs, so that it is computed again.
+        reset_running: bool,
+    },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -182,4 +195,8 @@ pub enum Event {
         sequence: SequenceId,
         failed_steps: u32,
     },
+    /// Of the sequences in flight when the engine was paused, none runs any more.
+    Paused,
+    Resumed,
+    PrefixCacheReset,
 }

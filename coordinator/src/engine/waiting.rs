@@ -77,6 +77,12 @@ impl WaitingQueue {
         Some((urgency, self.get(&urgency)?))
     }
 
+    /// The most urgent of those that `wanted` holds for.
+    pub(super) fn find(&self, wanted: impl Fn(SequenceId) -> bool) -> Option<(Urgency, SequenceId)> {
+        let mut waiting = self.by_urgency.iter().map(|(&urgency, &(id, _))| (urgency, id));
+        waiting.find(|&(_, id)| wanted(id))
+    }
+
     /// A tenant's sequence has started, and so many tokens of its prompt were not cached.
     pub(super) fn charge_prompt(&mut self, tenant: TenantId, num_tokens: usize) {
         self.charge(tenant, PROMPT_TOKEN * num_tokens as u64);

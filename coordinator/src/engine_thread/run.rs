@@ -12,7 +12,10 @@ use std::{
 
 use phalanx_proto::{ErrorKind, RpcError, step::SequenceId};
 
-use super::{EngineState, Lifecycle, Message, Shared, StreamEvent, check_admits, refusal, stream::Stream};
+use super::{
+    EngineState, Lifecycle, Message, Shared, StreamEvent, check_admits, control::Waiters, refusal,
+    stream::Stream,
+};
 use crate::engine::{
     self, Clock, Command, ConfigError, EngineConfig, EngineCore, EngineFailure, Event, Executor,
     ExecutorError, FinishReason, Progress, Snapshot,
@@ -46,6 +49,7 @@ pub(super) struct EngineThread<E> {
     live: BTreeMap<SequenceId, Live>,
     /// For the next turn.
     commands: Vec<Command>,
+    waiters: Waiters,
     rank_lost: Option<(u32, ExecutorError)>,
     draining: bool,
     /// Of the last turn.
@@ -66,6 +70,7 @@ impl<E: Executor> EngineThread<E> {
             shared,
             live: BTreeMap::new(),
             commands: Vec::new(),
+            waiters: Waiters::default(),
             rank_lost: None,
             draining: false,
             events: Vec::new(),
@@ -84,6 +89,7 @@ impl<E: Executor> EngineThread<E> {
             self.route_events(began);
             self.publish_kv_events();
             self.publish(&progress);
+            self.waiters.answer();
             if let Progress::Fatal(failure) = progress {
                 ending.set(EngineState::Failed);
                 match &failure {
@@ -102,7 +108,7 @@ impl<E: Executor> EngineThread<E> {
 
     /// Collects what has come in, sleeping if there is nothing to do. False: the thread shall end.
     fn receive(&mut self) -> bool {
-        let idle = self.core.is_idle() && self.commands.is_empty();
+        let idle = !self.core.has_work() && self.commands.is_empty();
         if idle {
             match self.inbox.recv() {
                 Ok(message) => {
@@ -142,6 +148,10 @@ impl<E: Executor> EngineThread<E> {
                 self.commands.push(Command::Submit(request));
             }
             Message::Finish(id, reason) => self.commands.push(Command::Finish(id, reason)),
+            Message::Control(command, answer) => {
+                self.waiters.add(&command, answer);
+                self.commands.push(command);
+            }
             Message::RankLost { epoch, cause } => {
                 // A late report of an earlier group must not hide one of this group.
                 if self.rank_lost.as_ref().is_none_or(|(known, _)| *known <= epoch) {
@@ -200,6 +210,7 @@ impl<E: Executor> EngineThread<E> {
                         format!("ranks were lost in {failed_steps} steps in a row that ran this request");
                     self.fail(sequence, RpcError::new(ErrorKind::WorkerLost, why));
                 }
+                Event::Paused | Event::Resumed | Event::PrefixCacheReset => self.waiters.note(event),
             }
         }
     }

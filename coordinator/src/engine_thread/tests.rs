@@ -5,7 +5,10 @@ use std::sync::mpsc::Receiver;
 use phalanx_proto::step::{StepOutput, StepPlan};
 
 use super::*;
-use crate::engine::sim::{Faults, Prng, SimExecutor, VOCAB_SIZE, oracle};
+use crate::engine::{
+    PauseMode,
+    sim::{Faults, Prng, SimExecutor, VOCAB_SIZE, oracle},
+};
 
 const DEADLINE: std::time::Duration = std::time::Duration::from_secs(20);
 
@@ -116,6 +119,50 @@ fn failure(end: StreamEvent) -> ErrorKind {
         StreamEvent::Failed(error) => error.kind,
         other => panic!("ended with {other:?}"),
     }
+}
+
+#[tokio::test]
+async fn a_pause_is_answered_and_seen_and_ends_with_a_resume() {
+    let engine = start(config(), Faults::default());
+    drop(engine.gate);
+    let handle = &engine.handle;
+    assert_eq!(within(handle.pause(PauseMode::Wait, true)).await, Ok(true));
+    assert!(handle.status().snapshot.paused);
+    let new = sequence(vec![1, 2, 3], 4);
+    let mut held = handle.submit(new.clone()).expect("admitted");
+    within(handle.reset_prefix_cache(true))
+        .await
+        .expect("while paused");
+    assert!(held.events.try_recv().is_err(), "it waits");
+    assert!(
+        engine
+            .metrics
+            .encode()
+            .contains("phalanx_paused{model_name=\"sim\",engine=\"0\"} 1")
+    );
+    within(handle.resume()).await.expect("resumed");
+    assert!(!handle.status().snapshot.paused);
+    assert_eq!(read(&mut held).await.0, expected(held.id, &new));
+}
+
+#[tokio::test]
+async fn a_resume_answers_who_waits_for_a_pause() {
+    let engine = start(config(), Faults::default());
+    let handle = engine.handle.clone();
+    let new = sequence(vec![1, 2, 3], 4);
+    let mut running = handle.submit(new.clone()).expect("admitted");
+    // All three find the engine in the first step, and are sent in this order.
+    let pause = handle.pause(PauseMode::Wait, false);
+    let (paused, resumed, ()) =
+        within(async { tokio::join!(pause, handle.resume(), async { drop(engine.gate) }) }).await;
+    assert_eq!((paused, resumed), (Ok(false), Ok(())));
+    assert_eq!(read(&mut running).await.0, expected(running.id, &new));
+    handle.shutdown();
+    within(async { while handle.pause(PauseMode::Keep, false).await.is_ok() {} }).await;
+    assert_eq!(
+        handle.resume().await.expect_err("the engine has ended").kind,
+        ErrorKind::Unavailable
+    );
 }
 
 async fn drain(handle: &EngineHandle) {

@@ -121,7 +121,7 @@ impl EngineMetrics {
             num_requests_waiting_by_reason: add(
                 r,
                 "vllm:num_requests_waiting_by_reason",
-                "Waiting sequences by what they wait for",
+                "Waiting sequences by what they wait for: blocks (capacity), or the end of a pause (deferred)",
                 Family::default(),
             ),
             kv_cache_usage_perc: add(

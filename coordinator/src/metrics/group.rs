@@ -26,6 +26,7 @@ pub(super) struct GroupMetrics {
     pub(super) step_rows: Histogram,
     pub(super) recovery_seconds: Histogram,
     pub(super) epoch: Gauge,
+    pub(super) paused: Gauge,
     pub(super) ranks_lost: Counter,
     pub(super) segment_bytes: Gauge,
     ranks: ByPhase,
@@ -71,6 +72,12 @@ impl GroupMetrics {
                 r,
                 "phalanx_epoch",
                 "Incarnation of the rank group",
+                Gauge::default(),
+            ),
+            paused: add(
+                r,
+                "phalanx_paused",
+                "Whether an operator holds the engine still",
                 Gauge::default(),
             ),
             ranks_lost: add(

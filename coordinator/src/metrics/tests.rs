@@ -54,6 +54,7 @@ fn recorded() -> Metrics {
             num_accepted_tokens: 4,
             num_accepted_per_position: [3, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
         },
+        paused: false,
     };
     metrics.engine_turned(&Snapshot::default(), &now);
     metrics.engine_turned(&now, &now);
@@ -125,6 +126,7 @@ fn names_are_those_that_dashboards_know() {
         "vllm:spec_decode_num_accepted_tokens_total",
         "vllm:spec_decode_num_accepted_tokens_per_pos_total",
         "phalanx_epoch",
+        "phalanx_paused",
         "phalanx_ranks_lost_total",
     ];
     let histograms = [
@@ -254,4 +256,32 @@ fn an_engine_that_ended_leaves_no_gauge_standing() {
     for (name, _, value) in parse(&metrics.encode()) {
         assert!(!gauges.contains(&name.as_str()) || value == 0.0, "{name}");
     }
+}
+
+#[test]
+fn the_document_has_the_metrics_that_there_are() {
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/compatibility.md");
+    let text = std::fs::read_to_string(path).expect("docs/compatibility.md");
+    let (_, text) = text.split_once("## Metrics").expect("the table");
+    let exposition = Metrics::new("demo", 100).encode();
+    let is_there = |name: &str| {
+        let family = name
+            .strip_suffix("_total")
+            .or(name.strip_suffix("_info"))
+            .unwrap_or(name);
+        [name, family]
+            .iter()
+            .any(|name| exposition.contains(&format!("# TYPE {name} ")))
+    };
+    let mut rows = 0;
+    for line in text.lines().filter_map(|line| line.strip_prefix("| `vllm:")) {
+        let (name, rest) = line.split_once("` | ").expect("a row");
+        assert_eq!(
+            is_there(&format!("vllm:{name}")),
+            rest.starts_with("same |"),
+            "{name}: {rest}"
+        );
+        rows += 1;
+    }
+    assert!(rows > 40, "{rows}");
 }

@@ -11,6 +11,7 @@ mod processor;
 mod resume;
 mod sampling;
 mod stop;
+mod tokenize;
 mod tokenizer;
 mod tools;
 

@@ -15,8 +15,9 @@ use phalanx_proto::{ErrorKind, RpcError, limits::MAX_CACHE_SALT_BYTES, v1};
 use super::{
     ChatOptions, GenerationDefaults, GgufVocab, HfFiles, ModelLimits, OutputPlan, StopMatcher, TextError,
     TextPool, Tokenizer,
-    chat::{ChatSide, message_bytes},
+    chat::{ChatSide, Rendered, message_bytes},
     sampling::{self, CheckedParams, Rules},
+    tokenize,
 };
 use crate::{engine::TenantId, engine_thread::NewSequence};
 
@@ -31,14 +32,18 @@ pub struct TextModel {
     /// The template of conversations with tools, if they have one of their own.
     pub tool_template: Option<String>,
     pub defaults: GenerationDefaults,
+    /// What tokenizer_config.json says; of a GGUF file, what its metadata says in those terms.
+    pub tokenizer_config: serde_json::Value,
 }
 
 impl TextModel {
     /// From a GGUF file's metadata.
     pub fn from_gguf<B: AsRef<[u8]>>(file: &Gguf<B>) -> Result<Self, TextError> {
         let vocab = GgufVocab::from_metadata(file)?;
+        let tokenizer = Tokenizer::from_gguf(&vocab)?;
         Ok(Self {
-            tokenizer: Tokenizer::from_gguf(&vocab)?,
+            tokenizer_config: tokenize::config_of(tokenizer.special_tokens()),
+            tokenizer,
             chat_template: vocab.chat_template,
             tool_template: vocab.tool_template,
             defaults: GenerationDefaults::from_gguf(file)?,
@@ -53,6 +58,7 @@ impl TextModel {
             chat_template: files.chat_template()?,
             tool_template: files.tool_template()?,
             defaults: GenerationDefaults::from_json(&files.generation_config)?,
+            tokenizer_config: files.tokenizer_config,
         })
     }
 }
@@ -73,14 +79,15 @@ pub struct TextOptions {
 /// Turns requests into sequences. Cheap to share; needs a Tokio runtime.
 #[derive(Debug)]
 pub struct TextProcessor {
-    tokenizer: Arc<Tokenizer>,
+    pub(super) tokenizer: Arc<Tokenizer>,
     chat: Arc<ChatSide>,
     defaults: GenerationDefaults,
     limits: ModelLimits,
     /// Takes the place of the limits' own, which may have to give way to the memory there turns out to be.
     max_model_len: AtomicU32,
     seed: Option<u64>,
-    pool: TextPool,
+    pub(super) pool: TextPool,
+    pub(super) tokenizer_info: String,
 }
 
 /// A checked, tokenized request.
@@ -120,6 +127,7 @@ impl TextProcessor {
         }
         let tool_template = model.tool_template.filter(|_| options.chat_template.is_none());
         let template = options.chat_template.or(model.chat_template);
+        let tokenizer_info = tokenize::info(model.tokenizer_config, template.as_deref());
         let templates = (template.as_deref(), tool_template.as_deref());
         let chat = ChatSide::new(templates, &model.tokenizer, options.chat)?;
         let threads = options
@@ -133,6 +141,7 @@ impl TextProcessor {
             limits: options.limits,
             seed: options.seed,
             pool: TextPool::new(threads, MAX_WAITING_PROMPTS),
+            tokenizer_info,
         })
     }
 
@@ -195,22 +204,27 @@ impl TextProcessor {
         let place = Place::checked(request.priority, request.cache_salt.take())?;
         let params = self.check(&request.sampling.take().unwrap_or_default(), &output)?;
         let cut = Cut::checked(request.truncate_prompt_tokens, &params, &self.limits)?;
+        let resume = std::mem::take(&mut request.resume);
+        let (mut prompt, rendered) = self.render(request).await?;
+        cut.apply(&mut prompt);
+        let prepared = self.assemble(params, prompt, place, (rendered.echo, output))?;
+        let plan = rendered.plan;
+        PreparedRequest { plan, ..prepared }.resume(resume)
+    }
+
+    /// The conversation of a request as the model's tokens, and what else came of its rendering.
+    pub(super) async fn render(&self, request: v1::ChatRequest) -> Result<(Vec<u32>, Rendered), RpcError> {
         let max_bytes = self.max_prompt_bytes();
         let given = request.messages.iter().map(message_bytes);
         self.check_bytes(given.fold(0, usize::saturating_add), "messages")?;
-        let resume = std::mem::take(&mut request.resume);
         let (chat, tokenizer) = (self.chat.clone(), self.tokenizer.clone());
-        let (mut prompt, echo, plan) = self
-            .pool
+        self.pool
             .run(move || {
                 let rendered = chat.render(&request, max_bytes)?;
                 let prompt = encode(&tokenizer, &rendered.prompt, request.add_special_tokens)?;
-                Ok((prompt, rendered.echo, rendered.plan))
+                Ok((prompt, rendered))
             })
-            .await?;
-        cut.apply(&mut prompt);
-        let prepared = self.assemble(params, prompt, place, (echo, output))?;
-        PreparedRequest { plan, ..prepared }.resume(resume)
+            .await
     }
 
     fn check(
@@ -240,7 +254,7 @@ impl TextProcessor {
         (self.limits().max_model_len as usize).saturating_mul(self.tokenizer.table().longest_token())
     }
 
-    fn check_bytes(&self, bytes: usize, param: &str) -> Result<(), RpcError> {
+    pub(super) fn check_bytes(&self, bytes: usize, param: &str) -> Result<(), RpcError> {
         if bytes <= self.max_prompt_bytes() {
             return Ok(());
         }
@@ -253,17 +267,21 @@ impl TextProcessor {
     }
 
     fn check_ids(&self, ids: &[u32]) -> Result<(), RpcError> {
+        self.check_vocabulary(ids, "prompt")
+    }
+
+    pub(super) fn check_vocabulary(&self, ids: &[u32], param: &str) -> Result<(), RpcError> {
         let vocab_size = self.limits.vocab_size;
         match ids.iter().find(|&&id| id >= vocab_size) {
             None => Ok(()),
             Some(id) => Err(RpcError::invalid(
-                "prompt",
+                param,
                 format!("Token id {id} is out of vocabulary; token ids are below {vocab_size}."),
             )),
         }
     }
 
-    async fn encode(&self, text: String, add_special_tokens: bool) -> Result<Vec<u32>, RpcError> {
+    pub(super) async fn encode(&self, text: String, add_special_tokens: bool) -> Result<Vec<u32>, RpcError> {
         let tokenizer = self.tokenizer.clone();
         self.pool
             .run(move || encode(&tokenizer, &text, add_special_tokens))

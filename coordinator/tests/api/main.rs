@@ -1,5 +1,6 @@
 //! The services over a real gRPC server on a unix socket and the real engine; only the ranks are scripted.
 
+mod control;
 mod operations;
 mod prompts;
 mod ranks;
@@ -8,5 +9,6 @@ mod resume;
 mod server;
 #[path = "../support/mod.rs"]
 mod support;
+mod tokenizer;
 mod tools;
 mod vllm;

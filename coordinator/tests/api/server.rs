@@ -84,6 +84,8 @@ pub(crate) fn api(engine: EngineSlot, status: StatusHandle) -> Api {
         model_root: "/models/demo.gguf".into(),
         tensor_parallel_size: 2,
         api_keys: ApiKeys::default(),
+        admin_keys: ApiKeys::default(),
+        server_info: r#"{"version": "1"}"#.into(),
         observers: Observers::default(),
         shutdown: Arc::new(Notify::new()),
     }

@@ -135,13 +135,13 @@ async fn sequences_are_told_apart_and_stop_strings_named() {
     );
     let pieces = streamed(&server, both).await;
     for (index, expected) in [(0, " one"), (1, " four")] {
-        let of = pieces
+        let mut of = pieces
             .iter()
             .filter_map(|piece| piece.outputs.as_ref())
             .filter(|output| output.index == index);
         let text: String = of.clone().map(|output| output.text.as_str()).collect();
         let finish = of
-            .last()
+            .next_back()
             .and_then(|output| output.finish_info.clone())
             .expect("an end");
         assert_eq!(text, expected);

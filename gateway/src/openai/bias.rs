@@ -10,7 +10,7 @@ use serde::{
 
 /// At most [`MAX_LOGIT_BIAS`] entries, no token twice, every number finite in 32 bits.
 #[derive(Debug, Default)]
-pub(super) struct LogitBias(pub(super) HashMap<u32, f32>);
+pub(crate) struct LogitBias(pub(crate) HashMap<u32, f32>);
 
 impl<'de> Deserialize<'de> for LogitBias {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {

@@ -23,7 +23,7 @@ const DISCARD: usize = 4;
 ///
 /// # Errors
 /// 408, 413, 415, or 400 for a body that breaks off.
-pub(super) async fn read(request: Request, limits: &HttpLimits) -> Result<Vec<u8>, ApiError> {
+pub(crate) async fn read(request: Request, limits: &HttpLimits) -> Result<Vec<u8>, ApiError> {
     check_content_type(request.headers())?;
     let body = request.into_body();
     timeout(limits.body_timeout, collect(body, limits.body_bytes))
@@ -74,7 +74,7 @@ async fn collect(body: Body, limit: usize) -> Result<Vec<u8>, ApiError> {
 ///
 /// # Errors
 /// `InvalidArgument` with the position of a syntax error, or with the path of a field of the wrong type.
-pub(super) fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, RpcError> {
+pub(crate) fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, RpcError> {
     let mut json = serde_json::Deserializer::from_slice(body);
     let parsed = serde_path_to_error::deserialize::<_, Object<T>>(&mut json);
     let Object(value) = parsed.map_err(|error| refuse(&error))?;
@@ -106,7 +106,7 @@ fn not_json(error: &serde_json::Error) -> RpcError {
 
 /// A struct from a JSON object only; serde's derive takes an array of the fields' values as well.
 #[derive(Debug)]
-pub(super) struct Object<T>(pub(super) T);
+pub(crate) struct Object<T>(pub(crate) T);
 
 impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -131,7 +131,7 @@ impl<'de, T: Deserialize<'de>> Visitor<'de> for ObjectVisitor<T> {
 /// A list of at most `MAX` items, refused at the first one more: a body of `{},{},{}...` must not become a hundred
 /// times its size in memory before it is counted.
 #[derive(Debug)]
-pub(super) struct Bounded<T, const MAX: usize>(pub(super) Vec<T>);
+pub(crate) struct Bounded<T, const MAX: usize>(pub(crate) Vec<T>);
 
 impl<T, const MAX: usize> Default for Bounded<T, MAX> {
     fn default() -> Self {

@@ -14,14 +14,14 @@ const MAX_TIMEOUT: f64 = 86_400.0;
 
 /// Taken from a request before its body is read.
 #[derive(Debug, Default)]
-pub(super) struct Caller {
+pub(crate) struct Caller {
     /// Empty: not known.
     tenant: String,
     expected_ms: Option<u64>,
 }
 
 impl Caller {
-    pub(super) fn of(request: &Request) -> Self {
+    pub(crate) fn of(request: &Request) -> Self {
         let tenant = request.extensions().get::<Tenant>();
         let expected = request
             .headers()
@@ -35,7 +35,7 @@ impl Caller {
     }
 
     /// Fills in the fields of a gRPC request, whose own timeout stays if it is shorter.
-    pub(super) fn sign(&self, tenant: &mut String, timeout_ms: &mut Option<u64>) {
+    pub(crate) fn sign(&self, tenant: &mut String, timeout_ms: &mut Option<u64>) {
         tenant.clone_from(&self.tenant);
         *timeout_ms = [*timeout_ms, self.expected_ms].into_iter().flatten().min();
     }

@@ -39,7 +39,7 @@ use crate::{
 
 /// The fields that only this route has.
 #[derive(Debug, Deserialize)]
-struct ChatFields {
+pub(crate) struct ChatFields {
     messages: Option<Messages>,
     max_tokens: Option<u32>,
     max_completion_tokens: Option<u32>,
@@ -140,7 +140,7 @@ fn prepare(body: &[u8], id: &str, service: &Service) -> Result<Call, RpcError> {
 }
 
 /// JSON that begins with `first`, as it came; nothing if there is none.
-fn raw(field: &str, first: char, value: Option<Box<RawValue>>) -> Result<String, RpcError> {
+pub(crate) fn raw(field: &str, first: char, value: Option<Box<RawValue>>) -> Result<String, RpcError> {
     let text = value.map_or_else(String::new, |value| Box::<str>::from(value).into());
     if text.is_empty() || text.starts_with(first) {
         return Ok(text);

@@ -38,7 +38,7 @@ const OBJECT: &str = "text_completion";
 
 /// The fields that only this route has.
 #[derive(Debug, Deserialize)]
-struct CompletionFields {
+pub(crate) struct CompletionFields {
     prompt: Option<Prompts>,
     /// OpenAI's default for this route; `null` asks for as many as fit.
     #[serde(default = "default_max_tokens")]

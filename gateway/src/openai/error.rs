@@ -20,7 +20,7 @@ pub(crate) struct ApiError {
 }
 
 #[derive(Debug, Serialize)]
-pub(super) struct ErrorBody {
+pub(crate) struct ErrorBody {
     message: String,
     r#type: &'static str,
     param: Option<String>,
@@ -70,7 +70,7 @@ impl ApiError {
         Self::http(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", message)
     }
 
-    pub(super) fn unsupported_media_type(given: &str) -> Self {
+    pub(crate) fn unsupported_media_type(given: &str) -> Self {
         let message = format!("the body must be application/json, not {given}");
         Self::http(
             StatusCode::UNSUPPORTED_MEDIA_TYPE,
@@ -79,13 +79,18 @@ impl ApiError {
         )
     }
 
-    pub(super) fn request_timeout() -> Self {
+    pub(crate) fn request_timeout() -> Self {
         let message = "the body did not arrive in time".to_owned();
         Self::http(StatusCode::REQUEST_TIMEOUT, "request_timeout", message)
     }
 
+    /// Status and sentence, for routes whose errors have another shape.
+    pub(crate) fn into_parts(self) -> (StatusCode, String) {
+        (self.status, self.body.message)
+    }
+
     /// The error object alone, for an event of a stream whose status has been sent.
-    pub(super) fn write_json(self, out: &mut Vec<u8>) {
+    pub(crate) fn write_json(self, out: &mut Vec<u8>) {
         super::sse::write_json(out, &Envelope { error: self.body });
     }
 }
@@ -101,7 +106,7 @@ impl IntoResponse for ApiError {
 }
 
 /// The coordinator said something that its protocol does not allow.
-pub(super) fn broken_reply(message: &str) -> RpcError {
+pub(crate) fn broken_reply(message: &str) -> RpcError {
     RpcError::new(
         ErrorKind::Internal,
         format!("the coordinator's reply is broken: {message}"),

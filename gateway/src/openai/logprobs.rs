@@ -140,6 +140,7 @@ mod tests {
             logprob,
             bytes: token.as_bytes().to_vec(),
             rank: None,
+            special: false,
         }
     }
 

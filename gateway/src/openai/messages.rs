@@ -21,7 +21,7 @@ use super::{
 const ASSISTANT: &str = "assistant";
 
 #[derive(Debug, Deserialize)]
-pub(super) struct Message {
+pub(crate) struct Message {
     role: Option<String>,
     content: Option<Content>,
     name: Option<String>,
@@ -34,18 +34,28 @@ pub(super) struct Message {
 }
 
 /// The messages of one request, in order.
-pub(super) type Messages = Bounded<Object<Message>, MAX_MESSAGES>;
+pub(crate) type Messages = Bounded<Object<Message>, MAX_MESSAGES>;
 
 /// A text, or the texts of a list of parts.
 #[derive(Debug)]
-enum Content {
+pub(crate) enum Content {
     Text(String),
     Parts(Vec<String>),
 }
 
+impl Content {
+    /// `content` and `text_parts` of a message.
+    pub(crate) fn into_fields(self) -> (String, Vec<String>) {
+        match self {
+            Self::Text(text) => (text, Vec::new()),
+            Self::Parts(parts) => (String::new(), parts),
+        }
+    }
+}
+
 /// # Errors
 /// `InvalidArgument` naming the field of the message at fault.
-pub(super) fn to_grpc(messages: Option<Messages>) -> Result<Vec<ChatMessage>, RpcError> {
+pub(crate) fn to_grpc(messages: Option<Messages>) -> Result<Vec<ChatMessage>, RpcError> {
     let Bounded(messages) = messages.unwrap_or_default();
     if messages.is_empty() {
         return Err(RpcError::invalid("messages", "messages: at least one is needed"));
@@ -85,8 +95,7 @@ impl Message {
             ));
         }
         let (content, text_parts) = match self.content {
-            Some(Content::Text(text)) => (text, Vec::new()),
-            Some(Content::Parts(parts)) => (String::new(), parts),
+            Some(content) => content.into_fields(),
             // An answer that was a refusal or a tool call and nothing else.
             None if role == ASSISTANT => (String::new(), Vec::new()),
             None => return Err(refuse("content", "is needed")),

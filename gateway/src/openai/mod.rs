@@ -2,20 +2,20 @@
 
 mod answer;
 mod bias;
-mod body;
-mod caller;
+pub(crate) mod body;
+pub(crate) mod caller;
 pub(crate) mod chat;
 pub(crate) mod completions;
 pub(crate) mod error;
 mod logprobs;
-mod messages;
+pub(crate) mod messages;
 pub(crate) mod models;
 pub(crate) mod output;
-mod params;
+pub(crate) mod params;
 mod prompt;
 mod prompt_reply;
-mod reply;
-mod sse;
+pub(crate) mod reply;
+pub(crate) mod sse;
 mod tools;
-mod unoffered;
-mod usage;
+pub(crate) mod unoffered;
+pub(crate) mod usage;

@@ -16,7 +16,7 @@ pub struct ReplyOptions {
 
 /// vLLM's fields of both routes.
 #[derive(Debug, Deserialize)]
-pub(super) struct OutputFields {
+pub(crate) struct OutputFields {
     prompt_logprobs: Option<i64>,
     return_token_ids: Option<bool>,
     return_tokens_as_token_ids: Option<bool>,

@@ -20,9 +20,9 @@ use super::{
 
 /// Sampling and streaming. `null` and absent are the same: the model's default.
 #[derive(Debug, Deserialize)]
-pub(super) struct Params {
-    pub(super) model: Option<String>,
-    pub(super) stream: Option<bool>,
+pub(crate) struct Params {
+    pub(crate) model: Option<String>,
+    pub(crate) stream: Option<bool>,
     stream_options: Option<Object<StreamOptions>>,
     n: Option<u32>,
     temperature: Option<f32>,
@@ -42,11 +42,11 @@ pub(super) struct Params {
     skip_special_tokens: Option<bool>,
     logit_bias: Option<LogitBias>,
     priority: Option<i32>,
-    pub(super) cache_salt: Option<String>,
+    pub(crate) cache_salt: Option<String>,
     /// Seconds that the client waits.
     timeout: Option<f64>,
     /// Names the session of a request that does not name one itself.
-    pub(super) user: Option<String>,
+    pub(crate) user: Option<String>,
 }
 
 #[derive(Clone, Copy, Debug, Default, Deserialize)]
@@ -56,17 +56,17 @@ struct StreamOptions {
 }
 
 impl Params {
-    pub(super) fn streams(&self) -> bool {
+    pub(crate) fn streams(&self) -> bool {
         self.stream == Some(true)
     }
 
     /// Completions per prompt, within its limit once [`Self::sampling`] has passed.
-    pub(super) fn n(&self) -> u32 {
+    pub(crate) fn n(&self) -> u32 {
         self.n.unwrap_or(1)
     }
 
     /// Smaller is more urgent.
-    pub(super) fn priority(&self) -> i32 {
+    pub(crate) fn priority(&self) -> i32 {
         self.priority.unwrap_or(0)
     }
 
@@ -74,7 +74,7 @@ impl Params {
     ///
     /// # Errors
     /// `InvalidArgument` for what is no time to wait.
-    pub(super) fn timeout_ms(&self) -> Result<Option<u64>, RpcError> {
+    pub(crate) fn timeout_ms(&self) -> Result<Option<u64>, RpcError> {
         caller::timeout_ms(self.timeout)
     }
 
@@ -82,7 +82,7 @@ impl Params {
     ///
     /// # Errors
     /// `InvalidArgument` for what gRPC could not carry; ranges are the coordinator's to judge.
-    pub(super) fn sampling(&mut self, max_tokens: Option<u32>) -> Result<SamplingParams, RpcError> {
+    pub(crate) fn sampling(&mut self, max_tokens: Option<u32>) -> Result<SamplingParams, RpcError> {
         if !(1..=MAX_N).contains(&self.n()) {
             return Err(RpcError::invalid(
                 "n",
@@ -113,7 +113,7 @@ impl Params {
 
     /// The output options with `logprobs` and `echo`, which the two routes spell differently. `force_usage`: a stream
     /// ends with its usage whatever it asks for.
-    pub(super) fn output(
+    pub(crate) fn output(
         &self,
         logprobs: Option<u32>,
         echo: bool,
@@ -141,7 +141,7 @@ impl Params {
 }
 
 /// A number too large for 32 bits becomes an infinity on the way in.
-fn finite(field: &str, value: Option<f32>) -> Result<Option<f32>, RpcError> {
+pub(crate) fn finite(field: &str, value: Option<f32>) -> Result<Option<f32>, RpcError> {
     match value {
         Some(value) if !value.is_finite() => Err(RpcError::invalid(
             field,
@@ -151,7 +151,7 @@ fn finite(field: &str, value: Option<f32>) -> Result<Option<f32>, RpcError> {
     }
 }
 
-fn top_k(value: i64) -> Result<u32, RpcError> {
+pub(crate) fn top_k(value: i64) -> Result<u32, RpcError> {
     match value {
         -1 => Ok(0),
         _ => u32::try_from(value).map_err(|_| {

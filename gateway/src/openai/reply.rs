@@ -10,15 +10,15 @@ use super::{error::broken_reply, prompt_reply::PromptReply, usage};
 
 /// The first fields of a reply and of every event of a stream.
 #[derive(Debug)]
-pub(super) struct Head {
-    pub(super) id: String,
-    pub(super) created: i64,
-    pub(super) model: String,
+pub(crate) struct Head {
+    pub(crate) id: String,
+    pub(crate) created: i64,
+    pub(crate) model: String,
 }
 
 /// A reply, or an event of a stream, with choices of type `C`.
 #[derive(Serialize)]
-pub(super) struct Reply<'a, C> {
+pub(crate) struct Reply<'a, C> {
     id: &'a str,
     object: &'static str,
     created: i64,
@@ -32,7 +32,7 @@ pub(super) struct Reply<'a, C> {
 }
 
 impl<'a, C: Serialize> Reply<'a, C> {
-    pub(super) fn new(head: &'a Head, object: &'static str, choices: &'a [C]) -> Self {
+    pub(crate) fn new(head: &'a Head, object: &'static str, choices: &'a [C]) -> Self {
         Self {
             id: &head.id,
             object,
@@ -44,7 +44,7 @@ impl<'a, C: Serialize> Reply<'a, C> {
         }
     }
 
-    pub(super) fn with_usage(mut self, usage: Option<Option<usage::Usage>>) -> Self {
+    pub(crate) fn with_usage(mut self, usage: Option<Option<usage::Usage>>) -> Self {
         self.usage = usage;
         self
     }
@@ -59,12 +59,12 @@ impl<'a, C: Serialize> Reply<'a, C> {
 /// The string or the token id that ended a choice (vLLM's extension).
 #[derive(Serialize)]
 #[serde(untagged)]
-pub(super) enum Stop<'a> {
+pub(crate) enum Stop<'a> {
     Text(&'a str),
     TokenId(u32),
 }
 
-pub(super) fn stop_reason(choice: &Choice) -> Option<Stop<'_>> {
+pub(crate) fn stop_reason(choice: &Choice) -> Option<Stop<'_>> {
     choice.stop_reason.as_ref().map(|reason| match reason {
         StopReason::StopString(text) => Stop::Text(text),
         StopReason::StopTokenId(id) => Stop::TokenId(*id),
@@ -75,7 +75,7 @@ pub(super) fn stop_reason(choice: &Choice) -> Option<Stop<'_>> {
 ///
 /// # Errors
 /// `Internal` for a choice that failed: it has no reply.
-pub(super) fn finish_reason(choice: &Choice) -> Result<Option<&'static str>, RpcError> {
+pub(crate) fn finish_reason(choice: &Choice) -> Result<Option<&'static str>, RpcError> {
     match choice.finish_reason() {
         FinishReason::Unspecified => Ok(None),
         FinishReason::Stop => Ok(Some("stop")),
@@ -87,12 +87,12 @@ pub(super) fn finish_reason(choice: &Choice) -> Result<Option<&'static str>, Rpc
 }
 
 /// A request's choices over all its prompts, numbered through, and the sum of their usage.
-pub(super) struct Whole {
-    pub(super) head: Head,
-    pub(super) choices: Vec<Choice>,
+pub(crate) struct Whole {
+    pub(crate) head: Head,
+    pub(crate) choices: Vec<Choice>,
     /// What is told of each prompt; every one has as many choices.
-    pub(super) prompts: Vec<PromptOutput>,
-    pub(super) usage: v1::Usage,
+    pub(crate) prompts: Vec<PromptOutput>,
+    pub(crate) usage: v1::Usage,
 }
 
 impl Whole {
@@ -100,7 +100,7 @@ impl Whole {
     ///
     /// # Errors
     /// `Internal` when a reply does not have exactly the choices 0 to n - 1, or one of them failed.
-    pub(super) fn join(id: String, n: u32, replies: Vec<GenerateResponse>) -> Result<Self, RpcError> {
+    pub(crate) fn join(id: String, n: u32, replies: Vec<GenerateResponse>) -> Result<Self, RpcError> {
         let first = replies.first().ok_or_else(|| broken_reply("there is none"))?;
         let head = Head {
             id,

@@ -25,8 +25,8 @@ use crate::{backend::Chunks, lifecycle::Ticket};
 
 const DONE: &[u8] = b"data: [DONE]\n\n";
 
-/// How one of the two routes writes its events.
-pub(super) trait Events: Send + 'static {
+/// How a route writes its events.
+pub(crate) trait Events: Send + 'static {
     /// Appends the events for a piece of a choice.
     ///
     /// # Errors
@@ -35,27 +35,39 @@ pub(super) trait Events: Send + 'static {
 
     /// Appends the last event before the end, with the usage of the whole request, when that was asked for.
     fn usage(&mut self, out: &mut Vec<u8>, head: &Head, usage: v1::Usage);
+
+    /// Appends the event that ends a stream that failed, after which comes what [`Events::end`] says.
+    fn fail(&mut self, out: &mut Vec<u8>, error: RpcError) {
+        out.extend_from_slice(b"data: ");
+        ApiError::from(error).write_json(out);
+        out.extend_from_slice(b"\n\n");
+    }
+
+    /// Appends what every stream ends with.
+    fn end(&mut self, out: &mut Vec<u8>) {
+        out.extend_from_slice(DONE);
+    }
 }
 
 /// A piece of a choice, whose index is already the one that the client sees.
 #[derive(Clone, Copy)]
-pub(super) struct Piece<'a> {
-    pub(super) choice: &'a Choice,
+pub(crate) struct Piece<'a> {
+    pub(crate) choice: &'a Choice,
     /// What is told of its prompt, with the choice's first piece.
-    pub(super) prompt: Option<&'a PromptOutput>,
+    pub(crate) prompt: Option<&'a PromptOutput>,
     /// The running one, when it was asked for.
-    pub(super) usage: Option<v1::Usage>,
+    pub(crate) usage: Option<v1::Usage>,
 }
 
 /// A request that is about to stream.
-pub(super) struct Streaming<E> {
-    pub(super) id: String,
+pub(crate) struct Streaming<E> {
+    pub(crate) id: String,
     /// Choices of every prompt.
-    pub(super) n: u32,
+    pub(crate) n: u32,
     /// One stream for every prompt.
-    pub(super) prompts: Vec<Chunks>,
-    pub(super) events: E,
-    pub(super) ticket: Ticket,
+    pub(crate) prompts: Vec<Chunks>,
+    pub(crate) events: E,
+    pub(crate) ticket: Ticket,
 }
 
 impl<E: Events> Streaming<E> {
@@ -63,15 +75,14 @@ impl<E: Events> Streaming<E> {
     ///
     /// # Errors
     /// What the coordinator answered instead of a first chunk.
-    pub(super) async fn respond(self) -> Result<Response, ApiError> {
+    pub(crate) async fn respond(self) -> Result<Response, ApiError> {
         let mut pump = Pump::new(self);
         let mut first = Vec::new();
-        while first.is_empty() {
-            let (prompt, chunk) = pump
-                .receive()
-                .await?
-                .ok_or_else(|| broken_reply("the stream is empty"))?;
-            pump.accept(&mut first, prompt, chunk)?;
+        while first.is_empty() && !pump.done {
+            match pump.receive().await? {
+                Some((prompt, chunk)) => pump.accept(&mut first, prompt, chunk)?,
+                None => pump.finish(&mut first)?,
+            }
         }
         let rest = unfold(pump, |mut pump| async {
             let events = pump.next_events().await?;
@@ -211,14 +222,12 @@ impl<E: Events> Pump<E> {
 
     fn fail(&mut self, out: &mut Vec<u8>, error: RpcError) {
         tracing::warn!(id = self.head.id, %error, "stream failed");
-        out.extend_from_slice(b"data: ");
-        ApiError::from(error).write_json(out);
-        out.extend_from_slice(b"\n\n");
+        self.events.fail(out, error);
         self.end(out);
     }
 
     fn end(&mut self, out: &mut Vec<u8>) {
-        out.extend_from_slice(DONE);
+        self.events.end(out);
         self.done = true;
         // The other prompts of a request that failed need not go on.
         self.streams.clear();
@@ -226,14 +235,14 @@ impl<E: Events> Pump<E> {
 }
 
 /// Appends `data: <json>` and an empty line.
-pub(super) fn event<T: Serialize>(out: &mut Vec<u8>, data: &T) {
+pub(crate) fn event<T: Serialize>(out: &mut Vec<u8>, data: &T) {
     out.extend_from_slice(b"data: ");
     write_json(out, data);
     out.extend_from_slice(b"\n\n");
 }
 
 /// Appends compact JSON.
-pub(super) fn write_json<T: Serialize>(out: &mut Vec<u8>, data: &T) {
+pub(crate) fn write_json<T: Serialize>(out: &mut Vec<u8>, data: &T) {
     // Fails only for maps with keys that are no strings and for a failing writer: neither exists here.
     if let Err(error) = serde_json::to_writer(out, data) {
         tracing::error!(%error, "a reply could not be written as JSON");

@@ -2,7 +2,7 @@
 //!
 //! Ignoring them would answer another question than the one asked. Fields that nobody knows are ignored, as vLLM does.
 
-use std::fmt;
+use std::{fmt, marker::PhantomData};
 
 use phalanx_proto::RpcError;
 use serde::{
@@ -46,20 +46,77 @@ const CHAT: &[Field] = &[
 
 const COMPLETIONS: &[Field] = &[("prompt_embeds", &["[]"]), ("suffix", &[r#""""#])];
 
+/// Of `/inference/v1/generate`, beside its `sampling_params`.
+const TOKENS: &[Field] = &[("features", &[]), ("kv_transfer_params", &[])];
+
+/// Of `sampling_params`.
+const SAMPLING: &[Field] = &[("prompt_logprobs", &[]), ("truncate_prompt_tokens", &[])];
+
+const TOKENIZE: &[Field] = &[("mm_processor_kwargs", &["{}"])];
+
+/// The lists of a route, as a type that serde can be given.
+trait Lists {
+    const LISTS: [&'static [Field]; 2];
+}
+
+enum Chat {}
+enum Completions {}
+enum Tokens {}
+enum Sampling {}
+enum Tokenize {}
+
+impl Lists for Chat {
+    const LISTS: [&'static [Field]; 2] = [BOTH, CHAT];
+}
+
+impl Lists for Completions {
+    const LISTS: [&'static [Field]; 2] = [BOTH, COMPLETIONS];
+}
+
+impl Lists for Tokens {
+    const LISTS: [&'static [Field]; 2] = [&[], TOKENS];
+}
+
+impl Lists for Sampling {
+    const LISTS: [&'static [Field]; 2] = [BOTH, SAMPLING];
+}
+
+impl Lists for Tokenize {
+    const LISTS: [&'static [Field]; 2] = [&[], TOKENIZE];
+}
+
 /// # Errors
 /// `InvalidArgument` naming the first field of a chat request that is not offered.
 pub(super) fn refuse_for_chat(body: &[u8]) -> Result<(), RpcError> {
-    refuse(parse::<Found<true>>(body)?)
+    refuse::<Chat>(body)
 }
 
 /// # Errors
 /// `InvalidArgument` naming the first field of a completions request that is not offered.
 pub(super) fn refuse_for_completions(body: &[u8]) -> Result<(), RpcError> {
-    refuse(parse::<Found<false>>(body)?)
+    refuse::<Completions>(body)
 }
 
-fn refuse<const IS_CHAT: bool>(found: Found<IS_CHAT>) -> Result<(), RpcError> {
-    match found.0 {
+/// # Errors
+/// `InvalidArgument` naming the first field of a request for tokens that is not offered.
+pub(crate) fn refuse_for_tokens(body: &[u8]) -> Result<(), RpcError> {
+    refuse::<Tokens>(body)
+}
+
+/// # Errors
+/// `InvalidArgument` naming the first of the sampling parameters that is not offered.
+pub(crate) fn refuse_for_sampling(body: &[u8]) -> Result<(), RpcError> {
+    refuse::<Sampling>(body)
+}
+
+/// # Errors
+/// `InvalidArgument` naming the first field of a request to tokenize that is not offered.
+pub(crate) fn refuse_for_tokenize(body: &[u8]) -> Result<(), RpcError> {
+    refuse::<Tokenize>(body)
+}
+
+fn refuse<L: Lists>(body: &[u8]) -> Result<(), RpcError> {
+    match parse::<Found<L>>(body)?.0 {
         Some(field) => Err(RpcError::invalid(
             field,
             format!("{field} is not offered by this server"),
@@ -69,28 +126,28 @@ fn refuse<const IS_CHAT: bool>(found: Found<IS_CHAT>) -> Result<(), RpcError> {
 }
 
 /// The first field of an object that is not offered and not a no-op.
-struct Found<const IS_CHAT: bool>(Option<&'static str>);
+struct Found<L>(Option<&'static str>, PhantomData<L>);
 
-impl<'de, const IS_CHAT: bool> Deserialize<'de> for Found<IS_CHAT> {
+impl<'de, L: Lists> Deserialize<'de> for Found<L> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_map(FoundVisitor)
+        deserializer.deserialize_map(FoundVisitor(PhantomData))
     }
 }
 
-struct FoundVisitor<const IS_CHAT: bool>;
+struct FoundVisitor<L>(PhantomData<L>);
 
-impl<'de, const IS_CHAT: bool> Visitor<'de> for FoundVisitor<IS_CHAT> {
-    type Value = Found<IS_CHAT>;
+impl<'de, L: Lists> Visitor<'de> for FoundVisitor<L> {
+    type Value = Found<L>;
 
     fn expecting(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         out.write_str("an object")
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-        let own = if IS_CHAT { CHAT } else { COMPLETIONS };
         let mut found = None;
         while let Some(key) = map.next_key::<String>()? {
-            let Some((name, no_ops)) = BOTH.iter().chain(own).find(|(name, _)| *name == key) else {
+            let mut fields = L::LISTS.into_iter().flatten();
+            let Some((name, no_ops)) = fields.find(|(name, _)| *name == key) else {
                 map.next_value::<IgnoredAny>()?;
                 continue;
             };
@@ -99,7 +156,7 @@ impl<'de, const IS_CHAT: bool> Visitor<'de> for FoundVisitor<IS_CHAT> {
                 found = Some(*name);
             }
         }
-        Ok(Found(found))
+        Ok(Found(found, PhantomData))
     }
 }
 

@@ -4,7 +4,7 @@ use phalanx_proto::v1;
 use serde::Serialize;
 
 #[derive(Clone, Copy, Debug, Serialize)]
-pub(super) struct Usage {
+pub(crate) struct Usage {
     prompt_tokens: u32,
     total_tokens: u32,
     completion_tokens: u32,
@@ -19,7 +19,7 @@ struct PromptTokensDetails {
 
 impl Usage {
     /// `details`: whether the operator wants cached tokens reported.
-    pub(super) fn of(usage: v1::Usage, details: bool) -> Self {
+    pub(crate) fn of(usage: v1::Usage, details: bool) -> Self {
         Self {
             prompt_tokens: usage.prompt_tokens,
             total_tokens: usage.prompt_tokens.saturating_add(usage.completion_tokens),
@@ -32,7 +32,7 @@ impl Usage {
 }
 
 /// The sum over a request's prompts.
-pub(super) fn add(total: &mut v1::Usage, usage: v1::Usage) {
+pub(crate) fn add(total: &mut v1::Usage, usage: v1::Usage) {
     total.prompt_tokens = total.prompt_tokens.saturating_add(usage.prompt_tokens);
     total.completion_tokens = total.completion_tokens.saturating_add(usage.completion_tokens);
     total.cached_tokens = total.cached_tokens.saturating_add(usage.cached_tokens);

@@ -8,6 +8,7 @@
 mod affinity;
 mod call;
 mod config;
+mod control;
 mod dns;
 mod exposition;
 mod health;
@@ -23,7 +24,6 @@ use std::sync::Arc;
 use futures_util::future::join_all;
 use phalanx_proto::{
     ErrorKind, RpcError,
-    secret::ApiKeys,
     v1::{ChatRequest, GenerateRequest, GenerateResponse, ListModelsResponse},
 };
 use tokio::task::JoinHandle;
@@ -38,6 +38,7 @@ pub(crate) use self::{
     replica::Overview,
 };
 use crate::{
+    auth::Keys,
     backend::{Backend, Chunks},
     config::GatewayError,
 };
@@ -76,7 +77,7 @@ impl Replicas {
     /// What is wrong with an address or the name, or that there is none.
     pub(crate) fn new(
         backends: &Backends,
-        keys: &ApiKeys,
+        keys: &Keys,
         metrics: RouterMetrics,
     ) -> Result<Self, GatewayError> {
         config::check(backends)?;

@@ -2,10 +2,10 @@
 
 use std::sync::{Arc, PoisonError, RwLock};
 
-use phalanx_proto::{secret::ApiKeys, tls::ClientTlsFiles};
+use phalanx_proto::tls::ClientTlsFiles;
 
 use super::{Backends, RouterMetrics, replica::Replica};
-use crate::{backend::Backend, config::GatewayError};
+use crate::{auth::Keys, backend::Backend, config::GatewayError};
 
 pub(super) type List = Arc<[Arc<Replica>]>;
 
@@ -14,7 +14,7 @@ pub(super) struct Pool {
     sole: Option<Backend>,
     fixed: Vec<Arc<Replica>>,
     all: RwLock<List>,
-    keys: ApiKeys,
+    keys: Keys,
     tls: Option<ClientTlsFiles>,
     metrics: RouterMetrics,
 }
@@ -23,7 +23,7 @@ impl Pool {
     /// Errors: an address of neither form.
     pub(super) fn new(
         backends: &Backends,
-        keys: &ApiKeys,
+        keys: &Keys,
         metrics: RouterMetrics,
     ) -> Result<Self, GatewayError> {
         let mut addresses = backends.addresses.clone();
@@ -104,7 +104,7 @@ mod tests {
             dns: dns.then(|| "model:1".to_owned()),
             ..Backends::default()
         };
-        Pool::new(&backends, &ApiKeys::default(), RouterMetrics::default()).expect("good addresses")
+        Pool::new(&backends, &Keys::default(), RouterMetrics::default()).expect("good addresses")
     }
 
     #[tokio::test]

@@ -218,16 +218,15 @@ impl Drop for Running {
 
 #[cfg(test)]
 pub(super) mod tests {
-    use phalanx_proto::secret::ApiKeys;
-
     use super::*;
+    use crate::auth::Keys;
 
     /// Replicas at `unix:/0`, `unix:/1` and so on, of which nothing is known. Needs a runtime.
     pub(in crate::router) fn replicas(count: usize) -> Vec<Arc<Replica>> {
         let metrics = RouterMetrics::default();
         let one = |index| {
             let address = format!("unix:/{index}");
-            let backend = Backend::new(&address, &ApiKeys::default(), None).expect("a good address");
+            let backend = Backend::new(&address, &Keys::default(), None).expect("a good address");
             Arc::new(Replica::unwatched(&address, backend, &metrics))
         };
         (0..count).map(one).collect()

@@ -4,8 +4,12 @@
 //! the gateway is tested with the whole cluster.
 
 mod access;
+mod anthropic;
+mod control;
 mod damage;
+mod documents;
 mod errors;
+mod inference;
 mod operator;
 mod outputs;
 mod router;
@@ -13,5 +17,7 @@ mod shapes;
 mod shutdown;
 mod streams;
 mod support;
+mod tgi;
 mod tls;
+mod tokenizer;
 mod tools;

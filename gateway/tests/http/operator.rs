@@ -59,6 +59,24 @@ async fn version_and_load() {
 }
 
 #[tokio::test]
+async fn the_server_info_is_a_text_or_an_object() {
+    let (_coordinator, server) = pair(Script::Hello).await;
+    let info = async |query: &str| get(server.address, &format!("/server_info{query}")).await;
+    let text = info("").await.json();
+    assert_eq!(
+        text["vllm_config"],
+        r#"{"model_config": {"max_model_len": 2048}}"#
+    );
+    assert_eq!(text["system_env"]["os"], "linux");
+    let object = info("?config_format=json").await.json();
+    assert_eq!(object["vllm_config"]["model_config"]["max_model_len"], 2048);
+    assert_eq!(
+        info("?config_format=xml").await.json()["error"]["param"],
+        "config_format"
+    );
+}
+
+#[tokio::test]
 async fn metrics_are_one_exposition() {
     let (_coordinator, server) = pair(Script::Hello).await;
     assert_eq!(

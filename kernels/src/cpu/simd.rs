@@ -254,7 +254,9 @@ impl Simd for Portable {
         [self.fma(a[0], b[0], c[0]), self.fma(a[1], b[1], c[1])]
     }
     #[inline(always)]
-    fn prefetch<T>(self, _data: &[T]) {}
+    fn prefetch<T>(self, _data: &[T]) {
+        // There is no portable way to ask.
+    }
 }
 
 #[cfg(target_arch = "x86_64")]

@@ -34,14 +34,14 @@ fn run(filter: &str, path: OsString) {
 
 #[test]
 fn everything_holds_on_the_soft_gpu() {
-    run("", LibraryDir::new().unwrap().library_path());
+    run("", LibraryDir::new().unwrap().search_path());
 }
 
 /// Devices that multiply E4M3.
 #[test]
 fn linear_layers_hold_on_ada() {
     for filter in ["conformance::cuda::linear", "fp8::"] {
-        run_on("89", filter, LibraryDir::new().unwrap().library_path());
+        run_on("89", filter, LibraryDir::new().unwrap().search_path());
     }
 }
 

@@ -63,7 +63,7 @@ impl LibraryDir {
     /// A command for `program` that finds the soft GPU.
     pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
         let mut command = Command::new(program);
-        command.env("LD_LIBRARY_PATH", self.library_path());
+        command.env("LD_LIBRARY_PATH", self.search_path());
         command
     }
 
@@ -87,7 +87,7 @@ impl LibraryDir {
     /// The value for `LD_LIBRARY_PATH`: this directory before what is there already; without it if `PHALANX_REAL_GPU` is
     /// set, so that the same tests run on this machine's own GPUs.
     #[must_use]
-    pub fn library_path(&self) -> OsString {
+    pub fn search_path(&self) -> OsString {
         let inherited = env::var_os("LD_LIBRARY_PATH").filter(|inherited| !inherited.is_empty());
         if env::var_os(REAL_GPU).is_some() {
             return inherited.unwrap_or_default();

@@ -20,18 +20,14 @@ fn gpus_that_were_asked_for_and_are_not_there_are_missed_in_one_line() {
             "{reason:?} not in: {log}"
         );
     };
-    let one = launch(&libraries.library_path(), "0", &["--device", "cuda", "-tp", "2"]);
+    let one = launch(&libraries.search_path(), "0", &["--device", "cuda", "-tp", "2"]);
     refused(
         one,
         "rank 1 cannot use a GPU: device discovery: CUDA_ERROR_NO_DEVICE",
     );
     std::fs::remove_file(libraries.path().join("libnccl.so")).expect("removed");
     std::fs::remove_file(libraries.path().join("libnccl.so.2")).expect("removed");
-    let without_nccl = launch(
-        &libraries.library_path(),
-        "0,1",
-        &["--device", "cuda", "-tp", "2"],
-    );
+    let without_nccl = launch(&libraries.search_path(), "0,1", &["--device", "cuda", "-tp", "2"]);
     refused(
         without_nccl,
         "cannot use a GPU: libnccl not found: looked for libnccl.so,",
@@ -42,7 +38,7 @@ fn gpus_that_were_asked_for_and_are_not_there_are_missed_in_one_line() {
 fn auto_takes_cpus_when_there_are_fewer_gpus_than_ranks() {
     let _alone = alone();
     let libraries = LibraryDir::new().expect("the soft GPU");
-    let server = launch(&libraries.library_path(), "0", &["-tp", "2"]);
+    let server = launch(&libraries.search_path(), "0", &["-tp", "2"]);
     server.wait_ready();
     assert!(
         server.log_text().contains("not every rank has a GPU: using CPUs"),

@@ -35,7 +35,7 @@ impl Machine {
         Self { root, directories }
     }
 
-    fn library_path(&self) -> OsString {
+    fn search_path(&self) -> OsString {
         env::join_paths(&self.directories).expect("no colon")
     }
 }
@@ -45,7 +45,7 @@ fn assert_serves(files: &[&str]) {
     let libraries = LibraryDir::new().expect("the soft GPU");
     let machine = Machine::new(&libraries, files);
     let arguments = ["--device", "cuda", "-tp", "2", "--enforce-eager"];
-    let server = launch(&machine.library_path(), "0,1", &arguments);
+    let server = launch(&machine.search_path(), "0,1", &arguments);
     server.wait_ready();
     for worker in server.part("worker") {
         let loaded = loaded_from(worker, machine.root.path());

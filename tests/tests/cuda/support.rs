@@ -29,12 +29,12 @@ pub(crate) fn alone() -> MutexGuard<'static, ()> {
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A server that finds its libraries by `library_path` and is shown these devices.
-pub(crate) fn launch(library_path: &OsStr, visible: &str, arguments: &[&str]) -> Server {
+/// A server that finds its libraries by `search_path` and is shown these devices.
+pub(crate) fn launch(search_path: &OsStr, visible: &str, arguments: &[&str]) -> Server {
     let model = demo_model();
     let arguments = [&SMALL, arguments].concat();
     let environment: [(&str, &OsStr); 4] = [
-        ("LD_LIBRARY_PATH", library_path),
+        ("LD_LIBRARY_PATH", search_path),
         ("CUDA_VISIBLE_DEVICES", visible.as_ref()),
         ("SOFTGPU_MEM_MIB", "1536".as_ref()),
         ("PHALANX_KERNEL_CACHE", KERNELS.as_ref()),
@@ -48,7 +48,7 @@ pub(crate) const KERNELS: &str = concat!(env!("CARGO_TARGET_TMPDIR"), "/kernels"
 /// A server whose ranks are on GPUs, ready.
 pub(crate) fn on_gpus(libraries: &LibraryDir, arguments: &[&str]) -> Server {
     let arguments = [&["--device", "cuda"], arguments].concat();
-    let server = launch(&libraries.library_path(), "0,1,2,3", &arguments);
+    let server = launch(&libraries.search_path(), "0,1,2,3", &arguments);
     server.wait_ready();
     let log = server.log_text();
     assert!(log.contains("hardware=Cuda(["), "{log}");

@@ -4,27 +4,30 @@ use std::sync::Arc;
 
 use phalanx_proto::{
     ErrorKind, RpcError,
-    secret::ApiKeys,
     v1::ModelCard,
     vllm::{self, ModelInfo, ParallelismInfo, ServerInfo, control_server::Control},
 };
 use tokio::sync::Notify;
 use tonic::{Request, Response, Status};
 
-use crate::api::{EngineSlot, auth::check_operator, registry::Registry};
+use crate::{
+    api::{auth::AdminCheck, control},
+    engine::PauseMode,
+};
 
 /// The version of vLLM's contract that is followed.
 const API_VERSION: &str = "0.6";
 
 pub(in crate::api) struct ControlService {
-    pub(in crate::api) engine: EngineSlot,
-    pub(in crate::api) registry: Registry,
+    /// What `phalanx.v1` does for operators.
+    pub(in crate::api) control: control::ControlService,
+    /// Who may do what changes everybody's service.
+    pub(in crate::api) operators: AdminCheck,
     /// The first is the canonical one. Never empty.
     pub(in crate::api) models: Vec<ModelCard>,
     pub(in crate::api) tensor_parallel_size: u32,
     /// Of this process's own.
     pub(in crate::api) instance_id: String,
-    pub(in crate::api) keys: ApiKeys,
     pub(in crate::api) shutdown: Arc<Notify>,
 }
 
@@ -54,7 +57,7 @@ macro_rules! not_offered {
 
 impl ControlService {
     fn server_info(&self) -> Result<ServerInfo, RpcError> {
-        let engine = self.engine.get()?.config();
+        let engine = self.control.engine.running()?.config();
         Ok(ServerInfo {
             engine_version: env!("CARGO_PKG_VERSION").to_owned(),
             api_version: API_VERSION.to_owned(),
@@ -117,7 +120,7 @@ impl Control for ControlService {
         &self,
         request: Request<vllm::ShutdownRequest>,
     ) -> Result<Response<vllm::ShutdownResponse>, Status> {
-        check_operator(&self.keys, &request)?;
+        self.operators.check(&request)?;
         self.shutdown.notify_one();
         Ok(Response::new(vllm::ShutdownResponse {}))
     }
@@ -127,7 +130,7 @@ impl Control for ControlService {
         request: Request<vllm::AbortRequest>,
     ) -> Result<Response<vllm::AbortResponse>, Status> {
         for id in &request.get_ref().request_ids {
-            self.registry.abort(id);
+            self.control.registry.abort(id);
         }
         Ok(Response::new(vllm::AbortResponse {}))
     }
@@ -146,11 +149,43 @@ impl Control for ControlService {
         Ok(Response::new(vllm::GetKvEventSourcesResponse::default()))
     }
 
+    /// As `phalanx.v1` pauses. Errors: `Aborted` if somebody resumed before it was done: the reply has no room for that.
+    async fn pause_generation(
+        &self,
+        request: Request<vllm::PauseGenerationRequest>,
+    ) -> Result<Response<vllm::PauseGenerationResponse>, Status> {
+        self.operators.check(&request)?;
+        let request = request.into_inner();
+        let mode = match request.mode() {
+            vllm::PauseMode::Unspecified | vllm::PauseMode::Abort => PauseMode::Abort,
+            vllm::PauseMode::Wait => PauseMode::Wait,
+            vllm::PauseMode::Keep => PauseMode::Keep,
+        };
+        if !self
+            .control
+            .hold(mode, request.clear_cache.unwrap_or(true))
+            .await?
+        {
+            return Err(Status::aborted("somebody resumed before the pause was complete"));
+        }
+        Ok(Response::new(vllm::PauseGenerationResponse {}))
+    }
+
+    async fn resume_generation(
+        &self,
+        request: Request<vllm::ResumeGenerationRequest>,
+    ) -> Result<Response<vllm::ResumeGenerationResponse>, Status> {
+        self.operators.check(&request)?;
+        self.control.release().await?;
+        Ok(Response::new(vllm::ResumeGenerationResponse {}))
+    }
+
     async fn is_paused(
         &self,
         _: Request<vllm::IsPausedRequest>,
     ) -> Result<Response<vllm::IsPausedResponse>, Status> {
-        Ok(Response::new(vllm::IsPausedResponse { paused: false }))
+        let paused = self.control.engine.is_paused();
+        Ok(Response::new(vllm::IsPausedResponse { paused }))
     }
 
     async fn is_sleeping(
@@ -161,8 +196,6 @@ impl Control for ControlService {
     }
 
     not_offered! {
-        pause_generation: PauseGenerationRequest -> PauseGenerationResponse, "pausing";
-        resume_generation: ResumeGenerationRequest -> ResumeGenerationResponse, "pausing";
         load_lora: LoadLoraRequest -> LoadLoraResponse, "adapters";
         unload_lora: UnloadLoraRequest -> UnloadLoraResponse, "adapters";
         sleep: SleepRequest -> SleepResponse, "a sleep mode";

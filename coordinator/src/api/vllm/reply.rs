@@ -131,7 +131,8 @@ impl Scores {
 fn finish_info(choice: &v1::Choice, told: Told, cached: u32) -> Result<Option<FinishInfo>, RpcError> {
     let reason = match choice.finish_reason() {
         v1::FinishReason::Unspecified => return Ok(None),
-        v1::FinishReason::Stop => FinishReason::Stop,
+        // A request of vLLM's has no tools to call.
+        v1::FinishReason::Stop | v1::FinishReason::ToolCalls => FinishReason::Stop,
         v1::FinishReason::Length => FinishReason::Length,
         v1::FinishReason::Abort => FinishReason::Aborted,
         v1::FinishReason::Error => {

@@ -5,6 +5,7 @@
 mod executor;
 mod fairness;
 mod indexer;
+mod pauses;
 mod scenario;
 mod tests;
 

@@ -73,6 +73,7 @@ impl Scenario {
             }
             requests.insert(request.id, request);
         }
+        super::pauses::add(&mut commands, turn, &mut prng);
         let faults = Faults {
             one_in: if with_faults { 5 + prng.below(20) } else { 0 },
             most: 30,
@@ -104,7 +105,8 @@ impl Scenario {
                 }
             }
             let mut events = Vec::new();
-            let oldest = oldest_live(&heard, &inbox);
+            // A pause keeps it waiting.
+            let oldest = oldest_live(&heard, &inbox).filter(|_| !core.snapshot().paused);
             let progress = core.step(inbox, &mut events);
             indexer.follow(core.take_kv_events());
             assert_eq!(indexer.blocks(), core.cached_blocks(), "what an indexer knows");
@@ -218,6 +220,7 @@ fn oldest_live(heard: &BTreeMap<SequenceId, Heard>, inbox: &[Command]) -> Option
 
 fn hear(all: &mut BTreeMap<SequenceId, Heard>, event: Event) {
     let id = match &event {
+        Event::Paused | Event::Resumed | Event::PrefixCacheReset => return,
         Event::Token(sampled) => sampled.sequence,
         Event::Started { sequence, .. }
         | Event::PromptLogprobs { sequence, .. }

@@ -63,7 +63,7 @@ fn the_same_seed_gives_the_same_trace() {
     }
 }
 
-fn request(id: u64, prompt: Vec<u32>, max_tokens: u32) -> EngineRequest {
+pub(super) fn request(id: u64, prompt: Vec<u32>, max_tokens: u32) -> EngineRequest {
     EngineRequest {
         id: SequenceId(id),
         prompt,
@@ -80,7 +80,7 @@ fn request(id: u64, prompt: Vec<u32>, max_tokens: u32) -> EngineRequest {
     }
 }
 
-fn core(config: &EngineConfig, faults: Faults) -> EngineCore<SimExecutor, SimClock> {
+pub(super) fn core(config: &EngineConfig, faults: Faults) -> EngineCore<SimExecutor, SimClock> {
     EngineCore::new(
         config.clone(),
         SimExecutor::new(config, faults),

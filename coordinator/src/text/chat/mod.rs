@@ -15,8 +15,8 @@ use phalanx_proto::{ErrorKind, RpcError, v1::ChatMessage};
 
 pub use format::ContentFormat;
 pub(super) use messages::message_bytes;
-pub(super) use request::ChatSide;
 pub use request::{ChatOptions, MAX_KWARGS_BYTES};
+pub(super) use request::{ChatSide, Rendered};
 
 use super::{TextError, tokenizer::SpecialTokens};
 

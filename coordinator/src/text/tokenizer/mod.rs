@@ -80,6 +80,11 @@ impl Tokenizer {
         text
     }
 
+    /// The token as the vocabulary spells it, `Ġworld` and not ` world`; none for an id without a token.
+    pub fn spelling(&self, token: u32) -> Option<String> {
+        self.inner.id_to_token(token)
+    }
+
     /// The token that is spelled `text`, if there is one.
     pub fn token_id(&self, text: &str) -> Option<u32> {
         self.inner.token_to_id(text)

@@ -10,10 +10,11 @@ use phalanx_proto::{
     ErrorKind, RpcError,
     v1::{
         self, AbortRequestRequest, AbortRequestResponse, ChatRequest, Choice, FinishReason, GenerateChunk,
-        GenerateRequest, GenerateResponse, GetMetricsRequest, GetMetricsResponse, GetStatusRequest,
-        GetStatusResponse, GroupState, ListModelsRequest, ListModelsResponse, ModelCard, OutputOptions,
-        PromptOutput, ResumedChoice, SamplingParams, TokenLogprob, TokenLogprobs, ToolCall, Usage,
-        admin_server, choice::StopReason, inference_server,
+        GenerateRequest, GenerateResponse, GetMetricsRequest, GetMetricsResponse, GetServerInfoRequest,
+        GetServerInfoResponse, GetStatusRequest, GetStatusResponse, GroupState, ListModelsRequest,
+        ListModelsResponse, ModelCard, OutputOptions, PromptOutput, ResumedChoice, SamplingParams,
+        TokenLogprob, TokenLogprobs, ToolCall, Usage, admin_server, choice::StopReason, control_server,
+        inference_server, tokenizer_server,
     },
 };
 use tokio::{net::TcpListener, sync::mpsc, task::JoinHandle};
@@ -52,6 +53,8 @@ pub(crate) enum Script {
 pub(crate) enum Received {
     Generate(GenerateRequest),
     Chat(ChatRequest),
+    /// To a service that has no script: the message as text, and the admin key that came with it.
+    Other(String, Option<String>),
 }
 
 /// A scripted coordinator on a port of its own.
@@ -85,6 +88,8 @@ impl Coordinator {
         };
         let server = Server::builder()
             .add_service(inference_server::InferenceServer::new(service.clone()))
+            .add_service(tokenizer_server::TokenizerServer::new(service.clone()))
+            .add_service(control_server::ControlServer::new(service.clone()))
             .add_service(admin_server::AdminServer::new(service));
         // Without it a stream waits 40 ms for the client's delayed acknowledgement, again and again.
         let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
@@ -119,6 +124,14 @@ impl Coordinator {
             other => panic!("expected a completion, not {other:?}"),
         }
     }
+
+    /// The next request, which must be to a service without a script.
+    pub(crate) async fn other(&mut self) -> (String, Option<String>) {
+        match self.received.recv().await {
+            Some(Received::Other(message, key)) => (message, key),
+            other => panic!("expected another call, not {other:?}"),
+        }
+    }
 }
 
 impl Drop for Coordinator {
@@ -128,11 +141,11 @@ impl Drop for Coordinator {
 }
 
 #[derive(Clone)]
-struct Scripted {
+pub(super) struct Scripted {
     script: Script,
-    received: mpsc::UnboundedSender<Received>,
+    pub(super) received: mpsc::UnboundedSender<Received>,
     dropped: mpsc::UnboundedSender<()>,
-    status: Arc<Mutex<GetStatusResponse>>,
+    pub(super) status: Arc<Mutex<GetStatusResponse>>,
 }
 
 /// Tells when it is dropped.
@@ -368,6 +381,7 @@ fn prompt(output: &OutputOptions) -> Option<PromptOutput> {
         logprob,
         bytes: text.as_bytes().to_vec(),
         rank,
+        special: false,
     };
     let first = TokenLogprobs {
         chosen: Some(token(7, "a", f32::NAN, None)),
@@ -405,6 +419,7 @@ fn logprobs(word: &str) -> TokenLogprobs {
         token: word.to_owned(),
         logprob: -0.25,
         bytes: word.as_bytes().to_vec(),
+        special: false,
         rank: Some(1),
     };
     TokenLogprobs {
@@ -506,8 +521,17 @@ impl admin_server::Admin for Scripted {
 
     async fn abort_request(
         &self,
-        _: Request<AbortRequestRequest>,
+        request: Request<AbortRequestRequest>,
     ) -> Result<Response<AbortRequestResponse>, Status> {
-        Err(Status::unimplemented("the gateway does not call it"))
+        self.note(&request);
+        Ok(Response::new(AbortRequestResponse { found: false }))
+    }
+
+    async fn get_server_info(
+        &self,
+        _: Request<GetServerInfoRequest>,
+    ) -> Result<Response<GetServerInfoResponse>, Status> {
+        let json = r#"{"model_config": {"max_model_len": 2048}}"#.to_owned();
+        Ok(Response::new(GetServerInfoResponse { json }))
     }
 }

@@ -2,6 +2,7 @@
 
 mod client;
 mod coordinator;
+mod services;
 
 use std::net::SocketAddr;
 
