@@ -13,7 +13,7 @@ use phalanx_tests::{
     python,
     server::{Server, free_port},
 };
-use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, KeyUsagePurpose};
 use rustix::process::Signal;
 
 /// Files of an authority and of what it has signed for `localhost`.
@@ -22,12 +22,17 @@ fn certificates(directory: &Path) {
     let key = KeyPair::generate().expect("a key");
     let mut params = CertificateParams::new(Vec::new()).expect("no names");
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+    // Who has the same name as what it signs looks self-signed to OpenSSL.
+    params.distinguished_name.push(DnType::CommonName, "authority");
     write("ca.pem", params.self_signed(&key).expect("signed").pem());
     let issuer = Issuer::new(params, key);
     for name in ["server", "client"] {
         let key = KeyPair::generate().expect("a key");
         let params = CertificateParams::new(vec!["localhost".to_owned(), "127.0.0.1".to_owned()]);
-        let certificate = params.expect("names").signed_by(&key, &issuer).expect("signed");
+        let mut params = params.expect("names");
+        params.use_authority_key_identifier_extension = true;
+        let certificate = params.signed_by(&key, &issuer).expect("signed");
         write(&format!("{name}.pem"), certificate.pem());
         write(&format!("{name}.key"), key.serialize_pem());
     }

@@ -141,16 +141,21 @@ impl Api {
             .add_service(guarded!(VllmInferenceServer::new(vllm), check))
             .add_service(guarded!(VllmControlServer::new(vllm_control), either))
             .add_service(health);
-        let reflection = tonic_reflection::server::Builder::configure()
-            .register_encoded_file_descriptor_set(phalanx_proto::FILE_DESCRIPTOR_SET)
-            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-            .build_v1();
-        match reflection {
-            Ok(reflection) => routes.add_service(reflection),
-            Err(error) => {
-                tracing::error!(%error, "gRPC reflection is off: the built-in descriptors are malformed");
-                routes
-            }
+        with_reflection(routes)
+    }
+}
+
+/// Routes that also tell of their contracts.
+fn with_reflection(routes: Routes) -> Routes {
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(phalanx_proto::FILE_DESCRIPTOR_SET)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .build_v1();
+    match reflection {
+        Ok(reflection) => routes.add_service(reflection),
+        Err(error) => {
+            tracing::error!(%error, "gRPC reflection is off: the built-in descriptors are malformed");
+            routes
         }
     }
 }

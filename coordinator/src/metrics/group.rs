@@ -29,10 +29,40 @@ pub(super) struct GroupMetrics {
     pub(super) paused: Gauge,
     pub(super) ranks_lost: Counter,
     pub(super) segment_bytes: Gauge,
-    ranks: ByPhase,
-    rank_resident_bytes: ByRank,
-    rank_loaded_bytes: ByRank,
-    rank_barriers: ByRank,
+    ranks: RankMetrics,
+}
+
+struct RankMetrics {
+    by_phase: ByPhase,
+    resident_bytes: ByRank,
+    loaded_bytes: ByRank,
+    barriers: ByRank,
+}
+
+impl RankMetrics {
+    fn new(r: &mut Registry) -> Self {
+        Self {
+            by_phase: add(r, "phalanx_ranks", "Ranks by phase", ByPhase::default()),
+            resident_bytes: add(
+                r,
+                "phalanx_rank_resident_bytes",
+                "Memory of a rank's process when it had loaded",
+                ByRank::default(),
+            ),
+            loaded_bytes: add(
+                r,
+                "phalanx_rank_loaded_bytes",
+                "What a rank has done of its phase: bytes of weights while it loads",
+                ByRank::default(),
+            ),
+            barriers: add(
+                r,
+                "phalanx_rank_barriers",
+                "Barriers of the segment that a rank has reached, modulo 2^32",
+                ByRank::default(),
+            ),
+        }
+    }
 }
 
 impl GroupMetrics {
@@ -92,25 +122,7 @@ impl GroupMetrics {
                 "Shared memory of the rank group",
                 Gauge::default(),
             ),
-            ranks: add(r, "phalanx_ranks", "Ranks by phase", ByPhase::default()),
-            rank_resident_bytes: add(
-                r,
-                "phalanx_rank_resident_bytes",
-                "Memory of a rank's process when it had loaded",
-                ByRank::default(),
-            ),
-            rank_loaded_bytes: add(
-                r,
-                "phalanx_rank_loaded_bytes",
-                "What a rank has done of its phase: bytes of weights while it loads",
-                ByRank::default(),
-            ),
-            rank_barriers: add(
-                r,
-                "phalanx_rank_barriers",
-                "Barriers of the segment that a rank has reached, modulo 2^32",
-                ByRank::default(),
-            ),
+            ranks: RankMetrics::new(r),
         }
     }
 
@@ -118,7 +130,7 @@ impl GroupMetrics {
     pub(super) fn observe_barriers(&self, counts: &[u32]) {
         for (rank, &count) in counts.iter().enumerate() {
             let label = [("rank", rank.to_string())];
-            self.rank_barriers.get_or_create(&label).set(count.into());
+            self.ranks.barriers.get_or_create(&label).set(count.into());
         }
     }
 
@@ -127,15 +139,17 @@ impl GroupMetrics {
         for status in ranks {
             *counts.entry(name(status.phase())).or_default() += 1;
             let label = [("rank", status.rank.to_string())];
-            self.rank_resident_bytes
+            self.ranks
+                .resident_bytes
                 .get_or_create(&label)
                 .set(status.rss_bytes as i64);
-            self.rank_loaded_bytes
+            self.ranks
+                .loaded_bytes
                 .get_or_create(&label)
                 .set(status.bytes_done as i64);
         }
         for (phase, count) in counts {
-            self.ranks.get_or_create(&[("phase", phase)]).set(count);
+            self.ranks.by_phase.get_or_create(&[("phase", phase)]).set(count);
         }
     }
 }
