@@ -11,6 +11,7 @@ mod keys;
 mod kv_events;
 mod limits;
 mod logging;
+mod open_files;
 mod output_args;
 mod plan;
 mod progress;
@@ -65,6 +66,7 @@ fn run(arguments: Vec<OsString>) -> anyhow::Result<()> {
     let cli = Cli::from_arg_matches(&matches)?;
     logging::init(&cli.logging)?;
     vllm::warn(&line.notices);
+    open_files::raise_limit();
     match cli.command {
         Command::Serve(args) => serve::serve(*args, &cli.logging),
         Command::Coordinator(args) => serve::coordinator(*args, &cli.logging),

@@ -28,7 +28,7 @@ use crate::{
     },
     config::{ApiOptions, CoordinatorConfig, DeviceChoice, WorkerOptions, WorkerSource},
     deployment::{Deployment, DeploymentError, Hardware, NoGpu, Proposal},
-    engine::{EngineConfig, SamplingParams, StopRules, TenantId},
+    engine::{Constraint, EngineConfig, SamplingParams, StopRules, TenantId},
     engine_thread::{EngineHandle, EngineThreadConfig, NewSequence, StartError, StreamEvent, spawn_engine},
     executor::{ShmExecutor, TracedExecutor},
     kv_events::{KvEventHub, ZmqError, ZmqPublisher},
@@ -494,10 +494,7 @@ fn text_processor(
     proposal: &Proposal,
     config: &CoordinatorConfig,
 ) -> Result<TextProcessor, CoordinatorError> {
-    let mut model = match proposal.checkpoint.gguf() {
-        Some(gguf) => TextModel::from_gguf(gguf)?,
-        None => TextModel::from_dir(proposal.checkpoint.path())?,
-    };
+    let mut model = TextModel::open(&proposal.checkpoint)?;
     model.defaults = config.engine.generation.resolve(model.defaults)?;
     let template = config.engine.chat_template.as_ref().map(|path| {
         let read = std::fs::read_to_string(path);
@@ -533,6 +530,7 @@ async fn warm_up(engine: &EngineHandle) -> Result<(), RpcError> {
             min_tokens: 0,
             stop_token_ids: Vec::new(),
         },
+        constraint: Constraint::default(),
         priority: 0,
         cache_salt: Some("warm-up".into()),
         tenant: TenantId::default(),

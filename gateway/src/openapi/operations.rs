@@ -11,7 +11,10 @@ use crate::{
     auth::Access,
     control::AbortBody,
     inference::{GenerateBody, SamplingFields},
-    openai::{chat::ChatFields, completions::CompletionFields, output::OutputFields, params::Params},
+    openai::{
+        chat::ChatFields, completions::CompletionFields, output::OutputFields, params::Params,
+        structured::StructuredFields,
+    },
     routes::Route,
     tgi,
     tokenizer::{DetokenizeBody, TokenizeBody},
@@ -133,6 +136,7 @@ pub(crate) fn chat() -> Operation {
                     fields::of::<Params>(),
                     fields::of::<OutputFields>(),
                     fields::of::<ChatFields>(),
+                    fields::of::<StructuredFields>(),
                 ]
                 .concat()
             },
@@ -142,6 +146,7 @@ pub(crate) fn chat() -> Operation {
                 schemas::TEXT_OPTIONS,
                 schemas::OUTPUT,
                 schemas::SAMPLING,
+                schemas::STRUCTURED,
                 schemas::PLACE,
                 schemas::USER,
             ],
@@ -158,6 +163,7 @@ pub(crate) fn completions() -> Operation {
                     fields::of::<Params>(),
                     fields::of::<OutputFields>(),
                     fields::of::<CompletionFields>(),
+                    fields::of::<StructuredFields>(),
                 ]
                 .concat()
             },
@@ -168,6 +174,7 @@ pub(crate) fn completions() -> Operation {
                 schemas::OUTPUT,
                 schemas::COMPLETIONS,
                 schemas::SAMPLING,
+                schemas::STRUCTURED,
                 schemas::PLACE,
                 schemas::USER,
             ],
@@ -246,12 +253,13 @@ pub(crate) fn generate_tokens() -> Operation {
             name: "SamplingParams",
             accepted: || {
                 let place = place();
-                let mut names = [fields::of::<Params>(), fields::of::<SamplingFields>()].concat();
+                let own = [fields::of::<SamplingFields>(), fields::of::<StructuredFields>()].concat();
+                let mut names = [fields::of::<Params>(), own].concat();
                 names.retain(|name| !place.contains(name) && *name != "user");
                 names
             },
             required: &[],
-            tables: &[schemas::COMPLETIONS, schemas::SAMPLING],
+            tables: &[schemas::COMPLETIONS, schemas::SAMPLING, schemas::STRUCTURED],
         })
         .replies(&[JSON, EVENTS])
 }
@@ -286,8 +294,14 @@ pub(crate) fn invocations() -> Operation {
 const INVOCATION: Schema = Schema {
     name: "Invocation",
     accepted: || {
-        let own = [fields::of::<ChatFields>(), fields::of::<CompletionFields>()].concat();
-        let mut names = [fields::of::<Params>(), fields::of::<OutputFields>(), own].concat();
+        let mut names = [
+            fields::of::<Params>(),
+            fields::of::<OutputFields>(),
+            fields::of::<StructuredFields>(),
+            fields::of::<ChatFields>(),
+            fields::of::<CompletionFields>(),
+        ]
+        .concat();
         // Two have a meaning in both, of which the chat's is documented.
         names.sort_unstable();
         names.dedup();
@@ -300,6 +314,7 @@ const INVOCATION: Schema = Schema {
         schemas::TEXT_OPTIONS,
         schemas::OUTPUT,
         schemas::SAMPLING,
+        schemas::STRUCTURED,
         schemas::PLACE,
         schemas::USER,
     ],
