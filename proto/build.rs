@@ -4,8 +4,13 @@ use std::{env, error::Error, fs, path::PathBuf};
 use prost::Message;
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let files = ["inference", "cluster", "admin", "control", "tokenizer"]
+    let own = ["inference", "cluster", "admin", "control", "tokenizer"]
         .map(|name| format!("proto/phalanx/v1/{name}.proto"));
+    let files: Vec<String> = own
+        .into_iter()
+        .chain(["inference", "control"].map(|name| format!("proto/vllm/{name}.proto")))
+        .chain(["proto/opentelemetry/trace.proto".to_owned()])
+        .collect();
     for file in &files {
         println!("cargo:rerun-if-changed={file}");
     }

@@ -1,6 +1,8 @@
 //! The command line. Names are vLLM's where vLLM has the flag; every flag is also an environment variable
 //! (`PHALANX_` + its name) and a key of the YAML file given by `--config`, in that order of precedence.
 
+mod tls;
+
 use std::path::PathBuf;
 
 use clap::{
@@ -12,6 +14,7 @@ use phalanx_coordinator::{
     engine::NgramSpeculation,
 };
 
+pub(crate) use self::tls::{CoordinatorTlsArgs, TlsArgs};
 use crate::{
     kv_events,
     output_args::{GenerationArgs, ReplyArgs},
@@ -44,7 +47,7 @@ pub(crate) enum Command {
     /// Only one rank, attached to a coordinator.
     Worker(WorkerArgs),
     /// Only the OpenAI-compatible HTTP gateway: in front of one coordinator, or as a router over several.
-    Gateway(GatewayArgs),
+    Gateway(Box<GatewayArgs>),
     /// Print who would hold what and the bytes, without loading anything.
     Plan(Box<PlanArgs>),
     /// Measure a server.
@@ -61,6 +64,12 @@ pub(crate) struct LoggingArgs {
     /// How log lines look.
     #[arg(long, global = true, env = "PHALANX_LOG_FORMAT", default_value = "text")]
     pub(crate) log_format: LogFormat,
+    /// Log a line for every request when it ends, without its text.
+    #[arg(long, global = true, env = "PHALANX_ENABLE_LOG_REQUESTS", value_parser = BoolishValueParser::new())]
+    pub(crate) enable_log_requests: bool,
+    /// OpenTelemetry collector that takes spans over gRPC, e.g. `http://localhost:4317`.
+    #[arg(long, global = true, env = "PHALANX_OTLP_TRACES_ENDPOINT")]
+    pub(crate) otlp_traces_endpoint: Option<String>,
 }
 
 impl LoggingArgs {
@@ -70,9 +79,16 @@ impl LoggingArgs {
             LogFormat::Text => "text",
             LogFormat::Json => "json",
         };
-        ["--log-level", &self.log_level, "--log-format", format]
+        let mut arguments = ["--log-level", &self.log_level, "--log-format", format]
             .map(str::to_owned)
-            .to_vec()
+            .to_vec();
+        if self.enable_log_requests {
+            arguments.push("--enable-log-requests".to_owned());
+        }
+        if let Some(endpoint) = &self.otlp_traces_endpoint {
+            arguments.push(format!("--otlp-traces-endpoint={endpoint}"));
+        }
+        arguments
     }
 }
 
@@ -140,7 +156,13 @@ pub(crate) struct ModelArgs {
     #[arg(long, env = "PHALANX_KV_CACHE_MEMORY_BYTES", value_parser = parse_bytes)]
     pub(crate) kv_cache_memory_bytes: Option<u64>,
     /// The part of a GPU's memory that a rank may take.
-    #[arg(long, env = "PHALANX_GPU_MEMORY_UTILIZATION", default_value_t = 0.9, value_parser = parse_utilization)]
+    #[arg(
+        long,
+        alias = "device-memory-utilization",
+        env = "PHALANX_GPU_MEMORY_UTILIZATION",
+        default_value_t = 0.9,
+        value_parser = parse_utilization
+    )]
     pub(crate) gpu_memory_utilization: f32,
     /// Leave all sums over GPUs to NCCL, also short ones.
     #[arg(long, env = "PHALANX_DISABLE_CUSTOM_ALL_REDUCE", value_parser = BoolishValueParser::new())]
@@ -148,9 +170,6 @@ pub(crate) struct ModelArgs {
     /// Launch every op by itself on GPUs: no CUDA graphs, and a faster start.
     #[arg(long, env = "PHALANX_ENFORCE_EAGER", value_parser = BoolishValueParser::new())]
     pub(crate) enforce_eager: bool,
-    /// Replay decode steps as CUDA graphs, as by default.
-    #[arg(long, conflicts_with = "enforce_eager")]
-    pub(crate) no_enforce_eager: bool,
     /// Rows of the decode steps that are captured as CUDA graphs; others are padded to the next of them, and run
     /// eagerly beyond the last. Default: 1, 2, 4, then every 8th to 256 and every 16th to 512, up to max-num-seqs.
     #[arg(
@@ -289,6 +308,9 @@ pub(crate) struct EngineArgs {
     /// Keys of which clients over HTTP and over gRPC's port must bring one as a bearer token; probes need none.
     #[arg(long, env = "PHALANX_API_KEY", value_delimiter = ',', hide_env_values = true)]
     pub(crate) api_key: Vec<String>,
+    /// File of such keys, one a line.
+    #[arg(long, env = "PHALANX_API_KEY_FILE")]
+    pub(crate) api_key_file: Option<PathBuf>,
     /// Keys of which an operator must bring one to pause, resume, abort or reset, over HTTP as a bearer token; without
     /// any, nobody can.
     #[arg(
@@ -366,6 +388,8 @@ pub(crate) struct ServeArgs {
     pub(crate) engine: EngineArgs,
     #[command(flatten)]
     pub(crate) frontend: FrontendArgs,
+    #[command(flatten)]
+    pub(crate) tls: TlsArgs,
     /// YAML file of flags.
     #[arg(long, env = "PHALANX_CONFIG")]
     pub(crate) config: Option<PathBuf>,
@@ -377,6 +401,8 @@ pub(crate) struct CoordinatorArgs {
     pub(crate) model: ModelArgs,
     #[command(flatten)]
     pub(crate) engine: EngineArgs,
+    #[command(flatten)]
+    pub(crate) tls: TlsArgs,
     /// mp: start the workers; external_launcher: wait for workers that others start.
     #[arg(long, env = "PHALANX_DISTRIBUTED_EXECUTOR_BACKEND", default_value = "mp")]
     pub(crate) distributed_executor_backend: ExecutorBackend,
@@ -402,9 +428,11 @@ pub(crate) enum ExecutorBackend {
 
 #[derive(Debug, Args)]
 pub(crate) struct WorkerArgs {
-    /// `unix:/path` or `http://host:port` of the coordinator.
+    /// `unix:/path`, `http://host:port` or `https://host:port` of the coordinator.
     #[arg(long, env = "PHALANX_COORDINATOR")]
     pub(crate) coordinator: String,
+    #[command(flatten)]
+    pub(crate) tls: CoordinatorTlsArgs,
     /// This worker's place, from 0.
     #[arg(long, env = "PHALANX_RANK")]
     pub(crate) rank: u32,
@@ -426,10 +454,17 @@ pub(crate) struct GatewayArgs {
     #[command(flatten)]
     pub(crate) backends: crate::gateway::BackendArgs,
     #[command(flatten)]
+    pub(crate) coordinator_tls: CoordinatorTlsArgs,
+    #[command(flatten)]
     pub(crate) frontend: FrontendArgs,
+    #[command(flatten)]
+    pub(crate) tls: TlsArgs,
     /// Keys of which every request but probes must bring one as a bearer token. Coordinators are shown the first.
     #[arg(long, env = "PHALANX_API_KEY", value_delimiter = ',', hide_env_values = true)]
     pub(crate) api_key: Vec<String>,
+    /// File of such keys, one a line.
+    #[arg(long, env = "PHALANX_API_KEY_FILE")]
+    pub(crate) api_key_file: Option<PathBuf>,
     /// Keys of which an operator must bring one as a bearer token to control the engine; without any, nobody can. The
     /// coordinator is shown the first.
     #[arg(

@@ -10,6 +10,11 @@ use std::{
 use clap::{Arg, ArgAction, Command};
 use serde_yaml_ng::Value;
 
+use crate::{
+    vllm,
+    vllm::{FlagError, Notice},
+};
+
 /// A file larger than this is not a list of flags.
 const MAX_BYTES: u64 = 1 << 20;
 
@@ -23,23 +28,19 @@ pub(crate) enum ConfigFileError {
         key: String,
         command: String,
     },
+    #[error("{path}: {source}", path = path.display())]
+    Flag { path: PathBuf, source: FlagError },
     #[error("{path}: `{key}` must be a number, a string, a boolean or a list of those", path = path.display())]
     BadValue { path: PathBuf, key: String },
 }
 
-/// vLLM's `-tp N` and `--no-<flag>` in clap's terms, which knows no short flags of two letters and no negations.
-pub(crate) fn normalize(argument: OsString) -> OsString {
-    match argument.to_str() {
-        Some("-tp") => "--tensor-parallel-size".into(),
-        Some("--no-enable-prefix-caching") => "--enable-prefix-caching=false".into(),
-        Some("--no-scheduler-reserve-full-isl") => "--scheduler-reserve-full-isl=false".into(),
-        Some(text) if text.starts_with("-tp=") => format!("--tensor-parallel-size={}", &text[4..]).into(),
-        _ => argument,
-    }
-}
-
-/// Gives the flags of the chosen subcommand the defaults of the file that `--config` or `PHALANX_CONFIG` names.
-pub(crate) fn apply(command: Command, arguments: &[OsString]) -> Result<Command, ConfigFileError> {
+/// Gives the flags of the chosen subcommand the defaults of the file that `--config` or `PHALANX_CONFIG` names. Keys that
+/// are flags of vLLM alone are judged as on the command line.
+pub(crate) fn apply(
+    command: Command,
+    arguments: &[OsString],
+    notices: &mut Vec<Notice>,
+) -> Result<Command, ConfigFileError> {
     let names: Vec<String> = command
         .get_subcommands()
         .map(|sub| sub.get_name().to_owned())
@@ -67,12 +68,21 @@ pub(crate) fn apply(command: Command, arguments: &[OsString]) -> Result<Command,
         } else {
             command.find_subcommand(chosen)
         };
+        let owner = owner.unwrap_or(&command);
+        if let (None, Some(judged)) = (flag_of(owner, &id), vllm::judge_key(&key, &words(&value))) {
+            let judged = judged.map_err(|source| ConfigFileError::Flag {
+                path: path.clone(),
+                source,
+            })?;
+            vllm::note(notices, judged);
+            continue;
+        }
         let named = Key {
             path: &path,
             key,
             command: chosen,
         };
-        let (id, values) = default_for(owner.unwrap_or(&command), named, value)?;
+        let (id, values) = default_for(owner, named, value)?;
         let set = |argument: Arg| argument.default_values(values);
         command = if is_global {
             command.mut_arg(id, set)
@@ -144,16 +154,12 @@ fn default_for(
     value: Value,
 ) -> Result<(String, Vec<String>), ConfigFileError> {
     let id = id_of(&named.key);
-    let flag_of = |id: &str| {
-        let mut arguments = owner.get_arguments();
-        arguments.find(|argument| argument.get_id() == id && id != "config" && !argument.is_positional())
-    };
-    let negated = id.strip_prefix("no_").filter(|id| flag_of(id).is_some());
+    let negated = id.strip_prefix("no_").filter(|id| flag_of(owner, id).is_some());
     let (id, value) = match (negated, value) {
         (Some(id), Value::Bool(value)) => (id.to_owned(), Value::Bool(!value)),
         (_, value) => (id, value),
     };
-    let Some(argument) = flag_of(&id) else {
+    let Some(argument) = flag_of(owner, &id) else {
         return Err(ConfigFileError::UnknownKey {
             path: named.path.to_owned(),
             key: named.key,
@@ -173,6 +179,21 @@ fn default_for(
     Ok((id, values))
 }
 
+fn flag_of<'a>(owner: &'a Command, id: &str) -> Option<&'a Arg> {
+    let mut arguments = owner.get_arguments();
+    arguments.find(|argument| argument.get_id() == id && id != "config" && !argument.is_positional())
+}
+
+/// A value as it would be typed; a mapping is some JSON or other.
+fn words(value: &Value) -> Vec<String> {
+    match value {
+        Value::Null => Vec::new(),
+        Value::Sequence(items) => items.iter().flat_map(words).collect(),
+        Value::Mapping(mapping) if mapping.is_empty() => vec!["{}".to_owned()],
+        other => vec![scalar(other).unwrap_or_else(|| "{...}".to_owned())],
+    }
+}
+
 fn scalar(value: &Value) -> Option<String> {
     match value {
         Value::Bool(value) => Some(value.to_string()),
@@ -186,10 +207,13 @@ fn scalar(value: &Value) -> Option<String> {
 mod tests {
     use std::io::Write;
 
-    use clap::{CommandFactory, FromArgMatches};
+    use clap::FromArgMatches;
 
     use super::*;
-    use crate::args::{Cli, Command as Sub};
+    use crate::{
+        args::{Cli, Command as Sub},
+        command_line::CommandLine,
+    };
 
     fn parse(yaml: &str, extra: &[&str]) -> Result<Cli, String> {
         let mut file = tempfile::NamedTempFile::new().expect("a temporary file");
@@ -198,10 +222,11 @@ mod tests {
         let arguments = ["phalanx", "serve", "--config", path]
             .into_iter()
             .chain(extra.iter().copied());
-        let arguments: Vec<OsString> = arguments.map(|argument| normalize(argument.into())).collect();
-        let command = apply(Cli::command(), &arguments).map_err(|error| error.to_string())?;
-        let matches = command
-            .try_get_matches_from(&arguments)
+        let line =
+            CommandLine::read(arguments.map(OsString::from).collect()).map_err(|error| error.to_string())?;
+        let matches = line
+            .command
+            .try_get_matches_from(&line.arguments)
             .map_err(|error| error.to_string())?;
         crate::args::refuse_two_models(&matches).map_err(|error| error.to_string())?;
         Cli::from_arg_matches(&matches).map_err(|error| error.to_string())
@@ -270,6 +295,35 @@ mod tests {
         assert_eq!(args.model.cudagraph_capture_sizes, Some(vec![4, 16]));
         let zero = parse("cudagraph-capture-sizes: [0]\n", &[]).unwrap_err();
         assert!(zero.contains("--cudagraph-capture-sizes"), "{zero}");
+    }
+
+    #[test]
+    fn every_switch_can_be_taken_back() {
+        let args = serve(
+            "enforce-eager: true\n",
+            &["--no-enforce-eager", "--no_disable_custom_all_reduce"],
+        );
+        assert!(!args.model.enforce_eager && !args.model.disable_custom_all_reduce);
+        let args = serve(
+            "enforce-eager: true\n",
+            &["--disable_custom_all_reduce", "m.gguf"],
+        );
+        assert!(args.model.enforce_eager && args.model.disable_custom_all_reduce);
+        assert_eq!(args.model.model_tag, Some("m.gguf".into()));
+    }
+
+    #[test]
+    fn keys_of_vllm_alone_are_judged_as_its_flags() {
+        let args = serve(
+            "trust-remote-code: true\ncompilation-config: {mode: 3}\nport: 1\n",
+            &[],
+        );
+        assert_eq!(args.frontend.port, 1);
+        let error = parse("enable-lora: true\n", &[]).unwrap_err();
+        assert!(
+            error.contains("--enable-lora is not offered: adapters"),
+            "{error}"
+        );
     }
 
     #[test]

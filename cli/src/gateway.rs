@@ -8,31 +8,39 @@ use clap::{
     builder::{PossibleValuesParser, TypedValueParser},
 };
 use phalanx_gateway::{Backends, Gateway, GatewayConfig, RouteOptions, RoutingPolicy};
-use phalanx_proto::secret::ApiKeys;
+use phalanx_proto::{secret::ApiKeys, tls::ClientTlsFiles};
 use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
 use tokio::sync::oneshot;
 
 use crate::{
-    args::{FrontendArgs, GatewayArgs},
+    args::{FrontendArgs, GatewayArgs, LoggingArgs},
+    keys,
+    logging::tracer,
     signals::Signals,
 };
 
 /// The coordinators. All of them serve the same model with the same flags.
 #[derive(Debug, Args)]
 pub(crate) struct BackendArgs {
-    /// `unix:/path` or `http://host:port` of the coordinator.
+    /// `unix:/path`, `http://host:port` or `https://host:port` of the coordinator.
     #[arg(
         long,
         env = "PHALANX_COORDINATOR",
         required_unless_present_any = ["backend", "backend_dns"]
     )]
     coordinator: Option<String>,
-    /// A replica's coordinator: `host:port`, `http://host:port` or `unix:/path`; for several, repeat it or separate
+    /// A replica's coordinator: `host:port` or any of those; for several, repeat it or separate
     /// them by commas.
     #[arg(long, env = "PHALANX_BACKEND", value_delimiter = ',')]
     backend: Vec<String>,
     /// A name and a port: every address that the name has is a replica's coordinator. For a headless service.
-    #[arg(long, env = "PHALANX_BACKEND_DNS", value_name = "NAME:PORT")]
+    // TLS would need the name, of which only the addresses are left.
+    #[arg(
+        long,
+        env = "PHALANX_BACKEND_DNS",
+        value_name = "NAME:PORT",
+        conflicts_with = "coordinator_ca_certs"
+    )]
     backend_dns: Option<String>,
     /// Which replica gets a request: the next; the one with the fewest running; the one of its session (X-Session-Id,
     /// or `user`); the one that has seen the beginning of its prompt.
@@ -47,23 +55,25 @@ pub(crate) struct BackendArgs {
 }
 
 impl BackendArgs {
-    fn resolve(self) -> Backends {
+    fn resolve(self, tls: Option<ClientTlsFiles>) -> Backends {
+        let scheme = if tls.is_some() { "https" } else { "http" };
         let backends = self.backend.into_iter().map(|backend| {
             if backend.contains('/') {
                 backend
             } else {
-                format!("http://{backend}")
+                format!("{scheme}://{backend}")
             }
         });
         Backends {
             addresses: self.coordinator.into_iter().chain(backends).collect(),
             dns: self.backend_dns,
+            tls,
             policy: self.routing_policy,
         }
     }
 }
 
-pub(crate) fn run(args: GatewayArgs) -> anyhow::Result<()> {
+pub(crate) fn run(args: GatewayArgs, logging: &LoggingArgs) -> anyhow::Result<()> {
     if let Some(parent) = args.parent_pid {
         die_with(parent)?;
     }
@@ -71,17 +81,24 @@ pub(crate) fn run(args: GatewayArgs) -> anyhow::Result<()> {
         .worker_threads(1)
         .enable_all()
         .build()?;
-    let result = runtime.block_on(serve(args));
+    let result = runtime.block_on(serve(args, logging));
     // Drops what still runs, and the listeners with their socket files.
     runtime.shutdown_timeout(Duration::from_secs(1));
     result
 }
 
-async fn serve(args: GatewayArgs) -> anyhow::Result<()> {
+async fn serve(args: GatewayArgs, logging: &LoggingArgs) -> anyhow::Result<()> {
     let mut signals = Signals::install()?;
     let drain = Duration::from_secs(args.shutdown_timeout);
-    let mut config = config(args.frontend, args.backends.resolve(), drain);
-    config.api_keys = ApiKeys::new(args.api_key).context("--api-key")?;
+    let mut config = config(
+        args.frontend,
+        args.backends.resolve(args.coordinator_tls.files()),
+        drain,
+    );
+    config.api_keys = keys::load(&args.api_key, args.api_key_file.as_deref())?;
+    config.tls = args.tls.files();
+    config.log_requests = logging.enable_log_requests;
+    config.tracer = tracer(logging)?;
     config.admin_keys = ApiKeys::new(args.admin_api_key).context("--admin-api-key")?;
     let gateway = Gateway::bind(config).await?;
     for address in gateway.local_addrs() {

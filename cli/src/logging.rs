@@ -1,8 +1,21 @@
 //! Log lines on standard error, as text or JSON.
 
+use phalanx_proto::spans::{Tracer, TracerError};
 use tracing_subscriber::EnvFilter;
 
 use crate::args::{LogFormat, LoggingArgs};
+
+/// What spans are said to be of, unless the environment says otherwise.
+const SERVICE: &str = "phalanx";
+
+/// Where this process's spans go.
+pub(crate) fn tracer(args: &LoggingArgs) -> Result<Tracer, TracerError> {
+    let Some(endpoint) = &args.otlp_traces_endpoint else {
+        return Ok(Tracer::default());
+    };
+    let service = std::env::var("OTEL_SERVICE_NAME").unwrap_or_else(|_| SERVICE.to_owned());
+    Tracer::start(endpoint, &service)
+}
 
 /// Starts logging. An unusable filter is an error: silence would look like health.
 pub(crate) fn init(args: &LoggingArgs) -> anyhow::Result<()> {

@@ -4,8 +4,10 @@
 mod args;
 mod bench;
 mod chat_args;
+mod command_line;
 mod config_file;
 mod gateway;
+mod keys;
 mod kv_events;
 mod limits;
 mod logging;
@@ -19,17 +21,21 @@ mod serve;
 mod signals;
 mod speculative;
 mod values;
+mod vllm;
 mod warm_kernels;
 mod worker;
 
 use std::{ffi::OsString, process::ExitCode};
 
-use clap::{CommandFactory, FromArgMatches};
+use clap::FromArgMatches;
 
-use crate::args::{Cli, Command};
+use crate::{
+    args::{Cli, Command},
+    command_line::CommandLine,
+};
 
 fn main() -> ExitCode {
-    match run(std::env::args_os().map(config_file::normalize).collect()) {
+    match run(std::env::args_os().collect()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // The last line is the reason, whatever was logged before.
@@ -54,17 +60,18 @@ fn sentence(error: &anyhow::Error) -> String {
 }
 
 fn run(arguments: Vec<OsString>) -> anyhow::Result<()> {
-    let command = config_file::apply(Cli::command(), &arguments)?;
-    let matches = command.get_matches_from(&arguments);
+    let line = CommandLine::read(arguments)?;
+    let matches = line.command.get_matches_from(&line.arguments);
     args::refuse_two_models(&matches)?;
     let cli = Cli::from_arg_matches(&matches)?;
     logging::init(&cli.logging)?;
+    vllm::warn(&line.notices);
     open_files::raise_limit();
     match cli.command {
         Command::Serve(args) => serve::serve(*args, &cli.logging),
         Command::Coordinator(args) => serve::coordinator(*args, &cli.logging),
         Command::Worker(args) => worker::run(args),
-        Command::Gateway(args) => gateway::run(args),
+        Command::Gateway(args) => gateway::run(*args, &cli.logging),
         Command::Plan(args) => plan::run(&args),
         Command::Bench(args) => bench::run(args),
         Command::WarmKernels(args) => warm_kernels::run(args),

@@ -8,6 +8,7 @@ use std::{
 
 use anyhow::{Context, bail, ensure};
 use phalanx_coordinator::{
+    api::Observers,
     config::{
         ApiOptions, DeviceChoice, EngineOptions, GpuEnvironment, KvCacheSize, ModelOptions, TraceOptions,
         WorkerOptions, WorkerSource,
@@ -18,8 +19,11 @@ use phalanx_model::{KvDtype, QuantizationMethod, TensorParallelStyle};
 use phalanx_proto::secret::ApiKeys;
 
 use crate::{
-    args::{Device, EngineArgs, HashAlgo, KvCacheDtype, ModelArgs, Policy, QuantizationName, Style},
-    limits,
+    args::{
+        Device, EngineArgs, HashAlgo, KvCacheDtype, LoggingArgs, ModelArgs, Policy, QuantizationName, Style,
+        TlsArgs,
+    },
+    keys, limits, logging,
 };
 
 pub(crate) fn model(args: &ModelArgs) -> anyhow::Result<ModelOptions> {
@@ -62,7 +66,7 @@ pub(crate) fn model(args: &ModelArgs) -> anyhow::Result<ModelOptions> {
         }),
         gpu_memory_utilization: args.gpu_memory_utilization,
         disable_custom_all_reduce: args.disable_custom_all_reduce,
-        enforce_eager: args.enforce_eager && !args.no_enforce_eager,
+        enforce_eager: args.enforce_eager,
         cudagraph_capture_sizes: args.cudagraph_capture_sizes.clone(),
     })
 }
@@ -148,12 +152,21 @@ pub(crate) fn local_workers(program: PathBuf, arguments: Vec<String>, scratch: P
 }
 
 /// `default_uds` is used when no socket was named.
-pub(crate) fn api(args: &EngineArgs, default_uds: PathBuf) -> anyhow::Result<ApiOptions> {
+pub(crate) fn api(
+    args: &EngineArgs,
+    (tls, logging): (&TlsArgs, &LoggingArgs),
+    default_uds: PathBuf,
+) -> anyhow::Result<ApiOptions> {
     let tcp = args.grpc_port.map(|port| address(&args.grpc_host, port));
     Ok(ApiOptions {
         tcp: tcp.transpose()?,
-        api_keys: ApiKeys::new(args.api_key.iter().cloned()).context("--api-key")?,
+        tls: tls.files(),
+        api_keys: keys::load(&args.api_key, args.api_key_file.as_deref())?,
         admin_keys: ApiKeys::new(args.admin_api_key.iter().cloned()).context("--admin-api-key")?,
+        observers: Observers {
+            log_requests: logging.enable_log_requests,
+            tracer: logging::tracer(logging)?,
+        },
         uds: Some(args.grpc_uds.clone().unwrap_or(default_uds)),
     })
 }

@@ -41,7 +41,7 @@ pub(crate) fn serve(args: ServeArgs, logging: &LoggingArgs) -> anyhow::Result<()
     let config = CoordinatorConfig {
         engine: resolve::engine(&args.engine, &model)?,
         model,
-        api: resolve::api(&args.engine, directory.socket())?,
+        api: resolve::api(&args.engine, (&args.tls, logging), directory.socket())?,
         workers: resolve::workers(
             &args.engine,
             &args.model,
@@ -62,7 +62,7 @@ pub(crate) fn coordinator(args: CoordinatorArgs, logging: &LoggingArgs) -> anyho
     let config = CoordinatorConfig {
         engine: resolve::engine(&args.engine, &model)?,
         model,
-        api: resolve::api(&args.engine, directory.socket())?,
+        api: resolve::api(&args.engine, (&args.tls, logging), directory.socket())?,
         workers: resolve::workers(&args.engine, &args.model, source)?,
     };
     run(config, args.engine.shutdown_timeout, None)
@@ -107,6 +107,10 @@ async fn supervise(
         outcome = serve_until_failure(&coordinator, &mut gateway) => outcome,
         name = signals.next() => {
             tracing::info!("{name}: letting running requests end, for at most {} s", drain.as_secs());
+            Ok(())
+        }
+        () = coordinator.asked_to_stop() => {
+            tracing::info!("asked by a client: letting running requests end, for at most {} s", drain.as_secs());
             Ok(())
         }
     };
@@ -197,6 +201,10 @@ impl GatewayCommand {
             arguments.extend(given.then(|| name.to_owned()));
         }
         arguments.extend(frontend.reply.arguments());
+        if let Some(path) = &args.engine.api_key_file {
+            arguments.push(format!("--api-key-file={}", path.display()));
+        }
+        arguments.extend(args.tls.arguments());
         arguments.extend(logging.arguments());
         Self {
             program: program.to_owned(),

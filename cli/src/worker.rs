@@ -12,6 +12,7 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(60);
 pub(crate) fn run(args: WorkerArgs) -> anyhow::Result<()> {
     let config = WorkerConfig {
         coordinator: args.coordinator,
+        tls: args.tls.files(),
         rank: args.rank,
         join_token: args.join_token,
         cpus: args.cpus,

@@ -3,9 +3,10 @@
 use std::{ffi::OsString, net::SocketAddr, path::PathBuf, time::Duration};
 
 use phalanx_model::{KvDtype, QuantizationMethod, TensorParallelStyle};
-use phalanx_proto::secret::ApiKeys;
+use phalanx_proto::{secret::ApiKeys, tls::TlsFiles};
 
 use crate::{
+    api::Observers,
     engine::{NgramSpeculation, PrefixHashAlgo, SchedulingPolicy},
     kv_events::ZmqOptions,
     text::{ChatOptions, GenerationOptions},
@@ -136,11 +137,14 @@ pub struct KvEventsOptions {
 #[derive(Clone, Debug)]
 pub struct ApiOptions {
     pub tcp: Option<SocketAddr>,
+    /// TLS of the TCP listener.
+    pub tls: Option<TlsFiles>,
     pub uds: Option<PathBuf>,
     /// What clients over TCP must present.
     pub api_keys: ApiKeys,
     /// What operators over TCP must present; without any, there are none.
     pub admin_keys: ApiKeys,
+    pub observers: Observers,
 }
 
 #[derive(Clone, Debug)]

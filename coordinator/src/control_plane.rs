@@ -13,7 +13,7 @@ use tokio::{sync::watch, task::JoinHandle};
 
 use crate::{
     CoordinatorError,
-    api::{Api, EngineSlot, Listeners, StatusHandle, serve},
+    api::{Api, EngineSlot, Listeners, Observers, StatusHandle, serve},
     deployment::DeploymentError,
     engine::EngineConfig,
     engine_thread::{EngineHandle, EngineThreadConfig, spawn_engine},
@@ -92,6 +92,9 @@ impl ControlPlane {
             api_keys: ApiKeys::default(),
             admin_keys: ApiKeys::default(),
             server_info: "{}".into(),
+            tensor_parallel_size: 1,
+            observers: Observers::default(),
+            shutdown: Arc::default(),
         };
         let (shutdown, services) = listen(api, &config.uds)?;
         Ok(Self {

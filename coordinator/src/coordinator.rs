@@ -15,7 +15,10 @@ use phalanx_proto::{
     v1::{self, Assign, GetStatusResponse, GroupState, Phase, cluster_server::ClusterServer},
 };
 use phalanx_shm::{EnginePort, Segment, ShmError, Wait, sweep_orphans};
-use tokio::{sync::watch, task::JoinHandle};
+use tokio::{
+    sync::{Notify, watch},
+    task::JoinHandle,
+};
 
 use crate::{
     api::{Api, EngineSlot, ListenError, Listeners, StatusHandle, serve},
@@ -87,6 +90,8 @@ pub struct Coordinator {
     running: std::sync::OnceLock<EngineHandle>,
     status: StatusHandle,
     metrics: Arc<Metrics>,
+    /// A client has asked for the end.
+    asked_to_stop: Arc<Notify>,
     /// Ends the services.
     shutdown: watch::Sender<bool>,
     services: std::sync::Mutex<Option<JoinHandle<()>>>,
@@ -142,6 +147,7 @@ impl Coordinator {
             engine: EngineSlot::default(),
             running: std::sync::OnceLock::new(),
             launcher: std::sync::Mutex::new(launcher),
+            asked_to_stop: Arc::new(Notify::new()),
             shutdown: watch::Sender::new(false),
             services: std::sync::Mutex::new(None),
             proposal,
@@ -165,9 +171,12 @@ impl Coordinator {
             status: self.status.clone(),
             served_model_names: self.config.engine.served_model_names.clone(),
             model_root: self.config.model.path.to_string_lossy().into_owned(),
+            tensor_parallel_size: self.config.model.tensor_parallel_size as u32,
             api_keys: self.config.api.api_keys.clone(),
             admin_keys: self.config.api.admin_keys.clone(),
             server_info: describe(&self.config, self.proposal.blueprint.max_model_len).to_string(),
+            observers: self.config.api.observers.clone(),
+            shutdown: self.asked_to_stop.clone(),
         };
         let attach = ClusterServer::new(AttachService(self.cluster.clone()));
         let routes = api.routes().add_service(attach);
@@ -184,7 +193,7 @@ impl Coordinator {
         *lock(&self.services) = Some(services);
         tokio::spawn(follow(
             self.cluster.clone(),
-            self.status.clone(),
+            (self.status.clone(), self.metrics.clone()),
             self.shutdown.subscribe(),
         ));
     }
@@ -271,6 +280,7 @@ impl Coordinator {
         let segment = Arc::new(segment);
         let port = EnginePort::join(segment.clone(), Wait::ADAPTIVE)?;
         self.cluster.form_group(&segment, JOIN_LIMIT).await?;
+        self.metrics.group_formed(&segment);
         segment.unlink_when_joined(Duration::from_secs(1))?;
         let progress = deployment.counts_collectives().then(|| port.progress()).flatten();
         let executor = ShmExecutor::new(port, self.cluster.clone(), deployment.limits, progress);
@@ -315,6 +325,11 @@ impl Coordinator {
             // The sender lives in `self`.
             let _ = changes.changed().await;
         }
+    }
+
+    /// Returns once a client has asked the server to shut down, over gRPC.
+    pub async fn asked_to_stop(&self) {
+        self.asked_to_stop.notified().await;
     }
 
     /// Refuses new requests from now on; those that were admitted go on.
@@ -375,6 +390,9 @@ async fn listen(options: &ApiOptions) -> Result<(Listeners, Option<SocketAddr>),
             tracing::warn!(%address, "gRPC answers everybody who reaches it: there is no --api-key");
         }
         tcp = Some(address);
+        if let Some(files) = &options.tls {
+            listeners.secure(files.clone())?;
+        }
     }
     if let Some(path) = &options.uds {
         listeners.bind_unix(path)?;
@@ -517,7 +535,7 @@ async fn warm_up(engine: &EngineHandle) -> Result<(), RpcError> {
         cache_salt: Some("warm-up".into()),
         tenant: TenantId::default(),
     };
-    let mut submission = engine.submit(sequence)?;
+    let mut submission = engine.probe(sequence)?;
     while let Some(event) = submission.events.recv().await {
         if let StreamEvent::Failed(error) = event {
             return Err(error);
@@ -526,11 +544,16 @@ async fn warm_up(engine: &EngineHandle) -> Result<(), RpcError> {
     Ok(())
 }
 
-/// Copies the ranks' state into the status until the services stop.
-async fn follow(cluster: Cluster, status: StatusHandle, mut stop: watch::Receiver<bool>) {
+/// Copies the ranks' state into the status and the metrics until the services stop.
+async fn follow(
+    cluster: Cluster,
+    (status, metrics): (StatusHandle, Arc<Metrics>),
+    mut stop: watch::Receiver<bool>,
+) {
     let mut changes = cluster.subscribe();
     loop {
         let (ranks, failure) = (cluster.statuses(), cluster.failure());
+        metrics.ranks(&ranks);
         status.update(|status| {
             status.ranks = ranks;
             if let Some(failure) = failure {

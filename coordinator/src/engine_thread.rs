@@ -29,6 +29,7 @@ use phalanx_proto::{
 };
 use tokio::sync::{mpsc, oneshot, watch};
 
+pub(crate) use self::lifecycle::Milestones;
 use self::{admission::AdmissionQueue, lifecycle::Lifecycle, stream::Stream};
 use crate::{
     engine::{
@@ -74,6 +75,7 @@ pub enum StreamEvent {
 pub struct Submission {
     pub id: SequenceId,
     pub events: mpsc::Receiver<StreamEvent>,
+    pub(crate) milestones: Arc<Milestones>,
     end: EndOnDrop,
 }
 
@@ -242,6 +244,17 @@ impl EngineHandle {
     /// Queues a sequence without waiting. Errors: `QueueFull`, `Unavailable` (draining, or the group has failed), and
     /// `InvalidArgument` or `ContextLengthExceeded` for a request that could never run.
     pub fn submit(&self, request: NewSequence) -> Result<Submission, RpcError> {
+        let lifecycle = Lifecycle::new(request.prompt.len(), request.stop.max_tokens);
+        self.queue(request, lifecycle)
+    }
+
+    /// The same for a sequence of the server's own, which is no client's: no metric of requests and tokens counts it.
+    pub fn probe(&self, request: NewSequence) -> Result<Submission, RpcError> {
+        let lifecycle = Lifecycle::new(request.prompt.len(), request.stop.max_tokens);
+        self.queue(request, lifecycle.unmeasured())
+    }
+
+    fn queue(&self, request: NewSequence, lifecycle: Lifecycle) -> Result<Submission, RpcError> {
         let shared = &self.shared;
         check_admits(shared.status.borrow().state)?;
         let id = SequenceId(shared.next_id.fetch_add(1, Ordering::Relaxed));
@@ -263,7 +276,7 @@ impl EngineHandle {
             .take(request.prompt.len() + request.output.len())
             .inspect_err(|full| shared.metrics.rejected(full.limit))?;
         let (stream, events) = Stream::new(shared.config.stream_capacity, ticket);
-        let lifecycle = Lifecycle::new(request.prompt.len(), request.stop.max_tokens);
+        let milestones = lifecycle.milestones();
         self.inbox
             .send(Message::Submit(Box::new((request, stream, lifecycle))))
             .map_err(|_| stopped())?;
@@ -271,12 +284,18 @@ impl EngineHandle {
         Ok(Submission {
             id,
             events,
+            milestones,
             end: EndOnDrop {
                 id,
                 reason: FinishReason::Abort,
                 inbox,
             },
         })
+    }
+
+    /// What the engine was started with.
+    pub fn config(&self) -> &EngineConfig {
+        &self.shared.config.engine
     }
 
     pub fn status(&self) -> EngineStatus {

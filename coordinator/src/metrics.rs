@@ -2,16 +2,23 @@
 //! of our own (`phalanx_*`) for what vLLM has no name for.
 
 mod families;
+mod group;
 mod speculation;
 #[cfg(test)]
 mod tests;
 
-use std::time::Duration;
+use std::{
+    sync::{Arc, Mutex, Weak},
+    time::Duration,
+};
 
+use phalanx_proto::v1::RankStatus;
+use phalanx_shm::Segment;
 use prometheus_client::{encoding::text, registry::Registry};
 
 use self::{
-    families::{ByLabel, EngineMetrics, GroupMetrics, RequestMetrics, RequestTimes, TokenMetrics, add},
+    families::{ByLabel, EngineMetrics, RequestMetrics, RequestTimes, TokenMetrics, add},
+    group::GroupMetrics,
     speculation::SpeculationMetrics,
 };
 use crate::engine::{EngineConfig, ExecutorError, FinishReason, Snapshot, StepStats};
@@ -46,6 +53,8 @@ pub struct Metrics {
     request: RequestMetrics,
     times: RequestTimes,
     group: GroupMetrics,
+    /// Of the group that runs; its counters are read when somebody looks.
+    segment: Mutex<Weak<Segment>>,
     speculation: SpeculationMetrics,
     admission_rejections: ByLabel,
 }
@@ -76,6 +85,7 @@ impl Metrics {
             request,
             times: RequestTimes::new(labelled),
             group: GroupMetrics::new(labelled),
+            segment: Mutex::default(),
             speculation: SpeculationMetrics::new(labelled),
             admission_rejections,
             registry,
@@ -84,6 +94,9 @@ impl Metrics {
 
     /// OpenMetrics text of everything.
     pub fn encode(&self) -> String {
+        if let Some(segment) = self.segment.lock().ok().and_then(|segment| segment.upgrade()) {
+            self.group.observe_barriers(&segment.barrier_counts());
+        }
         let mut text = String::new();
         // Writing into a String cannot fail, and no metric here has an encoder of its own that could.
         if let Err(error) = text::encode(&mut text, &self.registry) {
@@ -146,7 +159,24 @@ impl Metrics {
 
     pub(crate) fn stepped(&self, step: &StepStats) {
         self.engine.iteration_tokens.observe(step.num_tokens as f64);
-        self.group.step_seconds.observe(step.took.as_secs_f64());
+        let m = &self.group;
+        m.steps.inc();
+        m.step_seconds.observe(step.took.as_secs_f64());
+        m.step_forward_seconds.observe(step.forward.as_secs_f64());
+        m.step_rows.observe(step.num_rows as f64);
+    }
+
+    /// The state of every rank, as its stream tells it.
+    pub(crate) fn ranks(&self, ranks: &[RankStatus]) {
+        self.group.observe_ranks(ranks);
+    }
+
+    /// A group has been formed over `segment`.
+    pub(crate) fn group_formed(&self, segment: &Arc<Segment>) {
+        self.group.segment_bytes.set(segment.shape().total_bytes() as i64);
+        if let Ok(mut current) = self.segment.lock() {
+            *current = Arc::downgrade(segment);
+        }
     }
 
     pub(crate) fn group_lost(&self, cause: &ExecutorError) {
@@ -176,6 +206,10 @@ impl Metrics {
         let m = &self.tokens;
         m.prompt.inc_by(num_prompt_tokens as u64);
         m.prompt_cached.inc_by(num_cached as u64);
+        // KV lies nowhere but with the ranks.
+        m.prompt_cached_by_source
+            .get_or_create(&[("source", "device")])
+            .inc_by(num_cached as u64);
         for (source, count) in [
             ("local_compute", num_prompt_tokens - num_cached),
             ("local_cache_hit", num_cached),

@@ -1,5 +1,5 @@
-//! Who may ask for what. Everything but the probes and the metrics needs an API key when any is configured, unknown
-//! routes included; what operators do needs an admin key always.
+//! Who may ask for what. Everything but the probes needs an API key when any is configured, metrics and unknown routes
+//! included; what operators do needs an admin key always.
 
 use std::sync::Arc;
 
@@ -19,7 +19,7 @@ const X_API_KEY: HeaderName = HeaderName::from_static("x-api-key");
 /// Who may use a route.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Access {
-    /// Everybody: what a kubelet and a metrics scraper ask.
+    /// Everybody: what a kubelet and a load balancer ask. A scraper can bring a key.
     Open,
     /// Whoever has an API key, if there are any.
     Client,

@@ -5,6 +5,8 @@ use std::{error::Error, fmt, time::Duration};
 use futures_util::{StreamExt, stream::BoxStream};
 use phalanx_proto::{
     ErrorKind, RpcError,
+    spans::TRACEPARENT,
+    tls::ClientTlsFiles,
     v1::{
         AbortRequestRequest, AbortRequestsRequest, ChatRequest, DetokenizeRequest, DetokenizeResponse,
         GenerateChunk, GenerateRequest, GenerateResponse, GetMetricsRequest, GetMetricsResponse,
@@ -27,6 +29,7 @@ use crate::{
     auth::Keys,
     config::GatewayError,
     limits::{ADMIN_DEADLINE, MAX_REPLY_BYTES},
+    trace,
 };
 
 /// A coordinator on the same host or network answers in microseconds; this is for one that is not there.
@@ -60,7 +63,8 @@ type Keyed = InterceptedService<Channel, Credentials>;
 /// Metadata with the key of an operator.
 const ADMIN_KEY: &str = "phalanx-admin-key";
 
-/// Presents keys with every call: the coordinator wants the same ones as the gateway.
+/// Presents keys with every call, as the coordinator wants the same ones as the gateway, and the place in the caller's
+/// trace.
 #[derive(Clone, Debug, Default)]
 struct Credentials {
     api_key: Option<MetadataValue<Ascii>>,
@@ -90,14 +94,24 @@ impl Interceptor for Credentials {
                 request.metadata_mut().insert(name, value.clone());
             }
         }
+        // A context is hexadecimal digits and dashes.
+        if let Some(context) = trace::caller()
+            && let Ok(value) = MetadataValue::try_from(context.to_string())
+        {
+            request.metadata_mut().insert(TRACEPARENT, value);
+        }
         Ok(request)
     }
 }
 
 impl Backend {
-    /// Prepares for the coordinator at `address`, without connecting.
-    pub(crate) fn new(address: &str, keys: &Keys) -> Result<Self, GatewayError> {
-        let endpoint = endpoint(address)?;
+    /// Prepares for the coordinator at `address`, without connecting. `tls` is for `https`.
+    pub(crate) fn new(
+        address: &str,
+        keys: &Keys,
+        tls: Option<&ClientTlsFiles>,
+    ) -> Result<Self, GatewayError> {
+        let endpoint = endpoint(address, tls)?;
         let (work, operation) = (endpoint.connect_lazy(), endpoint.connect_lazy());
         let operator = Credentials::of(keys);
         // Only operators' calls carry their key.
@@ -205,17 +219,27 @@ impl Backend {
     }
 }
 
-fn endpoint(address: &str) -> Result<Endpoint, GatewayError> {
+fn endpoint(address: &str, tls: Option<&ClientTlsFiles>) -> Result<Endpoint, GatewayError> {
     let refuse = |reason: String| GatewayError::CoordinatorAddress {
         address: address.to_owned(),
         reason,
     };
     match address.split_once(':') {
         Some(("http", rest)) if rest.starts_with("//") => {}
+        Some(("https", rest)) if rest.starts_with("//") => {}
         Some(("unix", path)) if path.starts_with('/') => {}
         _ => return Err(refuse("unknown form".to_owned())),
     }
     let endpoint = Endpoint::from_shared(address.to_owned()).map_err(|error| refuse(error.to_string()))?;
+    let endpoint = match tls {
+        Some(files) if address.starts_with("https:") => endpoint
+            .tls_config(files.load()?)
+            .map_err(|error| refuse(error.to_string()))?,
+        None if address.starts_with("https:") => {
+            return Err(refuse("https needs its authorities".to_owned()));
+        }
+        _ => endpoint,
+    };
     Ok(endpoint
         .connect_timeout(CONNECT_TIMEOUT)
         .tcp_nodelay(true)
@@ -287,13 +311,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn addresses_have_two_forms() {
+    fn addresses_have_three_forms() {
         for good in [
             "http://127.0.0.1:50051",
             "http://coordinator:50051",
             "unix:/run/phalanx.sock",
         ] {
-            assert!(endpoint(good).is_ok(), "{good}");
+            assert!(endpoint(good, None).is_ok(), "{good}");
         }
         for bad in [
             "",
@@ -303,7 +327,7 @@ mod tests {
             "http://",
             "http://a b",
         ] {
-            assert!(endpoint(bad).is_err(), "{bad}");
+            assert!(endpoint(bad, None).is_err(), "{bad}");
         }
     }
 
@@ -329,7 +353,7 @@ mod tests {
     #[tokio::test]
     async fn an_absent_coordinator_is_unavailable_at_once() {
         let backend =
-            Backend::new("unix:/nonexistent/phalanx.sock", &keys(&[], &[])).expect("a good address");
+            Backend::new("unix:/nonexistent/phalanx.sock", &keys(&[], &[]), None).expect("a good address");
         let start = Instant::now();
         let error = backend.status().await.expect_err("nobody there");
         assert_eq!(error.kind, ErrorKind::Unavailable);

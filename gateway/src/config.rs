@@ -2,7 +2,11 @@
 
 use std::{io, path::PathBuf, time::Duration};
 
-use phalanx_proto::secret::ApiKeys;
+use phalanx_proto::{
+    secret::ApiKeys,
+    spans::Tracer,
+    tls::{TlsError, TlsFiles},
+};
 
 use crate::{limits::HttpLimits, openai::output::ReplyOptions, router::Backends};
 
@@ -13,6 +17,8 @@ pub struct GatewayConfig {
     pub listen: Vec<String>,
     /// A unix socket to listen on, beside or instead of TCP.
     pub uds: Option<PathBuf>,
+    /// TLS of the TCP listeners.
+    pub tls: Option<TlsFiles>,
     /// Where coordinators serve gRPC, and which of them gets a request.
     pub backends: Backends,
     /// Keys of which a client must present one; without any, no key is needed. Coordinators are shown the first.
@@ -22,6 +28,10 @@ pub struct GatewayConfig {
     pub admin_keys: ApiKeys,
     /// Which routes there are, and where.
     pub routes: RouteOptions,
+    /// A log line for every request that is answered.
+    pub log_requests: bool,
+    /// Where the spans of requests go.
+    pub tracer: Tracer,
     /// What replies contain.
     pub reply: ReplyOptions,
     /// Role of the messages that the model makes.
@@ -38,10 +48,13 @@ impl GatewayConfig {
         Self {
             listen: vec![listen.into()],
             uds: None,
+            tls: None,
             backends,
             api_keys: ApiKeys::default(),
             admin_keys: ApiKeys::default(),
             routes: RouteOptions::default(),
+            log_requests: false,
+            tracer: Tracer::default(),
             reply: ReplyOptions::default(),
             response_role: "assistant".to_owned(),
             drain_timeout: Duration::from_secs(30),
@@ -106,13 +119,18 @@ pub enum GatewayError {
         source: io::Error,
     },
     /// The coordinator's address is neither of the two forms.
-    #[error("coordinator address {address:?} is neither http://host:port nor unix:/path: {reason}")]
+    #[error(
+        "coordinator address {address:?} is none of http://host:port, https://host:port and unix:/path: {reason}"
+    )]
     CoordinatorAddress {
         /// The address as configured.
         address: String,
         /// What is wrong with it.
         reason: String,
     },
+    /// A certificate or a key that cannot be used.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// The root path is no plain absolute path.
     #[error("root path {path:?} must start with / and hold letters, digits and -._~ only")]
     RootPath {

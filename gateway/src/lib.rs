@@ -13,6 +13,7 @@ mod auth;
 mod backend;
 mod config;
 mod control;
+mod exposition;
 mod inference;
 mod lifecycle;
 mod limits;
@@ -29,6 +30,7 @@ mod server;
 mod stall;
 mod tgi;
 mod tokenizer;
+mod trace;
 
 pub use config::{GatewayConfig, GatewayError, RouteOptions};
 pub use limits::HttpLimits;

@@ -16,15 +16,17 @@ use prometheus_client::{
     registry::Registry,
 };
 
-use crate::router::RouterMetrics;
-
-/// The content type of `/metrics`.
-pub(crate) const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+use crate::{router::RouterMetrics, trace::HttpSpan};
 const END: &str = "# EOF\n";
 
 /// Seconds; from a refused body to a long generation.
 const DURATION_BUCKETS: [f64; 14] = [
     0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0,
+];
+/// Finer, for all routes together.
+const HIGHR_BUCKETS: [f64; 21] = [
+    0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 7.5, 10.0,
+    30.0, 60.0,
 ];
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -47,6 +49,7 @@ pub(crate) struct HttpMetrics {
     registry: Registry,
     requests: Family<RequestLabels, Counter>,
     durations: Durations,
+    highr: Histogram,
 }
 
 impl HttpMetrics {
@@ -66,10 +69,17 @@ impl HttpMetrics {
             durations.clone(),
         );
         router.register(&mut registry);
+        let highr = Histogram::new(HIGHR_BUCKETS);
+        registry.register(
+            "http_request_duration_highr_seconds",
+            "The same over all routes, in finer steps",
+            highr.clone(),
+        );
         Self {
             registry,
             requests,
             durations,
+            highr,
         }
     }
 
@@ -97,6 +107,8 @@ pub(crate) struct Measurement {
     labels: DurationLabels,
     start: Instant,
     status: &'static str,
+    /// Ends with the measurement.
+    pub(crate) span: Option<HttpSpan>,
 }
 
 impl Measurement {
@@ -112,12 +124,16 @@ impl Measurement {
             start: Instant::now(),
             // Stays so when the client leaves before there is a status.
             status: "4xx",
+            span: None,
         }
     }
 
     /// Measures on, to the end of `body`.
     pub(crate) fn follow(mut self, status: StatusCode, body: Body) -> Body {
         self.status = status_label(status);
+        if let Some(span) = &mut self.span {
+            span.status = Some(status.as_u16());
+        }
         Body::new(MeasuredBody {
             body,
             _measurement: self,
@@ -139,6 +155,7 @@ impl Drop for Measurement {
             .durations
             .get_or_create(&self.labels)
             .observe(seconds);
+        self.metrics.highr.observe(seconds);
     }
 }
 

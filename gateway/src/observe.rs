@@ -7,13 +7,14 @@ use axum::{
     middleware::Next,
     response::Response,
 };
-use http::{HeaderMap, HeaderName, HeaderValue};
-use phalanx_proto::secret;
+use http::{HeaderMap, HeaderName, HeaderValue, Method};
+use phalanx_proto::{secret, spans::Tracer};
 
 use crate::{
     limits::MAX_REQUEST_ID,
     metrics::{HttpMetrics, Measurement},
     routes::RouteTable,
+    trace::{self, HttpSpan},
 };
 
 const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -40,21 +41,41 @@ fn random_hex() -> String {
     format!("{:032x}", u128::from_ne_bytes(secret::random()))
 }
 
-/// Middleware: gives the request its id, answers with it, measures and logs.
+/// Who wants to know of requests.
+#[derive(Clone)]
+pub(crate) struct Observer {
+    pub(crate) metrics: Arc<HttpMetrics>,
+    pub(crate) tracer: Tracer,
+    /// Answers are worth a line at the level that is shown.
+    pub(crate) log_requests: bool,
+}
+
+/// Middleware: gives the request its id, answers with it, measures, traces and logs.
 pub(crate) async fn observe(
-    State((table, metrics)): State<(RouteTable, Arc<HttpMetrics>)>,
+    State((table, observer)): State<(RouteTable, Observer)>,
     mut request: Request,
     next: Next,
 ) -> Response {
     let method = request.method().clone();
     // A client's own path is no label: labels must not grow with what clients send.
     let handler = table.find(&request).map_or("none", |route| route.path);
-    let measurement = Measurement::start(metrics, &method, handler);
+    let mut measurement = Measurement::start(observer.metrics, &method, handler);
     let id = RequestId::of(request.headers());
+    let mut context = trace::parent_of(request.headers());
+    // What is only looked at, like probes and metrics, is no one's trace.
+    if observer.tracer.is_on() && method == Method::POST {
+        let span = HttpSpan::start(&observer.tracer, context, (method.clone(), handler), &id.0);
+        context = Some(span.context);
+        measurement.span = Some(span);
+    }
     request.extensions_mut().insert(id.clone());
-    let mut response = next.run(request).await;
+    let mut response = trace::within(context, next.run(request)).await;
     let status = response.status();
-    tracing::debug!(request_id = %id.0, %method, handler, status = status.as_u16(), "answered");
+    if observer.log_requests {
+        tracing::info!(request_id = %id.0, %method, handler, status = status.as_u16(), "answered");
+    } else {
+        tracing::debug!(request_id = %id.0, %method, handler, status = status.as_u16(), "answered");
+    }
     if let Ok(value) = HeaderValue::from_str(&id.0) {
         response.headers_mut().insert(X_REQUEST_ID, value);
     }

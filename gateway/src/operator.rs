@@ -5,7 +5,7 @@ use axum::{
     extract::State,
     response::{IntoResponse, Response},
 };
-use http::{StatusCode, Uri, header};
+use http::{HeaderMap, StatusCode, Uri, header};
 use phalanx_proto::{
     RpcError,
     v1::{GetStatusResponse, GroupState, Phase, RankStatus},
@@ -14,7 +14,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::{
-    metrics::OPENMETRICS,
+    exposition,
     openai::error::{ApiError, broken_reply},
     query,
     router::Overview,
@@ -80,10 +80,11 @@ pub(crate) async fn load(State(service): State<Service>) -> Response {
 }
 
 /// `GET /metrics`: the coordinators' metrics and the gateway's. Without a coordinator, the gateway's alone.
-pub(crate) async fn metrics(State(service): State<Service>) -> Response {
+pub(crate) async fn metrics(State(service): State<Service>, headers: HeaderMap) -> Response {
     let theirs = service.backend.metrics().await;
     let text = service.metrics.exposition(theirs.as_deref());
-    ([(header::CONTENT_TYPE, OPENMETRICS)], text).into_response()
+    let (content_type, text) = exposition::negotiate(&headers, text);
+    ([(header::CONTENT_TYPE, content_type)], text).into_response()
 }
 
 const READY: &str = "ready";

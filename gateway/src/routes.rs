@@ -24,7 +24,7 @@ use crate::{
     lifecycle::Lifecycle,
     limits::HttpLimits,
     metrics::HttpMetrics,
-    observe::observe,
+    observe::{Observer, observe},
     openai::{self, error::ApiError, output::ReplyOptions},
     openapi::{self, Document, Operation, operations as docs},
     operator,
@@ -144,7 +144,7 @@ pub(crate) fn table(options: &RouteOptions) -> Vec<Route> {
         Route::get("/ping", operator::health, docs::health())
             .or("post", post(operator::health), docs::health())
             .open(),
-        Route::get("/metrics", operator::metrics, docs::metrics()).open(),
+        Route::get("/metrics", operator::metrics, docs::metrics()),
         Route::get("/version", operator::version, docs::version()),
         Route::get("/load", operator::load, docs::load()),
         Route::get("/server_info", operator::server_info, docs::server_info()),
@@ -197,8 +197,12 @@ impl RouteTable {
 }
 
 /// Every route, behind the key check, behind the observer; under the root path, too, if there is one.
-pub(crate) fn router(service: Service, routes: Vec<Route>, options: &RouteOptions, keys: Keys) -> Router {
-    let metrics = Arc::clone(&service.metrics);
+pub(crate) fn router(
+    service: Service,
+    routes: Vec<Route>,
+    options: &RouteOptions,
+    (keys, observer): (Keys, Observer),
+) -> Router {
     let infos = routes.iter().map(|route| RouteInfo {
         path: route.path,
         access: route.access,
@@ -216,7 +220,7 @@ pub(crate) fn router(service: Service, routes: Vec<Route>, options: &RouteOption
         .method_not_allowed_fallback(wrong_method)
         .with_state(service)
         .layer(from_fn_with_state((table.clone(), keys), guard))
-        .layer(from_fn_with_state((table, metrics), observe));
+        .layer(from_fn_with_state((table, observer), observe));
     if options.root_path.is_empty() {
         return router;
     }
@@ -233,4 +237,48 @@ async fn no_route(method: Method, uri: Uri) -> Response {
 
 async fn wrong_method(request: Request) -> Response {
     ApiError::method_not_allowed(request.method(), request.uri().path()).into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeSet, fs, path::Path};
+
+    use super::*;
+
+    #[test]
+    fn the_document_has_the_routes_that_there_are() {
+        let options = RouteOptions {
+            tokenizer_info: true,
+            ..RouteOptions::default()
+        };
+        let routes = table(&options);
+        let offered: BTreeSet<(String, &str)> = routes
+            .iter()
+            .flat_map(|route| {
+                route
+                    .operations
+                    .iter()
+                    .map(|(method, _)| (method.to_uppercase(), route.path))
+            })
+            .collect();
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/compatibility.md");
+        let text = fs::read_to_string(path).expect("docs/compatibility.md");
+        let (_, text) = text.split_once("## Routes").expect("the table");
+        let (text, _) = text.split_once("\n## ").expect("a table after it");
+        let mut told = BTreeSet::new();
+        for line in text.lines().filter_map(|line| line.strip_prefix("| `")) {
+            let (route, rest) = line.split_once("` | ").expect("a row");
+            let (methods, path) = route.split_once(' ').expect("method and path");
+            if !rest.starts_with("not offered |") {
+                told.extend(methods.split('/').map(|method| (method.to_owned(), path)));
+            }
+        }
+        let beside = text.split("Beside vLLM's").nth(1).expect("what is ours");
+        let named = beside.split('`').skip(1).step_by(2);
+        told.extend(named.filter_map(|route| {
+            let (method, path) = route.split_once(' ')?;
+            Some((method.to_owned(), path))
+        }));
+        assert_eq!(told, offered);
+    }
 }

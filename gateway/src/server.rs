@@ -8,7 +8,10 @@ use hyper_util::{
     rt::{TokioIo, TokioTimer},
     service::TowerToHyperService,
 };
-use phalanx_proto::socket::{Access, UnixSocket};
+use phalanx_proto::{
+    socket::{Access, UnixSocket},
+    tls::ServerTls,
+};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream, UnixStream},
@@ -23,6 +26,7 @@ use crate::{
     lifecycle::Lifecycle,
     limits::{HttpLimits, MAX_HEAD_BYTES, MAX_HEADERS},
     metrics::HttpMetrics,
+    observe::Observer,
     openapi::Document,
     router::{Replicas, RouterMetrics},
     routes::{Service, router, table},
@@ -33,6 +37,9 @@ use crate::{
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
 /// Time for the last replies to leave once every request has ended.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// What a TLS client may speak here.
+const PROTOCOLS: &[&[u8]] = &[b"http/1.1"];
 
 /// A gateway that has its addresses and is ready to serve.
 pub struct Gateway {
@@ -67,6 +74,15 @@ impl Gateway {
             reply: config.reply,
             response_role: config.response_role.into(),
         };
+        let observer = Observer {
+            metrics: Arc::clone(&service.metrics),
+            tracer: config.tracer,
+            log_requests: config.log_requests,
+        };
+        let tls = config
+            .tls
+            .map(|files| ServerTls::new(files, PROTOCOLS))
+            .transpose()?;
         let mut listeners = Vec::new();
         let mut local_addrs = Vec::new();
         for address in &config.listen {
@@ -89,7 +105,8 @@ impl Gateway {
             local_addrs,
             lifecycle,
             front: Front {
-                router: router(service, routes, &options, keys),
+                tls,
+                router: router(service, routes, &options, (keys, observer)),
                 permits: Arc::new(Semaphore::new(config.limits.connections)),
                 limits: config.limits,
             },
@@ -179,6 +196,8 @@ impl Listener {
 /// What every connection needs.
 #[derive(Clone)]
 struct Front {
+    /// Of TCP connections.
+    tls: Option<ServerTls>,
     router: Router,
     permits: Arc<Semaphore>,
     limits: HttpLimits,
@@ -202,7 +221,7 @@ async fn accept(listener: Listener, front: Front, mut closing: watch::Receiver<b
         };
         match next {
             Ok((Accepted::Tcp(stream), permit)) => {
-                connections.spawn(serve(stream, front.clone(), permit, closing.clone()));
+                connections.spawn(serve_tcp(stream, front.clone(), permit, closing.clone()));
             }
             Ok((Accepted::Unix(stream), permit)) => {
                 connections.spawn(serve(stream, front.clone(), permit, closing.clone()));
@@ -215,6 +234,21 @@ async fn accept(listener: Listener, front: Front, mut closing: watch::Receiver<b
     }
     drop(listener);
     while connections.join_next().await.is_some() {}
+}
+
+async fn serve_tcp(
+    stream: TcpStream,
+    front: Front,
+    permit: OwnedSemaphorePermit,
+    closing: watch::Receiver<bool>,
+) {
+    let Some(tls) = front.tls.clone() else {
+        return serve(stream, front, permit, closing).await;
+    };
+    match tls.accept(stream).await {
+        Ok(stream) => serve(stream, front, permit, closing).await,
+        Err(error) => tracing::debug!(%error, "no TLS with a client"),
+    }
 }
 
 async fn serve<T>(stream: T, front: Front, _permit: OwnedSemaphorePermit, mut closing: watch::Receiver<bool>)

@@ -6,7 +6,9 @@ pub mod error;
 pub mod limits;
 pub mod secret;
 pub mod socket;
+pub mod spans;
 pub mod step;
+pub mod tls;
 pub mod trace;
 
 /// Generated from `proto/phalanx/v1/*.proto`.
@@ -19,6 +21,30 @@ pub mod v1 {
         reason = "generated"
     )]
     tonic::include_proto!("phalanx.v1");
+}
+
+/// Generated from `proto/vllm/*.proto`.
+pub mod vllm {
+    #![allow(
+        unreachable_pub,
+        unused_qualifications,
+        clippy::all,
+        missing_docs,
+        reason = "generated"
+    )]
+    tonic::include_proto!("vllm");
+}
+
+/// Generated from `proto/opentelemetry/*.proto`.
+pub mod otlp {
+    #![allow(
+        unreachable_pub,
+        unused_qualifications,
+        clippy::all,
+        missing_docs,
+        reason = "generated"
+    )]
+    tonic::include_proto!("opentelemetry.proto.collector.trace.v1");
 }
 
 pub use error::{ErrorKind, RpcError};

@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeSet,
     fs,
+    net::{IpAddr, SocketAddr},
     time::{Duration, Instant},
 };
 
@@ -88,6 +89,53 @@ pub fn rss(pid: u32) -> (u64, u64) {
             .unwrap_or(0)
     };
     (kib("VmRSS:") * 1024, kib("VmHWM:") * 1024)
+}
+
+/// Where processes accept TCP connections.
+pub fn listening(pids: &[u32]) -> BTreeSet<SocketAddr> {
+    let sockets: BTreeSet<String> = pids
+        .iter()
+        .flat_map(|pid| {
+            fs::read_dir(format!("/proc/{pid}/fd"))
+                .into_iter()
+                .flatten()
+                .flatten()
+        })
+        .filter_map(|entry| fs::read_link(entry.path()).ok()?.to_str().map(str::to_owned))
+        .collect();
+    let tables = ["/proc/net/tcp", "/proc/net/tcp6"].map(|path| fs::read_to_string(path).unwrap_or_default());
+    let lines = tables.iter().flat_map(|table| table.lines().skip(1));
+    lines
+        .filter_map(|line| {
+            let fields: Vec<&str> = line.split_whitespace().collect();
+            let (address, state, inode) = (fields.get(1)?, fields.get(3)?, fields.get(9)?);
+            // 0A is LISTEN.
+            let ours = *state == "0A" && sockets.contains(&format!("socket:[{inode}]"));
+            ours.then(|| socket_address(address)).flatten()
+        })
+        .collect()
+}
+
+/// `0100007F:1F90` and its like of IPv6: words in the machine's order of bytes.
+fn socket_address(text: &str) -> Option<SocketAddr> {
+    let (words, port) = text.split_once(':')?;
+    let word = |at: usize| {
+        Some(
+            u32::from_str_radix(words.get(8 * at..8 * at + 8)?, 16)
+                .ok()?
+                .to_ne_bytes(),
+        )
+    };
+    let ip = if words.len() == 8 {
+        IpAddr::from(word(0)?)
+    } else {
+        let mut bytes = [0; 16];
+        for at in 0..4 {
+            bytes[4 * at..4 * at + 4].copy_from_slice(&word(at)?);
+        }
+        IpAddr::from(bytes)
+    };
+    Some(SocketAddr::new(ip, u16::from_str_radix(port, 16).ok()?))
 }
 
 /// Our segments in /dev/shm.

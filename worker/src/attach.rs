@@ -7,6 +7,7 @@ use std::{
 
 use phalanx_proto::{
     PROTOCOL_VERSION,
+    tls::ClientTlsFiles,
     v1::{
         self, WorkerCommand, WorkerEvent, cluster_client::ClusterClient, worker_command::Command,
         worker_event::Event,
@@ -38,8 +39,10 @@ const FAREWELL: Duration = Duration::from_millis(500);
 /// What a worker is started with.
 #[derive(Clone, Debug)]
 pub struct WorkerConfig {
-    /// `http://host:port` or `unix:/path`.
+    /// `http://host:port`, `https://host:port` or `unix:/path`.
     pub coordinator: String,
+    /// For `https`.
+    pub tls: Option<ClientTlsFiles>,
     pub rank: u32,
     /// Shared secret of the cluster.
     pub join_token: String,
@@ -60,6 +63,7 @@ impl WorkerConfig {
     pub fn new(coordinator: impl Into<String>, rank: u32, join_token: impl Into<String>) -> Self {
         Self {
             coordinator: coordinator.into(),
+            tls: None,
             rank,
             join_token: join_token.into(),
             device: DeviceChoice::Auto,
@@ -106,7 +110,7 @@ async fn attach(
     // Before the coordinator waits for it: starting a driver takes a while.
     let hello = hello(config);
     let free_bytes = hello.device.as_ref().map_or(0, |device| device.free_bytes);
-    let channel = connect(&config.coordinator, config.connect_limit).await?;
+    let channel = connect(&config.coordinator, config.tls.as_ref(), config.connect_limit).await?;
     let mut client = ClusterClient::new(channel).max_decoding_message_size(MAX_COMMAND_BYTES);
     let (events, queue) = mpsc::channel(EVENT_QUEUE);
     // The queue is empty and its receiver at hand.

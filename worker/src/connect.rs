@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
+use phalanx_proto::tls::ClientTlsFiles;
 use tokio::{net::UnixStream, time::Instant};
 use tonic::transport::{Channel, Endpoint, Uri};
 use tower::service_fn;
@@ -17,16 +18,20 @@ const LONGEST_WAIT: Duration = Duration::from_secs(2);
 /// A connection that does not answer a ping for so long is dead; pings are sent as often.
 const KEEP_ALIVE: Duration = Duration::from_secs(5);
 
-/// Connects to `http://host:port` or `unix:/path`, trying again until `limit` has passed: in a cluster ranks and
+/// Connects to `http://host:port`, `https://host:port` or `unix:/path`, trying again until `limit` has passed: in a cluster ranks and
 /// coordinator start in any order.
 ///
 /// # Errors
 /// [`WorkerError::BadAddress`] at once, [`WorkerError::Unreachable`] with the last attempt's error after `limit`.
-pub(crate) async fn connect(address: &str, limit: Duration) -> Result<Channel, WorkerError> {
+pub(crate) async fn connect(
+    address: &str,
+    tls: Option<&ClientTlsFiles>,
+    limit: Duration,
+) -> Result<Channel, WorkerError> {
     let deadline = Instant::now() + limit;
     let mut wait = FIRST_WAIT;
     loop {
-        let source = match attempt(address).await {
+        let source = match attempt(address, tls).await {
             Ok(channel) => return Ok(channel),
             Err(ConnectError::Address(message)) => {
                 return Err(WorkerError::BadAddress {
@@ -64,7 +69,7 @@ impl From<tonic::transport::Error> for ConnectError {
     }
 }
 
-async fn attempt(address: &str) -> Result<Channel, ConnectError> {
+async fn attempt(address: &str, tls: Option<&ClientTlsFiles>) -> Result<Channel, ConnectError> {
     if let Some(path) = address.strip_prefix("unix:") {
         // The authority means nothing on a socket, but HTTP/2 wants one.
         let endpoint = limits(Endpoint::from_static("http://coordinator"));
@@ -75,13 +80,27 @@ async fn attempt(address: &str) -> Result<Channel, ConnectError> {
         });
         return Ok(endpoint.connect_with_connector(connector).await?);
     }
-    if !address.starts_with("http://") {
-        return Err(ConnectError::Address(
-            "expected http://host:port or unix:/path".to_owned(),
-        ));
-    }
     let endpoint = Endpoint::from_shared(address.to_owned());
     let endpoint = endpoint.map_err(|error| ConnectError::Address(error.to_string()))?;
+    let endpoint = match (address.split_once("://"), tls) {
+        (Some(("http", _)), _) => endpoint,
+        (Some(("https", _)), Some(files)) => {
+            let tls = files
+                .load()
+                .map_err(|error| ConnectError::Address(error.to_string()))?;
+            endpoint.tls_config(tls)?
+        }
+        (Some(("https", _)), None) => {
+            return Err(ConnectError::Address(
+                "https needs the authorities of the coordinator's certificate".to_owned(),
+            ));
+        }
+        _ => {
+            return Err(ConnectError::Address(
+                "expected http://host:port, https://host:port or unix:/path".to_owned(),
+            ));
+        }
+    };
     Ok(limits(endpoint).connect().await?)
 }
 
@@ -99,7 +118,7 @@ mod tests {
 
     #[tokio::test]
     async fn other_schemes_are_refused_at_once() {
-        let error = connect("ftp://example", Duration::from_secs(60))
+        let error = connect("ftp://example", None, Duration::from_secs(60))
             .await
             .unwrap_err();
         assert!(matches!(error, WorkerError::BadAddress { .. }), "{error}");
@@ -109,7 +128,9 @@ mod tests {
     async fn an_absent_coordinator_is_given_up_after_the_limit() {
         let dir = tempfile::tempdir().unwrap();
         let address = format!("unix:{}", dir.path().join("no-such-socket").display());
-        let error = connect(&address, Duration::from_millis(200)).await.unwrap_err();
+        let error = connect(&address, None, Duration::from_millis(200))
+            .await
+            .unwrap_err();
         assert!(matches!(error, WorkerError::Unreachable { .. }), "{error}");
     }
 }

@@ -155,7 +155,7 @@ impl RankContext {
             model_path: model.path.to_string_lossy().into_owned(),
             taken_bytes,
         };
-        tracing::info!(rank = self.rank, weight_bytes = loaded.weight_bytes, taken_bytes, elapsed = ?started.elapsed(), "weights loaded");
+        tracing::debug!(rank = self.rank, weight_bytes = loaded.weight_bytes, taken_bytes, elapsed = ?started.elapsed(), "weights loaded");
         self.report(Report::Event(Event::WeightsLoaded(loaded)));
         Ok(model)
     }
@@ -198,7 +198,7 @@ impl RankContext {
             kv_bytes: model.kv_bytes,
             rss_bytes: process::resident_bytes(),
         };
-        tracing::info!(rank = self.rank, ?loaded, "loaded");
+        tracing::debug!(rank = self.rank, ?loaded, "loaded");
         self.offer_group_id(platform, &model.assignment)?;
         self.report(Report::Event(Event::Loaded(loaded)));
         Ok(())

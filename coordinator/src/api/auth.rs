@@ -36,11 +36,15 @@ impl Interceptor for KeyCheck {
 #[derive(Clone, Debug)]
 pub(super) struct AdminCheck(pub(super) ApiKeys);
 
-impl Interceptor for AdminCheck {
-    fn call(&mut self, request: Request<()>) -> Result<Request<()>, Status> {
-        let given = request.metadata().get(ADMIN_KEY);
-        if is_local(&request) || given.is_some_and(|value| self.0.contains(value.as_bytes())) {
-            return Ok(request);
+impl AdminCheck {
+    /// Errors: `Unauthenticated`, or `PermissionDenied` where no key would help.
+    pub(super) fn check<T>(&self, request: &Request<T>) -> Result<(), RpcError> {
+        let value = |name| request.metadata().get(name).map(|value| value.as_bytes());
+        // Clients made for vLLM can bring a bearer token and nothing else.
+        let bearer = !self.0.is_empty() && self.0.admit(value("authorization"));
+        let own = value(ADMIN_KEY).is_some_and(|given| self.0.contains(given));
+        if is_local(request) || bearer || own {
+            return Ok(());
         }
         let (kind, message) = if self.0.is_empty() {
             let message =
@@ -49,14 +53,34 @@ impl Interceptor for AdminCheck {
         } else {
             (
                 ErrorKind::Unauthenticated,
-                format!("this call needs the admin key: {ADMIN_KEY}: <key>"),
+                format!("this call needs the admin key: {ADMIN_KEY}: <key>, or authorization: Bearer <key>"),
             )
         };
-        Err(RpcError::new(kind, message).into())
+        Err(RpcError::new(kind, message))
+    }
+}
+
+impl Interceptor for AdminCheck {
+    fn call(&mut self, request: Request<()>) -> Result<Request<()>, Status> {
+        self.check(&request)?;
+        Ok(request)
+    }
+}
+
+/// Admits clients and operators: for a service with calls of both, which asks for operators itself.
+#[derive(Clone, Debug)]
+pub(super) struct EitherCheck(pub(super) KeyCheck, pub(super) AdminCheck);
+
+impl Interceptor for EitherCheck {
+    fn call(&mut self, request: Request<()>) -> Result<Request<()>, Status> {
+        if self.1.check(&request).is_ok() {
+            return Ok(request);
+        }
+        self.0.call(request)
     }
 }
 
 /// A unix socket's file has mode 0600: who comes over it is this server's own user, like the gateway beside it.
-fn is_local(request: &Request<()>) -> bool {
+fn is_local<T>(request: &Request<T>) -> bool {
     request.extensions().get::<UdsConnectInfo>().is_some()
 }

@@ -2,10 +2,11 @@
 
 use std::time::Duration;
 
-use phalanx_proto::{ErrorKind, RpcError, secret};
+use phalanx_proto::{ErrorKind, RpcError, secret, spans::TraceContext};
 use tokio::time::{Instant, timeout_at};
 use tonic::{Request, metadata::MetadataMap};
 
+use super::observe::parent_of;
 use crate::engine::TenantId;
 
 /// A later deadline is none: timers have an end, too.
@@ -31,6 +32,8 @@ pub(super) struct Claims<'a> {
 pub(super) struct Caller {
     pub(super) tenant: TenantId,
     pub(super) deadline: Option<Deadline>,
+    /// The caller's span.
+    pub(super) parent: Option<TraceContext>,
 }
 
 impl Caller {
@@ -49,6 +52,7 @@ impl Caller {
         Ok(Self {
             tenant: TenantId(name.map_or(0, secret::fingerprint)),
             deadline: Deadline::of(request.metadata(), claims.timeout_ms)?,
+            parent: parent_of(request.metadata()),
         })
     }
 

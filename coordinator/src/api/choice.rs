@@ -1,11 +1,13 @@
 //! One completion of a running request: new, or gone on with where another server left it.
 
+use std::sync::Arc;
+
 use phalanx_proto::RpcError;
 
 use super::{EngineSlot, assembler::ChoiceAssembler};
 use crate::{
     engine::StopRules,
-    engine_thread::{NewSequence, Submission},
+    engine_thread::{Milestones, NewSequence, Submission},
     text::{PreparedRequest, Tokenizer},
 };
 
@@ -39,6 +41,13 @@ impl Queued {
             output,
             ended_after,
         })
+    }
+}
+
+impl Queued {
+    /// The engine's side of its times, if it has one.
+    pub(super) fn milestones(&self) -> Option<Arc<Milestones>> {
+        Some(self.submission.as_ref()?.milestones.clone())
     }
 }
 

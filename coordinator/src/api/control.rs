@@ -1,14 +1,32 @@
 //! The Control service: operators hold the engine still, end requests and reset its cache.
 
-use phalanx_proto::v1::{self, control_server::Control};
+use phalanx_proto::{
+    RpcError,
+    v1::{self, control_server::Control},
+};
 use tonic::{Request, Response, Status};
 
 use super::{EngineSlot, registry::Registry};
 use crate::engine::PauseMode;
 
+#[derive(Clone)]
 pub(super) struct ControlService {
     pub(super) engine: EngineSlot,
     pub(super) registry: Registry,
+}
+
+impl ControlService {
+    /// False if somebody resumed before the requests in flight had ended. Errors: `Unavailable`.
+    pub(super) async fn hold(&self, mode: PauseMode, clear_cache: bool) -> Result<bool, RpcError> {
+        tracing::info!(?mode, clear_cache, "an operator pauses the engine");
+        self.engine.running()?.pause(mode, clear_cache).await
+    }
+
+    /// Errors: `Unavailable`.
+    pub(super) async fn release(&self) -> Result<(), RpcError> {
+        tracing::info!("an operator resumes the engine");
+        self.engine.running()?.resume().await
+    }
 }
 
 #[tonic::async_trait]
@@ -20,19 +38,12 @@ impl Control for ControlService {
             v1::PauseMode::Wait => PauseMode::Wait,
             v1::PauseMode::Keep => PauseMode::Keep,
         };
-        tracing::info!(
-            ?mode,
-            clear_cache = request.clear_cache,
-            "an operator pauses the engine"
-        );
-        let engine = self.engine.running()?;
-        let paused = engine.pause(mode, request.clear_cache).await?;
+        let paused = self.hold(mode, request.clear_cache).await?;
         Ok(Response::new(v1::PauseResponse { paused }))
     }
 
     async fn resume(&self, _: Request<v1::ResumeRequest>) -> Result<Response<v1::ResumeResponse>, Status> {
-        tracing::info!("an operator resumes the engine");
-        self.engine.running()?.resume().await?;
+        self.release().await?;
         Ok(Response::new(v1::ResumeResponse {}))
     }
 

@@ -10,8 +10,9 @@ use phalanx_proto::{
 use tonic::{Request, Response, Status};
 
 use super::{
-    EngineSlot, Envelope,
+    EngineSlot, Envelope, Observers,
     caller::{Caller, Claims},
+    observe::Observation,
     registry::{Registration, Registry},
     request_id,
     stream::RequestStream,
@@ -27,6 +28,7 @@ pub(super) struct Parts {
     pub(super) engine: EngineSlot,
     pub(super) registry: Registry,
     pub(super) metrics: Arc<Metrics>,
+    pub(super) observers: Observers,
     /// The first is the one replies name.
     pub(super) models: Vec<v1::ModelCard>,
 }
@@ -46,11 +48,20 @@ impl InferenceService {
             timeout_ms: request.get_ref().timeout_ms,
         };
         let caller = Caller::of(&request, claims)?;
-        let mut request = request.into_inner();
+        let (prepared, registration) = self.prepare(request.into_inner(), &caller).await?;
+        self.start(prepared, registration, caller)
+    }
+
+    /// Checks, registers and tokenizes; [`Self::start`] queues.
+    pub(super) async fn prepare(
+        &self,
+        mut request: v1::GenerateRequest,
+        caller: &Caller,
+    ) -> Result<(PreparedRequest, Registration), RpcError> {
         check_model(&self.parts.models, &request.model)?;
         let registration = self.register(std::mem::take(&mut request.request_id), "cmpl")?;
         let prepared = caller.in_time(self.parts.text.prepare(request)).await?;
-        self.start(prepared, registration, caller)
+        Ok((prepared, registration))
     }
 
     async fn chat(&self, request: Request<v1::ChatRequest>) -> Result<RequestStream, RpcError> {
@@ -70,7 +81,7 @@ impl InferenceService {
         Ok(self.parts.registry.register(request_id(id, prefix)?))
     }
 
-    fn start(
+    pub(super) fn start(
         &self,
         mut prepared: PreparedRequest,
         mut registration: Registration,
@@ -89,7 +100,8 @@ impl InferenceService {
             sequence.tenant = caller.tenant;
         }
         registration.deadline = caller.deadline;
-        RequestStream::start(prepared, envelope, registration, &self.parts)
+        let observation = Observation::start(&self.parts.observers, caller.parent, &envelope, &prepared);
+        RequestStream::start(prepared, envelope, (registration, observation), &self.parts)
     }
 }
 

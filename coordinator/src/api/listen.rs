@@ -1,14 +1,19 @@
-//! Where the services are served: TCP and unix sockets.
+//! Where the services are served: TCP, perhaps with TLS, and unix sockets.
 
 use std::{io, net::SocketAddr, path::Path, time::Duration};
 
-use phalanx_proto::socket::{Access, UnixSocket};
+use phalanx_proto::{
+    socket::{Access, UnixSocket},
+    tls::{ServerTls, TlsError, TlsFiles},
+};
 use tokio::{net::TcpListener, sync::watch, task::JoinSet, time::timeout};
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::{
     service::Routes,
     transport::{Server, server::TcpIncoming},
 };
+
+use super::secured::secured;
 
 /// Streams of one connection at a time; a gateway opens one connection and multiplexes.
 const MAX_CONCURRENT_STREAMS: u32 = 1024;
@@ -17,8 +22,13 @@ const MAX_HEADER_LIST_BYTES: u32 = 16 << 10;
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
 
+/// What a TLS client must speak here.
+const PROTOCOLS: &[&[u8]] = &[b"h2"];
+
 #[derive(Debug, thiserror::Error)]
 pub enum ListenError {
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     #[error("cannot listen on {address}: {source}")]
     Bind { address: String, source: io::Error },
     #[error("serving failed: {0}")]
@@ -28,9 +38,11 @@ pub enum ListenError {
 }
 
 /// Bound sockets that nobody serves yet.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct Listeners {
     tcp: Vec<TcpListener>,
+    /// Of the TCP listeners.
+    tls: Option<ServerTls>,
     unix: Vec<UnixSocket>,
 }
 
@@ -45,6 +57,12 @@ impl Listeners {
         let bound = listener.local_addr().map_err(failed)?;
         self.tcp.push(listener);
         Ok(bound)
+    }
+
+    /// Has TLS on the TCP listeners. Errors: a file that is missing or holds something else.
+    pub fn secure(&mut self, files: TlsFiles) -> Result<(), ListenError> {
+        self.tls = Some(ServerTls::new(files, PROTOCOLS)?);
+        Ok(())
     }
 
     /// Adds a unix socket (mode 0600), replacing a socket file that nobody listens on. It is removed when serving ends.
@@ -71,13 +89,18 @@ pub async fn serve(
     let mut servers = JoinSet::new();
     let mut socket_files = Vec::new();
     for listener in listeners.tcp {
-        let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+        let server = server().add_routes(routes.clone());
         let stopped = stopped(stop.subscribe());
-        servers.spawn(
-            server()
-                .add_routes(routes.clone())
-                .serve_with_incoming_shutdown(incoming, stopped),
-        );
+        match &listeners.tls {
+            Some(tls) => {
+                let incoming = secured(listener, tls.clone());
+                servers.spawn(server.serve_with_incoming_shutdown(incoming, stopped));
+            }
+            None => {
+                let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+                servers.spawn(server.serve_with_incoming_shutdown(incoming, stopped));
+            }
+        }
     }
     for UnixSocket { listener, file } in listeners.unix {
         let stopped = stopped(stop.subscribe());

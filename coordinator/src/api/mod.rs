@@ -11,11 +11,14 @@ mod inference;
 mod kv_events;
 mod listen;
 mod logprobs;
+mod observe;
 mod prompt;
 mod registry;
+mod secured;
 mod status;
 mod stream;
 mod tokenizer;
+mod vllm;
 
 use std::{sync::Arc, time::SystemTime};
 
@@ -25,11 +28,17 @@ use phalanx_proto::{
         self, ModelCard, admin_server::AdminServer, control_server::ControlServer,
         inference_server::InferenceServer, tokenizer_server::TokenizerServer,
     },
+    vllm::{
+        control_server::ControlServer as VllmControlServer,
+        inference_server::InferenceServer as VllmInferenceServer,
+    },
 };
+use tokio::sync::Notify;
 use tonic::service::{Routes, interceptor::InterceptedService};
 
 pub use engine::EngineSlot;
 pub use listen::{ListenError, Listeners, serve};
+pub use observe::Observers;
 pub use status::StatusHandle;
 
 use crate::{kv_events::KvEventHub, metrics::Metrics, text::TextProcessor};
@@ -51,17 +60,21 @@ pub struct Api {
     pub served_model_names: Vec<String>,
     /// Path or repository of the weights.
     pub model_root: String,
-    /// What clients of Inference and Admin must present, unless they come over a unix socket.
+    pub tensor_parallel_size: u32,
+    /// What clients of all services but health and reflection must present, unless they come over a unix socket.
     pub api_keys: ApiKeys,
     /// What operators must present to Control, unless they come over a unix socket. Without any, nobody else may.
     pub admin_keys: ApiKeys,
     /// What `GetServerInfo` tells: a JSON object without secrets.
     pub server_info: String,
+    pub observers: Observers,
+    /// Told when a client asks the server to shut down.
+    pub shutdown: Arc<Notify>,
 }
 
 impl Api {
-    /// Inference, Tokenizer, Admin, Control, grpc.health.v1 and reflection; others add their own services. Must be called
-    /// within a Tokio runtime: health follows [`Api::status`] until its last handle is gone.
+    /// Inference, Tokenizer, Admin, Control, vLLM's services, grpc.health.v1 and reflection; others add their own
+    /// services. Must be called within a Tokio runtime: health follows [`Api::status`] until its last handle is gone.
     pub fn routes(self) -> Routes {
         let created = unix_seconds();
         let models = self.served_model_names.into_iter().map(|id| ModelCard {
@@ -72,6 +85,7 @@ impl Api {
         });
         let models: Vec<ModelCard> = models.collect();
         let registry = registry::Registry::default();
+        let operators = auth::AdminCheck(self.admin_keys);
         let tokenizer = tokenizer::TokenizerService {
             text: self.text.clone(),
             models: models.clone(),
@@ -80,13 +94,22 @@ impl Api {
             engine: self.engine.clone(),
             registry: registry.clone(),
         };
-        let inference = inference::InferenceService::new(inference::Parts {
+        let vllm_control = vllm::ControlService {
+            control: control.clone(),
+            operators: operators.clone(),
+            models: models.clone(),
+            tensor_parallel_size: self.tensor_parallel_size,
+            instance_id: format!("{:016x}", phalanx_proto::secret::random_u64()),
+            shutdown: self.shutdown,
+        };
+        let inference = Arc::new(inference::InferenceService::new(inference::Parts {
             text: self.text.clone(),
             engine: self.engine.clone(),
             registry: registry.clone(),
             metrics: self.metrics.clone(),
+            observers: self.observers,
             models,
-        });
+        }));
         let admin = admin::AdminService {
             status: self.status.clone(),
             metrics: self.metrics,
@@ -97,35 +120,42 @@ impl Api {
         };
         let (reporter, health) = tonic_health::server::health_reporter();
         tokio::spawn(status::follow(self.status.subscribe(), reporter));
-        let inference = InferenceServer::new(inference)
-            .max_decoding_message_size(MAX_REQUEST_BYTES)
-            .max_encoding_message_size(MAX_RESPONSE_BYTES);
-        let admin = AdminServer::new(admin)
-            .max_decoding_message_size(MAX_REQUEST_BYTES)
-            .max_encoding_message_size(MAX_RESPONSE_BYTES);
-        let tokenizer = TokenizerServer::new(tokenizer)
-            .max_decoding_message_size(MAX_REQUEST_BYTES)
-            .max_encoding_message_size(MAX_RESPONSE_BYTES);
         // Probes and reflection tell nothing that the contract does not; they need no key.
         let check = auth::KeyCheck(self.api_keys);
-        let routes = Routes::new(InterceptedService::new(inference, check.clone()))
-            .add_service(InterceptedService::new(tokenizer, check.clone()))
-            .add_service(InterceptedService::new(admin, check))
-            .add_service(InterceptedService::new(
-                ControlServer::new(control),
-                auth::AdminCheck(self.admin_keys),
-            ))
+        macro_rules! guarded {
+            ($server:expr, $check:expr) => {
+                InterceptedService::new(
+                    $server
+                        .max_decoding_message_size(MAX_REQUEST_BYTES)
+                        .max_encoding_message_size(MAX_RESPONSE_BYTES),
+                    $check.clone(),
+                )
+            };
+        }
+        let either = auth::EitherCheck(check.clone(), operators.clone());
+        let vllm = vllm::VllmInference(inference.clone());
+        let routes = Routes::new(guarded!(InferenceServer::from_arc(inference), check))
+            .add_service(guarded!(TokenizerServer::new(tokenizer), check))
+            .add_service(guarded!(AdminServer::new(admin), check))
+            .add_service(guarded!(ControlServer::new(control), operators))
+            .add_service(guarded!(VllmInferenceServer::new(vllm), check))
+            .add_service(guarded!(VllmControlServer::new(vllm_control), either))
             .add_service(health);
-        let reflection = tonic_reflection::server::Builder::configure()
-            .register_encoded_file_descriptor_set(phalanx_proto::FILE_DESCRIPTOR_SET)
-            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-            .build_v1();
-        match reflection {
-            Ok(reflection) => routes.add_service(reflection),
-            Err(error) => {
-                tracing::error!(%error, "gRPC reflection is off: the built-in descriptors are malformed");
-                routes
-            }
+        with_reflection(routes)
+    }
+}
+
+/// Routes that also tell of their contracts.
+fn with_reflection(routes: Routes) -> Routes {
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(phalanx_proto::FILE_DESCRIPTOR_SET)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .build_v1();
+    match reflection {
+        Ok(reflection) => routes.add_service(reflection),
+        Err(error) => {
+            tracing::error!(%error, "gRPC reflection is off: the built-in descriptors are malformed");
+            routes
         }
     }
 }

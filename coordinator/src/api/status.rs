@@ -2,7 +2,10 @@
 
 use std::sync::Arc;
 
-use phalanx_proto::v1::{self, GetStatusResponse, GroupState};
+use phalanx_proto::{
+    v1::{self, GetStatusResponse, GroupState},
+    vllm,
+};
 use tokio::sync::watch;
 use tonic_health::{ServingStatus, server::HealthReporter};
 
@@ -44,7 +47,11 @@ impl StatusHandle {
 
 /// Keeps grpc.health.v1 in step with the group's state: SERVING only while it is ready.
 pub(super) async fn follow(mut status: watch::Receiver<GetStatusResponse>, reporter: HealthReporter) {
-    const SERVICES: [&str; 2] = ["", v1::inference_server::SERVICE_NAME];
+    const SERVICES: [&str; 3] = [
+        "",
+        v1::inference_server::SERVICE_NAME,
+        vllm::inference_server::SERVICE_NAME,
+    ];
     loop {
         let ready = status.borrow_and_update().state() == GroupState::Ready;
         let serving = if ready {

@@ -12,6 +12,7 @@ use super::{
     Envelope,
     choice::{Choice, Queued},
     inference::Parts,
+    observe::Observation,
     prompt::PromptReport,
     registry::Registration,
 };
@@ -35,6 +36,8 @@ pub(super) struct RequestStream {
     final_usage: bool,
     /// Still to be sent, instead of the usage.
     failure: Option<RpcError>,
+    /// Tells the operator of it when it ends.
+    observation: Option<Observation>,
     /// Where its end is still to be recorded.
     metrics: Option<Arc<Metrics>>,
     /// Ends at the deadline.
@@ -53,7 +56,7 @@ impl RequestStream {
     pub(super) fn start(
         mut request: PreparedRequest,
         envelope: Envelope,
-        registration: Registration,
+        (registration, mut observation): (Registration, Option<Observation>),
         parts: &Parts,
     ) -> Result<Self, RpcError> {
         // All are submitted before anything is set up for them: a full queue must not cost more than the refusal.
@@ -61,14 +64,22 @@ impl RequestStream {
         let queued = sequences
             .zip(std::mem::take(&mut request.ended_after))
             .map(|(sequence, ended_after)| Queued::submit(sequence, ended_after, &parts.engine));
-        let queued = queued.collect::<Result<Vec<_>, RpcError>>()?;
+        let queued = queued.collect::<Result<Vec<_>, RpcError>>();
+        match (&mut observation, &queued) {
+            (Some(observation), Ok(queued)) => {
+                observation.queued(queued.first().and_then(Queued::milestones))
+            }
+            (Some(observation), Err(error)) => observation.failed(error),
+            (None, _) => {}
+        }
         let prompt = PromptReport::new(&mut request, parts.text.tokenizer());
-        let choices = queued.into_iter().enumerate();
+        let choices = queued?.into_iter().enumerate();
         let choices =
             choices.map(|(index, queued)| Choice::new(&request, index, queued, parts.text.tokenizer()));
         let mut stream = Self {
             choices: choices.collect(),
             metrics: Some(parts.metrics.clone()),
+            observation,
             time: registration
                 .deadline
                 .map(|deadline| Box::pin(sleep_until(deadline.at))),
@@ -233,6 +244,9 @@ impl RequestStream {
             choice.submission = None;
         }
         self.final_usage = false;
+        if let Some(observation) = &mut self.observation {
+            observation.failed(&error);
+        }
         self.failure = Some(error);
     }
 
@@ -244,6 +258,9 @@ impl RequestStream {
             .choices
             .iter_mut()
             .find_map(|choice| choice.assembler.take())?;
+        if let Some(observation) = &mut self.observation {
+            observation.piece(&piece, self.cached_tokens);
+        }
         let usage = self.continuous_usage.then(|| self.usage());
         Some(v1::GenerateChunk {
             prompt: self.prompt.take(),

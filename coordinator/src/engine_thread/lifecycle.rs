@@ -1,13 +1,34 @@
 //! The times of one request, as vLLM defines them.
 
-use std::time::Instant;
+use std::{
+    sync::{Arc, OnceLock},
+    time::Instant,
+};
 
 use crate::{
     engine::FinishReason,
     metrics::{Metrics, RequestStats},
 };
 
+/// The engine's side of a sequence's times, for its owner to read.
+#[derive(Debug, Default)]
+pub(crate) struct Milestones {
+    started: OnceLock<Instant>,
+    first_token: OnceLock<Instant>,
+}
+
+impl Milestones {
+    /// When the turn began that planned its first step.
+    pub(crate) fn started(&self) -> Option<Instant> {
+        self.started.get().copied()
+    }
+    pub(crate) fn first_token(&self) -> Option<Instant> {
+        self.first_token.get().copied()
+    }
+}
+
 pub(super) struct Lifecycle {
+    milestones: Arc<Milestones>,
     submitted: Instant,
     started: Option<Instant>,
     first_token: Option<Instant>,
@@ -17,11 +38,14 @@ pub(super) struct Lifecycle {
     num_generation_tokens: usize,
     num_preemptions: u32,
     max_tokens: u32,
+    /// False for the server's own sequences.
+    measured: bool,
 }
 
 impl Lifecycle {
     pub(super) fn new(num_prompt_tokens: usize, max_tokens: u32) -> Self {
         Self {
+            milestones: Arc::default(),
             submitted: Instant::now(),
             started: None,
             first_token: None,
@@ -31,12 +55,29 @@ impl Lifecycle {
             num_generation_tokens: 0,
             num_preemptions: 0,
             max_tokens,
+            measured: true,
         }
+    }
+
+    /// Counts in no metric of requests and tokens.
+    pub(super) fn unmeasured(mut self) -> Self {
+        self.measured = false;
+        self
+    }
+
+    pub(super) fn milestones(&self) -> Arc<Milestones> {
+        self.milestones.clone()
+    }
+
+    pub(super) fn is_measured(&self) -> bool {
+        self.measured
     }
 
     /// `now` is when the turn that planned the first step began.
     pub(super) fn start(&mut self, now: Instant, num_cached_tokens: u32) {
         self.started = Some(now);
+        // Once: after a preemption it starts anew, which is no milestone.
+        let _ = self.milestones.started.set(now);
         self.num_cached_tokens = num_cached_tokens as usize;
     }
 
@@ -46,7 +87,9 @@ impl Lifecycle {
 
     pub(super) fn token(&mut self, now: Instant, metrics: &Metrics) {
         self.num_generation_tokens += 1;
+        let _ = self.milestones.first_token.set(now);
         match self.last_token.replace(now) {
+            _ if !self.measured => {}
             Some(last) => metrics.next_token(now - last),
             None => {
                 self.first_token = Some(now);

@@ -194,8 +194,10 @@ impl<E: Executor> EngineThread<E> {
                 }
                 Event::Finished { sequence, reason } => {
                     if let Some(live) = self.live.remove(&sequence) {
-                        let stats = live.lifecycle.finish(now, reason);
-                        self.shared.metrics.request_finished(&stats);
+                        if live.lifecycle.is_measured() {
+                            let stats = live.lifecycle.finish(now, reason);
+                            self.shared.metrics.request_finished(&stats);
+                        }
                         live.stream.end(StreamEvent::Finished(reason));
                     }
                 }

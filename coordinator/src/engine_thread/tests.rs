@@ -412,3 +412,22 @@ fn the_thread_ends_with_its_last_handle() {
     drop(engine.handle);
     assert_eq!(engine.thread.join().expect("no panic"), Ok(()));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_probe_counts_nowhere() {
+    let engine = start(config(), Faults::default());
+    drop(engine.gate);
+    let mut probe = engine.handle.probe(sequence(vec![1, 2, 3], 2)).expect("queued");
+    let (tokens, end) = read(&mut probe).await;
+    assert!(tokens.len() == 2 && matches!(end, StreamEvent::Finished(FinishReason::Length)));
+    drain(&engine.handle).await;
+    let labels = r#"model_name="sim",engine="0""#;
+    for name in [
+        "vllm:generation_tokens_total",
+        "vllm:prompt_tokens_total",
+        "vllm:time_to_first_token_seconds_count",
+        "vllm:e2e_request_latency_seconds_count",
+    ] {
+        assert_metric(&engine.metrics, &format!("{name}{{{labels}}} 0"));
+    }
+}

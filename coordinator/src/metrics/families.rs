@@ -5,7 +5,7 @@ use prometheus_client::{
     registry::{Metric, Registry},
 };
 
-type FloatGauge = Gauge<f64, std::sync::atomic::AtomicU64>;
+pub(super) type FloatGauge = Gauge<f64, std::sync::atomic::AtomicU64>;
 type OneLabel = [(&'static str, &'static str); 1];
 pub(super) type ByLabel = Family<OneLabel, Counter>;
 
@@ -16,16 +16,12 @@ const TTFT_BUCKETS: [f64; 22] = [
 const TOKEN_LATENCY_BUCKETS: [f64; 19] = [
     0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
 ];
-const REQUEST_LATENCY_BUCKETS: [f64; 21] = [
+pub(super) const REQUEST_LATENCY_BUCKETS: [f64; 21] = [
     0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0,
     960.0, 1920.0, 7680.0,
 ];
-const ITERATION_TOKENS_BUCKETS: [f64; 13] = [
+pub(super) const ITERATION_TOKENS_BUCKETS: [f64; 13] = [
     1.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0,
-];
-/// A step of a small model takes under a millisecond, one that waits for its deadline a minute.
-const STEP_BUCKETS: [f64; 16] = [
-    0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0,
 ];
 
 /// Registers and returns a metric.
@@ -34,7 +30,12 @@ pub(super) fn add<M: Metric + Clone>(registry: &mut Registry, name: &str, help: 
     metric
 }
 
-fn histogram(registry: &mut Registry, name: &str, help: &str, buckets: &[f64]) -> Histogram {
+/// The same under a name that vLLM once had, or that its articles and dashboards still have.
+fn also<M: Metric + Clone>(registry: &mut Registry, older: &str, today: &str, metric: &M) {
+    add(registry, older, &format!("Older name of {today}"), metric.clone());
+}
+
+pub(super) fn histogram(registry: &mut Registry, name: &str, help: &str, buckets: &[f64]) -> Histogram {
     add(registry, name, help, Histogram::new(buckets.iter().copied()))
 }
 
@@ -62,6 +63,48 @@ pub(super) struct EngineMetrics {
 
 impl EngineMetrics {
     pub(super) fn new(r: &mut Registry) -> Self {
+        let metrics = Self::current(r);
+        metrics.older(r);
+        metrics
+    }
+
+    fn older(&self, r: &mut Registry) {
+        also(
+            r,
+            "vllm:gpu_cache_usage_perc",
+            "vllm:kv_cache_usage_perc",
+            &self.kv_cache_usage_perc,
+        );
+        also(
+            r,
+            "vllm:num_preemption",
+            "vllm:num_preemptions",
+            &self.num_preemptions,
+        );
+        let (queries, hits) = (&self.prefix_cache_queries, &self.prefix_cache_hits);
+        also(
+            r,
+            "vllm:gpu_prefix_cache_queries",
+            "vllm:prefix_cache_queries",
+            queries,
+        );
+        also(r, "vllm:gpu_prefix_cache_hits", "vllm:prefix_cache_hits", hits);
+        // Dashboards of the first vLLM add them up with the running ones.
+        add(
+            r,
+            "vllm:num_requests_swapped",
+            "Sequences whose KV lies elsewhere: none ever",
+            Gauge::<i64>::default(),
+        );
+        add(
+            r,
+            "vllm:cpu_cache_usage_perc",
+            "Share of a second cache: there is none",
+            FloatGauge::default(),
+        );
+    }
+
+    fn current(r: &mut Registry) -> Self {
         Self {
             num_requests_running: add(
                 r,
@@ -125,6 +168,7 @@ pub(super) struct TokenMetrics {
     pub(super) prompt: Counter,
     pub(super) prompt_by_source: ByLabel,
     pub(super) prompt_cached: Counter,
+    pub(super) prompt_cached_by_source: ByLabel,
     pub(super) generation: Counter,
     pub(super) time_to_first_token: Histogram,
     pub(super) inter_token_latency: Histogram,
@@ -132,6 +176,18 @@ pub(super) struct TokenMetrics {
 
 impl TokenMetrics {
     pub(super) fn new(r: &mut Registry) -> Self {
+        let inter_token_latency = histogram(
+            r,
+            "vllm:inter_token_latency_seconds",
+            "One token to the next",
+            &TOKEN_LATENCY_BUCKETS,
+        );
+        also(
+            r,
+            "vllm:time_per_output_token_seconds",
+            "vllm:inter_token_latency_seconds",
+            &inter_token_latency,
+        );
         Self {
             prompt: add(
                 r,
@@ -151,6 +207,12 @@ impl TokenMetrics {
                 "Prompt tokens taken from the prefix cache",
                 Counter::default(),
             ),
+            prompt_cached_by_source: add(
+                r,
+                "vllm:prompt_tokens_cached_by_source",
+                "Cached prompt tokens by where their KV lay",
+                ByLabel::default(),
+            ),
             generation: add(
                 r,
                 "vllm:generation_tokens",
@@ -163,12 +225,7 @@ impl TokenMetrics {
                 "Submission to first token",
                 &TTFT_BUCKETS,
             ),
-            inter_token_latency: histogram(
-                r,
-                "vllm:inter_token_latency_seconds",
-                "One token to the next",
-                &TOKEN_LATENCY_BUCKETS,
-            ),
+            inter_token_latency,
         }
     }
 }
@@ -184,6 +241,18 @@ pub(super) struct RequestTimes {
 
 impl RequestTimes {
     pub(super) fn new(r: &mut Registry) -> Self {
+        let queue = histogram(
+            r,
+            "vllm:request_queue_time_seconds",
+            "Submission to first step",
+            &REQUEST_LATENCY_BUCKETS,
+        );
+        also(
+            r,
+            "vllm:time_in_queue_requests",
+            "vllm:request_queue_time_seconds",
+            &queue,
+        );
         Self {
             e2e: histogram(
                 r,
@@ -191,12 +260,7 @@ impl RequestTimes {
                 "Submission to end",
                 &REQUEST_LATENCY_BUCKETS,
             ),
-            queue: histogram(
-                r,
-                "vllm:request_queue_time_seconds",
-                "Submission to first step",
-                &REQUEST_LATENCY_BUCKETS,
-            ),
+            queue,
             inference: histogram(
                 r,
                 "vllm:request_inference_time_seconds",
@@ -289,51 +353,6 @@ impl RequestMetrics {
                 "vllm:request_prefill_kv_computed_tokens",
                 "Prompt tokens per request that were not cached",
                 &tokens,
-            ),
-        }
-    }
-}
-
-pub(super) struct GroupMetrics {
-    pub(super) step_seconds: Histogram,
-    pub(super) recovery_seconds: Histogram,
-    pub(super) epoch: Gauge,
-    pub(super) paused: Gauge,
-    pub(super) ranks_lost: Counter,
-}
-
-impl GroupMetrics {
-    pub(super) fn new(r: &mut Registry) -> Self {
-        Self {
-            step_seconds: histogram(
-                r,
-                "phalanx_step_seconds",
-                "Handing a plan to the ranks to its output",
-                &STEP_BUCKETS,
-            ),
-            recovery_seconds: histogram(
-                r,
-                "phalanx_recovery_seconds",
-                "Loss of the group to the next one",
-                &REQUEST_LATENCY_BUCKETS,
-            ),
-            epoch: add(
-                r,
-                "phalanx_epoch",
-                "Incarnation of the rank group",
-                Gauge::default(),
-            ),
-            paused: add(
-                r,
-                "phalanx_paused",
-                "Whether an operator holds the engine still",
-                Gauge::default(),
-            ),
-            ranks_lost: add(
-                r,
-                "phalanx_ranks_lost",
-                "Ranks that were lost",
-                Counter::default(),
             ),
         }
     }

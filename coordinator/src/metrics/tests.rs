@@ -7,7 +7,7 @@ use super::*;
 use crate::engine::SpeculationStats;
 
 /// Name, labels and value of every sample, read as a scraper would.
-fn parse(text: &str) -> Vec<(String, BTreeMap<String, String>, f64)> {
+fn parse(text: &str) -> Vec<Sample> {
     assert!(text.ends_with("# EOF\n"));
     let samples = text.lines().filter(|line| !line.starts_with('#'));
     samples
@@ -31,6 +31,13 @@ fn recorded() -> Metrics {
     let metrics = Metrics::new("SmolLM2", 8192);
     let config = EngineConfig::new(100, 8192, 1000);
     metrics.engine_started(&config);
+    let mut serving = RankStatus {
+        rank: 1,
+        rss_bytes: 77,
+        ..RankStatus::default()
+    };
+    serving.set_phase(phalanx_proto::v1::Phase::Serving);
+    metrics.ranks(&[RankStatus::default(), serving]);
     let now = Snapshot {
         epoch: 2,
         num_running: 3,
@@ -82,64 +89,94 @@ fn recorded() -> Metrics {
     metrics
 }
 
+const PLAIN: [&str; 34] = [
+    "vllm:num_requests_running",
+    "vllm:num_requests_waiting",
+    "vllm:num_requests_waiting_by_reason",
+    "vllm:kv_cache_usage_perc",
+    "vllm:cache_config_info",
+    "vllm:num_preemptions_total",
+    "vllm:prefix_cache_queries_total",
+    "vllm:prefix_cache_hits_total",
+    "vllm:prompt_tokens_total",
+    "vllm:prompt_tokens_by_source_total",
+    "vllm:prompt_tokens_cached_total",
+    "vllm:prompt_tokens_cached_by_source_total",
+    "vllm:gpu_cache_usage_perc",
+    "vllm:cpu_cache_usage_perc",
+    "vllm:num_requests_swapped",
+    "vllm:num_preemption_total",
+    "vllm:gpu_prefix_cache_queries_total",
+    "vllm:gpu_prefix_cache_hits_total",
+    "vllm:generation_tokens_total",
+    "vllm:request_success_total",
+    "vllm:corrupted_requests_total",
+    "vllm:admission_rejections_total",
+    "phalanx_steps_total",
+    "phalanx_segment_bytes",
+    "phalanx_ranks",
+    "phalanx_rank_resident_bytes",
+    "phalanx_rank_loaded_bytes",
+    "vllm:spec_decode_num_drafts_total",
+    "vllm:spec_decode_num_draft_tokens_total",
+    "vllm:spec_decode_num_accepted_tokens_total",
+    "vllm:spec_decode_num_accepted_tokens_per_pos_total",
+    "phalanx_epoch",
+    "phalanx_paused",
+    "phalanx_ranks_lost_total",
+];
+const HISTOGRAMS: [&str; 22] = [
+    "vllm:iteration_tokens_total",
+    "vllm:time_to_first_token_seconds",
+    "vllm:inter_token_latency_seconds",
+    "vllm:time_per_output_token_seconds",
+    "vllm:time_in_queue_requests",
+    "vllm:request_time_per_output_token_seconds",
+    "vllm:e2e_request_latency_seconds",
+    "vllm:request_queue_time_seconds",
+    "vllm:request_inference_time_seconds",
+    "vllm:request_prefill_time_seconds",
+    "vllm:request_decode_time_seconds",
+    "vllm:request_prompt_tokens",
+    "vllm:request_generation_tokens",
+    "vllm:request_params_max_tokens",
+    "vllm:request_params_n",
+    "vllm:request_max_num_generation_tokens",
+    "vllm:request_num_preemptions",
+    "vllm:request_prefill_kv_computed_tokens",
+    "phalanx_step_seconds",
+    "phalanx_step_forward_seconds",
+    "phalanx_step_rows",
+    "phalanx_recovery_seconds",
+];
+
 #[test]
 fn names_are_those_that_dashboards_know() {
     let text = recorded().encode();
     let names: BTreeSet<_> = parse(&text).into_iter().map(|(name, ..)| name).collect();
-    let plain = [
-        "vllm:num_requests_running",
-        "vllm:num_requests_waiting",
-        "vllm:num_requests_waiting_by_reason",
-        "vllm:kv_cache_usage_perc",
-        "vllm:cache_config_info",
-        "vllm:num_preemptions_total",
-        "vllm:prefix_cache_queries_total",
-        "vllm:prefix_cache_hits_total",
-        "vllm:prompt_tokens_total",
-        "vllm:prompt_tokens_by_source_total",
-        "vllm:prompt_tokens_cached_total",
-        "vllm:generation_tokens_total",
-        "vllm:request_success_total",
-        "vllm:corrupted_requests_total",
-        "vllm:admission_rejections_total",
-        "vllm:spec_decode_num_drafts_total",
-        "vllm:spec_decode_num_draft_tokens_total",
-        "vllm:spec_decode_num_accepted_tokens_total",
-        "vllm:spec_decode_num_accepted_tokens_per_pos_total",
-        "phalanx_epoch",
-        "phalanx_paused",
-        "phalanx_ranks_lost_total",
-    ];
-    let histograms = [
-        "vllm:iteration_tokens_total",
-        "vllm:time_to_first_token_seconds",
-        "vllm:inter_token_latency_seconds",
-        "vllm:request_time_per_output_token_seconds",
-        "vllm:e2e_request_latency_seconds",
-        "vllm:request_queue_time_seconds",
-        "vllm:request_inference_time_seconds",
-        "vllm:request_prefill_time_seconds",
-        "vllm:request_decode_time_seconds",
-        "vllm:request_prompt_tokens",
-        "vllm:request_generation_tokens",
-        "vllm:request_params_max_tokens",
-        "vllm:request_params_n",
-        "vllm:request_max_num_generation_tokens",
-        "vllm:request_num_preemptions",
-        "vllm:request_prefill_kv_computed_tokens",
-        "phalanx_step_seconds",
-        "phalanx_recovery_seconds",
-    ];
     let suffixes = ["_bucket", "_count", "_sum"];
-    let of_histograms = histograms
+    let of_histograms = HISTOGRAMS
         .iter()
         .flat_map(|name| suffixes.map(|suffix| format!("{name}{suffix}")));
-    let expected: BTreeSet<_> = plain
+    let expected: BTreeSet<_> = PLAIN
         .iter()
         .map(|name| name.to_string())
         .chain(of_histograms)
         .collect();
     assert_eq!(names, expected);
+}
+
+type Sample = (String, BTreeMap<String, String>, f64);
+
+/// Of the first sample with this name and label.
+fn value(samples: &[Sample], name: &str, label: Option<(&str, &str)>) -> f64 {
+    let matches = |labels: &BTreeMap<String, String>| {
+        label.is_none_or(|(key, value)| labels.get(key).is_some_and(|it| it == value))
+    };
+    let mut found = samples
+        .iter()
+        .filter(|(it, labels, _)| it == name && matches(labels));
+    found.next().unwrap_or_else(|| panic!("no {name} {label:?}")).2
 }
 
 #[test]
@@ -151,15 +188,7 @@ fn labels_and_values_are_those_recorded() {
         let expected = (name != "vllm:admission_rejections_total").then_some("0");
         assert_eq!(engine, expected, "{name}");
     }
-    let value = |name: &str, label: Option<(&str, &str)>| {
-        let matches = |labels: &BTreeMap<String, String>| {
-            label.is_none_or(|(key, value)| labels.get(key).is_some_and(|it| it == value))
-        };
-        let mut found = samples
-            .iter()
-            .filter(|(it, labels, _)| it == name && matches(labels));
-        found.next().unwrap_or_else(|| panic!("no {name} {label:?}")).2
-    };
+    let value = |name, label| value(&samples, name, label);
     assert_eq!(value("vllm:num_requests_running", None), 3.0);
     assert_eq!(
         value(
@@ -210,6 +239,19 @@ fn labels_and_values_are_those_recorded() {
     assert_eq!(value("vllm:request_max_num_generation_tokens_sum", None), 7.0);
     assert_eq!(value("vllm:request_inference_time_seconds_sum", None), 0.06);
     assert_eq!(value("phalanx_epoch", None), 2.0);
+    assert_eq!(value("phalanx_ranks", Some(("phase", "serving"))), 1.0);
+    assert_eq!(value("phalanx_ranks", Some(("phase", "warming_up"))), 0.0);
+    assert_eq!(value("phalanx_rank_resident_bytes", Some(("rank", "1"))), 77.0);
+}
+
+#[test]
+fn the_older_names_tell_the_same() {
+    let samples = parse(&recorded().encode());
+    let value = |name, label| value(&samples, name, label);
+    assert_eq!(value("vllm:gpu_cache_usage_perc", None), 0.25);
+    assert_eq!(value("vllm:gpu_prefix_cache_hits_total", None), 16.0);
+    assert_eq!(value("vllm:num_preemption_total", None), 5.0);
+    assert_eq!(value("vllm:time_per_output_token_seconds_count", None), 1.0);
 }
 
 #[test]
@@ -225,4 +267,32 @@ fn an_engine_that_ended_leaves_no_gauge_standing() {
     for (name, _, value) in parse(&metrics.encode()) {
         assert!(!gauges.contains(&name.as_str()) || value == 0.0, "{name}");
     }
+}
+
+#[test]
+fn the_document_has_the_metrics_that_there_are() {
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/compatibility.md");
+    let text = std::fs::read_to_string(path).expect("docs/compatibility.md");
+    let (_, text) = text.split_once("## Metrics").expect("the table");
+    let exposition = recorded().encode();
+    let is_there = |name: &str| {
+        let family = name
+            .strip_suffix("_total")
+            .or(name.strip_suffix("_info"))
+            .unwrap_or(name);
+        [name, family]
+            .iter()
+            .any(|name| exposition.contains(&format!("# TYPE {name} ")))
+    };
+    let mut rows = 0;
+    for line in text.lines().filter_map(|line| line.strip_prefix("| `vllm:")) {
+        let (name, rest) = line.split_once("` | ").expect("a row");
+        assert_eq!(
+            is_there(&format!("vllm:{name}")),
+            rest.starts_with("same |"),
+            "{name}: {rest}"
+        );
+        rows += 1;
+    }
+    assert!(rows > 40, "{rows}");
 }

@@ -264,10 +264,12 @@ impl TextProcessor {
     }
 
     /// What beside its parameters restricts the tokens of a request. `thinks`: a grammar begins behind the reasoning.
-    async fn constraint(&self, params: v1::SamplingParams, thinks: bool) -> Result<Constraint, RpcError> {
+    async fn constraint(&self, mut params: v1::SamplingParams, thinks: bool) -> Result<Constraint, RpcError> {
         let (vocab_size, ignore_eos) = (self.limits.vocab_size, params.ignore_eos);
         let allowed_token_ids = constraint::allowed_token_ids(&params.allowed_token_ids, vocab_size)?;
         constraint::check_bad_words(&params.bad_words)?;
+        let words_of_ids = mem::take(&mut params.bad_words_token_ids);
+        let words_of_ids = constraint::bad_words_token_ids(words_of_ids, vocab_size)?;
         let (mut grammar, mut bad_words) = (None, Vec::new());
         if params.structured_outputs.is_some() || !params.bad_words.is_empty() {
             let (grammars, tokenizer) = (self.grammars.clone(), self.tokenizer.clone());
@@ -282,6 +284,7 @@ impl TextProcessor {
             };
             (grammar, bad_words) = self.pool.run(work).await?;
         }
+        bad_words.extend(words_of_ids);
         let ends = &self.tokenizer.special_tokens().end_of_generation;
         let postponed = grammar.is_some() && ignore_eos;
         Ok(Constraint {

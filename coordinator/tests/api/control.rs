@@ -7,6 +7,7 @@ use phalanx_proto::{
     ErrorKind, RpcError,
     secret::ApiKeys,
     v1::{self, FinishReason, admin_client::AdminClient, control_client::ControlClient},
+    vllm::{self, control_client::ControlClient as VllmControlClient},
 };
 use tonic::transport::{Channel, Endpoint};
 
@@ -133,6 +134,73 @@ async fn over_tcp_only_an_admin_key_admits() {
             expected,
             "{configured:?} {given:?}"
         );
+        serving.abort();
+    }
+}
+
+#[tokio::test]
+async fn vllms_control_pauses_as_ours_does() {
+    let server = Server::free(Setup::default());
+    let mut control = VllmControlClient::new(server.channel().await);
+    let is_paused = async || {
+        let reply = VllmControlClient::new(server.channel().await)
+            .is_paused(vllm::IsPausedRequest {})
+            .await;
+        reply.expect("a reply").into_inner().paused
+    };
+    let wait = vllm::PauseGenerationRequest {
+        mode: vllm::PauseMode::Wait.into(),
+        clear_cache: None,
+    };
+    control.pause_generation(wait).await.expect("paused");
+    assert!(is_paused().await && server.engine.status().snapshot.paused);
+    let ask = request(1, |sampling| sampling.max_tokens = Some(2));
+    let mut held = open(&mut server.inference().await, ask).await;
+    control
+        .resume_generation(vllm::ResumeGenerationRequest {})
+        .await
+        .expect("resumed");
+    assert!(!is_paused().await);
+    assert_eq!(rest(&mut held).await.0.token_ids.len(), 2);
+}
+
+#[tokio::test]
+async fn over_tcp_vllms_control_tells_clients_and_operators_apart() {
+    for (configured, given, told, changed) in [
+        // Past the door: there is no engine yet.
+        (&["admin"][..], Some("admin"), Ok(()), ErrorKind::Unavailable),
+        (&["admin"], Some("client"), Ok(()), ErrorKind::Unauthenticated),
+        (
+            &["admin"],
+            None,
+            Err(ErrorKind::Unauthenticated),
+            ErrorKind::Unauthenticated,
+        ),
+        (&[], Some("client"), Ok(()), ErrorKind::PermissionDenied),
+    ] {
+        let (channel, serving) = keyed(configured).await;
+        let mut control = VllmControlClient::with_interceptor(channel, |mut request: tonic::Request<()>| {
+            if let Some(key) = given {
+                let bearer = format!("Bearer {key}").parse().expect("ascii");
+                request.metadata_mut().insert("authorization", bearer);
+            }
+            Ok(request)
+        });
+        let kind = |status: &tonic::Status| RpcError::from(status).kind;
+        let asked = control.is_paused(vllm::IsPausedRequest {}).await;
+        assert_eq!(
+            asked.map(drop).map_err(|status| kind(&status)),
+            told,
+            "{configured:?} {given:?}"
+        );
+        let resumed = control.resume_generation(vllm::ResumeGenerationRequest {}).await;
+        assert_eq!(
+            kind(&resumed.expect_err("no engine")),
+            changed,
+            "{configured:?} {given:?}"
+        );
+        let ended = control.shutdown(vllm::ShutdownRequest {}).await;
+        assert_eq!(ended.is_ok(), given == Some("admin"), "{configured:?} {given:?}");
         serving.abort();
     }
 }

@@ -12,3 +12,4 @@ mod structured;
 mod support;
 mod tokenizer;
 mod tools;
+mod vllm;

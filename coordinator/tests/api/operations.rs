@@ -104,6 +104,8 @@ async fn reflection_lists_the_services() {
     for name in [
         "phalanx.v1.Inference",
         "phalanx.v1.Admin",
+        "vllm.Inference",
+        "vllm.Control",
         "grpc.health.v1.Health",
     ] {
         assert!(names.contains(&name), "{names:?}");

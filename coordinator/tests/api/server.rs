@@ -8,7 +8,7 @@ use std::{
 };
 
 use phalanx_coordinator::{
-    api::{Api, EngineSlot, Listeners, StatusHandle, serve},
+    api::{Api, EngineSlot, Listeners, Observers, StatusHandle, serve},
     engine::EngineConfig,
     engine_thread::{EngineHandle, EngineThreadConfig, spawn_engine},
     metrics::Metrics,
@@ -20,7 +20,7 @@ use phalanx_proto::{
     v1::{self, generate_request::Prompt, inference_client::InferenceClient},
 };
 use tokio::{
-    sync::oneshot,
+    sync::{Notify, oneshot},
     task::JoinHandle,
     time::{sleep, timeout},
 };
@@ -82,9 +82,12 @@ pub(crate) fn api(engine: EngineSlot, status: StatusHandle) -> Api {
         status,
         served_model_names: vec!["demo".into(), "alias".into()],
         model_root: "/models/demo.gguf".into(),
+        tensor_parallel_size: 2,
         api_keys: ApiKeys::default(),
         admin_keys: ApiKeys::default(),
         server_info: r#"{"version": "1"}"#.into(),
+        observers: Observers::default(),
+        shutdown: Arc::new(Notify::new()),
     }
 }
 

@@ -369,7 +369,7 @@ pub(crate) fn health() -> Operation {
 
 pub(crate) fn metrics() -> Operation {
     Operation::new("Operation", "Metrics of gateway and coordinator.")
-        .replies(&["application/openmetrics-text"])
+        .replies(&["text/plain", "application/openmetrics-text"])
 }
 
 pub(crate) fn version() -> Operation {

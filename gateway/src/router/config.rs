@@ -2,6 +2,8 @@
 
 use std::{fmt, str::FromStr};
 
+use phalanx_proto::tls::ClientTlsFiles;
+
 use crate::config::GatewayError;
 
 /// Replicas of one gateway; each has connections, a watcher and metrics.
@@ -10,10 +12,12 @@ pub(super) const MAX_BACKENDS: usize = 256;
 /// Where the coordinators are. All of them serve the same model.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Backends {
-    /// `http://host:port` or `unix:/path` of each.
+    /// `http://host:port`, `https://host:port` or `unix:/path` of each.
     pub addresses: Vec<String>,
     /// `name:port`: every address that the name has is a coordinator too, asked again every few seconds.
     pub dns: Option<String>,
+    /// For `https`.
+    pub tls: Option<ClientTlsFiles>,
     pub policy: RoutingPolicy,
 }
 

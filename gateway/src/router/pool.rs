@@ -2,6 +2,8 @@
 
 use std::sync::{Arc, PoisonError, RwLock};
 
+use phalanx_proto::tls::ClientTlsFiles;
+
 use super::{Backends, RouterMetrics, replica::Replica};
 use crate::{auth::Keys, backend::Backend, config::GatewayError};
 
@@ -13,6 +15,7 @@ pub(super) struct Pool {
     fixed: Vec<Arc<Replica>>,
     all: RwLock<List>,
     keys: Keys,
+    tls: Option<ClientTlsFiles>,
     metrics: RouterMetrics,
 }
 
@@ -28,10 +31,16 @@ impl Pool {
         addresses.dedup();
         let (mut sole, mut fixed) = (None, Vec::new());
         match addresses.as_slice() {
-            [address] if backends.dns.is_none() => sole = Some(Backend::new(address, keys)?),
+            [address] if backends.dns.is_none() => {
+                sole = Some(Backend::new(address, keys, backends.tls.as_ref())?)
+            }
             addresses => {
                 for address in addresses {
-                    fixed.push(Replica::watched(address, Backend::new(address, keys)?, &metrics));
+                    fixed.push(Replica::watched(
+                        address,
+                        Backend::new(address, keys, backends.tls.as_ref())?,
+                        &metrics,
+                    ));
                 }
             }
         }
@@ -40,6 +49,7 @@ impl Pool {
             all: RwLock::new(fixed.clone().into()),
             fixed,
             keys: keys.clone(),
+            tls: backends.tls.clone(),
             metrics,
         })
     }
@@ -66,7 +76,7 @@ impl Pool {
             }
             match known(address) {
                 Some(replica) => list.push(Arc::clone(replica)),
-                None => match Backend::new(address, &self.keys) {
+                None => match Backend::new(address, &self.keys, self.tls.as_ref()) {
                     Ok(backend) => {
                         tracing::info!(backend = address, "found");
                         list.push(Replica::watched(address, backend, &self.metrics));

@@ -226,7 +226,7 @@ pub(super) mod tests {
         let metrics = RouterMetrics::default();
         let one = |index| {
             let address = format!("unix:/{index}");
-            let backend = Backend::new(&address, &Keys::default()).expect("a good address");
+            let backend = Backend::new(&address, &Keys::default(), None).expect("a good address");
             Arc::new(Replica::unwatched(&address, backend, &metrics))
         };
         (0..count).map(one).collect()

@@ -9,18 +9,19 @@ use tokio::net::UnixStream;
 use crate::support::{Connection, Coordinator, Script, Server, config, get, pair, post_with};
 
 #[tokio::test]
-async fn a_key_is_needed_everywhere_but_for_probes_and_metrics() {
+async fn a_key_is_needed_everywhere_but_for_probes() {
     let coordinator = Coordinator::start(Script::Hello).await;
     let mut config = config(&coordinator);
     config.api_keys = ApiKeys::new(["first".to_owned(), "second".to_owned()]).expect("not empty");
     let server = Server::start(config).await;
-    for path in ["/health", "/ping", "/metrics"] {
+    for path in ["/health", "/ping"] {
         assert_eq!(get(server.address, path).await.status, 200, "{path}");
     }
     for path in [
         "/v1/models",
         "/version",
         "/load",
+        "/metrics",
         "/v1/nothing",
         "/health/",
         "//health",

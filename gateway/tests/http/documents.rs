@@ -71,7 +71,7 @@ async fn a_key_is_needed_for_every_documented_route_that_does_not_say_otherwise(
             );
         }
         // What is not there is not told either, nor which methods there are.
-        let open = ["/health", "/ping", "/metrics"].contains(&path.as_str());
+        let open = ["/health", "/ping"].contains(&path.as_str());
         assert_eq!(
             delete(server.address, path).await.status,
             if open { 405 } else { 401 },
@@ -108,9 +108,9 @@ async fn a_root_path_is_served_with_and_without_it() {
         assert_eq!(document["servers"], json!([{"url": "/llm"}]));
     }
     let label = r#"http_requests_total{method="GET",handler="/v1/models",status="2xx"} 2"#;
-    let mut metrics = get(server.address, "/metrics").await;
+    let mut metrics = get_with(server.address, "/metrics", key).await;
     while !metrics.text().contains(label) {
-        metrics = get(server.address, "/llm/metrics").await;
+        metrics = get_with(server.address, "/llm/metrics", key).await;
     }
 }
 

@@ -18,5 +18,6 @@ mod shutdown;
 mod streams;
 mod support;
 mod tgi;
+mod tls;
 mod tokenizer;
 mod tools;

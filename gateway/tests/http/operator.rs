@@ -4,7 +4,9 @@ use phalanx_gateway::Backends;
 use phalanx_proto::v1::{GetStatusResponse, GroupState, Phase, RankStatus};
 use serde_json::json;
 
-use crate::support::{Coordinator, Script, Server, config, get, pair, post};
+use crate::support::{Coordinator, Script, Server, config, get, get_with, pair, post};
+
+const OPENMETRICS: &str = "Accept: application/openmetrics-text; version=1.0.0\r\n";
 
 #[tokio::test]
 async fn health_is_the_state_of_the_ranks() {
@@ -86,9 +88,9 @@ async fn metrics_are_one_exposition() {
     assert_eq!(get(server.address, "/somewhere/else").await.status, 404);
     // A reply is counted when its connection lets go of it, which is just after its last byte.
     let counted = r#"http_requests_total{method="GET",handler="none",status="4xx"} 1"#;
-    let mut reply = get(server.address, "/metrics").await;
+    let mut reply = get_with(server.address, "/metrics", OPENMETRICS).await;
     while !reply.text().contains(counted) {
-        reply = get(server.address, "/metrics").await;
+        reply = get_with(server.address, "/metrics", OPENMETRICS).await;
     }
     let content_type = reply.header("content-type").expect("a content type");
     assert_eq!(
@@ -104,7 +106,15 @@ async fn metrics_are_one_exposition() {
     assert!(
         text.contains(r#"http_request_duration_seconds_count{method="POST",handler="/v1/completions"} 1"#)
     );
+    assert!(text.contains("# TYPE http_request_duration_highr_seconds histogram"));
     assert_valid_exposition(text);
+
+    let plain = get(server.address, "/metrics").await;
+    let content_type = plain.header("content-type").expect("a content type");
+    assert_eq!(content_type, "text/plain; version=0.0.4; charset=utf-8");
+    assert!(plain.text().starts_with(
+        "# HELP steps_total Steps.\n# TYPE steps_total counter\nsteps_total 17\n# HELP http_requests_total "
+    ));
 }
 
 #[tokio::test]
@@ -113,7 +123,7 @@ async fn without_a_coordinator_the_gateways_own_metrics_remain() {
     let mut config = config(&coordinator);
     config.backends = Backends::one("unix:/nonexistent/coordinator.sock");
     let server = Server::start(config).await;
-    let reply = get(server.address, "/metrics").await;
+    let reply = get_with(server.address, "/metrics", OPENMETRICS).await;
     assert_eq!(reply.status, 200);
     assert_valid_exposition(reply.text());
 }

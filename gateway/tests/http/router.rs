@@ -23,8 +23,8 @@ async fn router<const N: usize>(scripts: [Script; N], policy: RoutingPolicy) -> 
     }
     let backends = Backends {
         addresses: coordinators.iter().map(Coordinator::address).collect(),
-        dns: None,
         policy,
+        ..Backends::default()
     };
     let server = Server::start(GatewayConfig::new("127.0.0.1:0", backends)).await;
     (coordinators, server)
@@ -241,7 +241,7 @@ async fn metrics_say_whose_they_are() {
     let reply = post(server.address, COMPLETIONS, r#"{"prompt": "a"}"#).await;
     assert_eq!(reply.status, 200);
     let text = get(server.address, "/metrics").await.text().to_owned();
-    assert_eq!(text.matches("# TYPE steps counter").count(), 1);
+    assert_eq!(text.matches("# TYPE steps_total counter").count(), 1);
     for coordinator in &coordinators {
         let address = coordinator.address();
         assert!(
