@@ -197,6 +197,7 @@ impl GatewayCommand {
             arguments.extend(given.then(|| name.to_owned()));
         }
         arguments.extend(frontend.reply.arguments());
+        arguments.extend(frontend.responses.arguments());
         arguments.extend(logging.arguments());
         Self {
             program: program.to_owned(),

@@ -22,6 +22,7 @@ mod openai;
 mod openapi;
 mod operator;
 mod query;
+mod responses;
 mod router;
 mod routes;
 mod sagemaker;
@@ -33,6 +34,7 @@ mod tokenizer;
 pub use config::{GatewayConfig, GatewayError, RouteOptions};
 pub use limits::HttpLimits;
 pub use openai::output::ReplyOptions;
+pub use responses::StoreLimits;
 pub use router::{Backends, RoutingPolicy};
 pub use server::Gateway;
 

@@ -27,7 +27,7 @@ use crate::{
     observe::observe,
     openai::{self, error::ApiError, output::ReplyOptions},
     openapi::{self, Document, Operation, operations as docs},
-    operator,
+    operator, responses,
     router::{Replicas, X_SESSION_ID, session},
     sagemaker, tgi, tokenizer,
 };
@@ -41,6 +41,8 @@ pub(crate) struct Service {
     pub(crate) limits: HttpLimits,
     pub(crate) document: Arc<Document>,
     pub(crate) reply: ReplyOptions,
+    /// None: nothing is stored.
+    pub(crate) responses: Option<Arc<responses::Store>>,
     pub(crate) response_role: Arc<str>,
 }
 
@@ -113,6 +115,17 @@ pub(crate) fn table(options: &RouteOptions) -> Vec<Route> {
             docs::completions(),
         ),
         Route::get("/v1/models", openai::models::handle, docs::models()),
+        Route::post("/v1/responses", responses::create, docs::responses()),
+        Route::get(
+            "/v1/responses/{response_id}",
+            responses::retrieve,
+            docs::response(),
+        ),
+        Route::post(
+            "/v1/responses/{response_id}/cancel",
+            responses::cancel,
+            docs::cancel_response(),
+        ),
         Route::post("/v1/messages", anthropic::messages, docs::messages()),
         Route::post(
             "/v1/messages/count_tokens",
