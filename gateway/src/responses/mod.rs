@@ -3,6 +3,7 @@
 mod background;
 mod draft;
 mod events;
+mod format;
 mod items;
 mod reply;
 mod request;

@@ -8,9 +8,10 @@ use phalanx_proto::{
     v1::{ChatMessage, ChatRequest, OutputOptions},
 };
 use serde::{Deserialize, Serialize, de::IgnoredAny};
-use serde_json::value::{RawValue, to_raw_value};
+use serde_json::value::RawValue;
 
 use super::{
+    format::Text,
     items::Input,
     reply::{Echo, Reasoning, Reply, Status},
     store::{Key, Store, id_is_taken},
@@ -84,20 +85,6 @@ struct AskedReasoning {
     effort: Option<String>,
     /// Nothing is summed up here.
     summary: Option<String>,
-}
-
-#[derive(Debug, Deserialize)]
-struct Text {
-    format: Option<Object<Format>>,
-}
-
-#[derive(Debug, Deserialize)]
-struct Format {
-    r#type: Option<String>,
-    name: Option<String>,
-    description: Option<String>,
-    schema: Option<Box<RawValue>>,
-    strict: Option<bool>,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
@@ -322,61 +309,6 @@ impl ResponsesFields {
     }
 }
 
-/// `response_format` of a chat.
-#[derive(Serialize)]
-struct ChatFormat<'a> {
-    response_format: Spelled<'a>,
-}
-
-#[derive(Serialize)]
-struct Spelled<'a> {
-    r#type: &'a str,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    json_schema: Option<JsonSchema<'a>>,
-}
-
-#[derive(Serialize)]
-struct JsonSchema<'a> {
-    name: Option<&'a str>,
-    description: Option<&'a str>,
-    schema: Option<&'a RawValue>,
-    strict: Option<bool>,
-}
-
-impl Text {
-    /// Restricts the answer as the same `response_format` of a chat does.
-    ///
-    /// # Errors
-    /// `InvalidArgument` naming `text.format` or a field of it.
-    fn restrict(&self) -> Result<(), RpcError> {
-        const TYPE: &str = "text.format.type";
-        let Some(Object(format)) = &self.format else {
-            return Ok(());
-        };
-        let kind = format.r#type.as_deref();
-        let kind = kind.filter(|kind| ["text", "json_object", "json_schema"].contains(kind));
-        let Some(kind) = kind else {
-            let message = format!("{TYPE} must be text, json_object or json_schema");
-            return Err(RpcError::invalid(TYPE, message));
-        };
-        let json_schema = (kind == "json_schema").then(|| JsonSchema {
-            name: format.name.as_deref(),
-            description: format.description.as_deref(),
-            schema: format.schema.as_deref(),
-            strict: format.strict,
-        });
-        let spelled = Spelled {
-            r#type: kind,
-            json_schema,
-        };
-        let chat = to_raw_value(&ChatFormat {
-            response_format: spelled,
-        });
-        let chat = chat.map_err(|error| RpcError::invalid("text.format", error.to_string()))?;
-        unoffered::refuse_for_chat(chat.get().as_bytes()).map_err(in_own_terms)
-    }
-}
-
 /// The coordinator, and what is shared with chats, call some fields as chats do.
 pub(super) fn in_own_terms(mut error: RpcError) -> RpcError {
     let Some(param) = error.param.take() else {
@@ -578,10 +510,6 @@ pub(super) mod tests {
             (
                 r#""input": "hi", "text": {"format": {"type": "xml"}}"#.to_owned(),
                 "text.format.type",
-            ),
-            (
-                r#""input": "hi", "text": {"format": {"type": "json_object"}}"#.to_owned(),
-                "text.format",
             ),
             (r#""input": "hi", "prompt": {"id": "p"}"#.to_owned(), "prompt"),
             (r#""input": "hi", "conversation": "c""#.to_owned(), "conversation"),
