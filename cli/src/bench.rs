@@ -12,8 +12,12 @@ use indicatif::ProgressBar;
 use phalanx_bench::{Api, Arrivals, Endpoint, Report, Workload};
 use serde::Serialize;
 
-use self::floors::{BenchFloorsArgs, ModelFloors};
+use self::{
+    control_plane::BenchControlPlaneArgs,
+    floors::{BenchFloorsArgs, ModelFloors},
+};
 
+mod control_plane;
 mod floors;
 
 #[derive(Debug, Args)]
@@ -28,6 +32,8 @@ enum BenchCommand {
     Serve(Box<BenchServeArgs>),
     /// Measure this machine's memory and arithmetic, and print how many tokens per second a model cannot surpass on it.
     Floors(BenchFloorsArgs),
+    /// Load a coordinator and a gateway whose ranks are simulated, and print what a token costs outside of the ranks.
+    ControlPlane(BenchControlPlaneArgs),
 }
 
 /// Names are those of `vllm bench serve`.
@@ -138,6 +144,7 @@ pub(crate) fn run(args: BenchArgs) -> anyhow::Result<()> {
     match args.command {
         BenchCommand::Serve(args) => serve(&args),
         BenchCommand::Floors(args) => floors::run(&args),
+        BenchCommand::ControlPlane(args) => control_plane::run(&args),
     }
 }
 

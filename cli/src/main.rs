@@ -9,6 +9,7 @@ mod gateway;
 mod kv_events;
 mod limits;
 mod logging;
+mod open_files;
 mod output_args;
 mod plan;
 mod progress;
@@ -59,6 +60,7 @@ fn run(arguments: Vec<OsString>) -> anyhow::Result<()> {
     args::refuse_two_models(&matches)?;
     let cli = Cli::from_arg_matches(&matches)?;
     logging::init(&cli.logging)?;
+    open_files::raise_limit();
     match cli.command {
         Command::Serve(args) => serve::serve(*args, &cli.logging),
         Command::Coordinator(args) => serve::coordinator(*args, &cli.logging),

@@ -476,10 +476,7 @@ fn text_processor(
     proposal: &Proposal,
     config: &CoordinatorConfig,
 ) -> Result<TextProcessor, CoordinatorError> {
-    let mut model = match proposal.checkpoint.gguf() {
-        Some(gguf) => TextModel::from_gguf(gguf)?,
-        None => TextModel::from_dir(proposal.checkpoint.path())?,
-    };
+    let mut model = TextModel::open(&proposal.checkpoint)?;
     model.defaults = config.engine.generation.resolve(model.defaults)?;
     let template = config.engine.chat_template.as_ref().map(|path| {
         let read = std::fs::read_to_string(path);

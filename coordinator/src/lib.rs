@@ -4,6 +4,7 @@
 pub mod api;
 pub mod cluster;
 pub mod config;
+pub mod control_plane;
 mod coordinator;
 pub mod deployment;
 pub mod engine;

@@ -2,7 +2,7 @@
 
 use std::process::{Command, Output};
 
-use phalanx_tests::{phalanx, server::Server};
+use phalanx_tests::{demo_model, phalanx, server::Server};
 use serde_json::Value;
 
 fn bench(base_url: &str, extra: &[&str]) -> Output {
@@ -98,4 +98,41 @@ fn what_cannot_be_measured_is_said() {
     assert!(tls.contains("only http://"), "{tls}");
     let none = says(bench("http://127.0.0.1:9", &["--num-prompts", "0"]));
     assert!(none.contains("--num-prompts is 0"), "{none}");
+}
+
+#[test]
+fn the_control_plane_is_measured_without_ranks() {
+    let streams = [
+        "--num-prompts",
+        "60",
+        "--max-concurrency",
+        "30",
+        "--random-output-len",
+        "20",
+    ];
+    for step_ms in ["0", "5"] {
+        let output = Command::new(phalanx())
+            .args(["bench", "control-plane", "--json", "--step-ms", step_ms])
+            .args(streams)
+            .arg(demo_model())
+            .output()
+            .expect("phalanx starts");
+        assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        let report: Value = serde_json::from_slice(&output.stdout).expect("JSON and nothing else");
+        assert_eq!((&report["completed"], &report["failed"]), (&60.into(), &0.into()));
+        assert_eq!(report["total_output_tokens"], 60 * 20);
+        for part in ["engine", "coordinator", "gateway", "load"] {
+            let seconds = report["cpu_seconds"][part].as_f64().expect("a part");
+            assert!(seconds > 0.0, "{part}: {report}");
+        }
+        if step_ms == "5" {
+            // Two rounds of 30 streams, each of 20 steps.
+            let seconds = report["duration"].as_f64().expect("a number");
+            assert!(seconds >= 2.0 * 20.0 * 0.005, "{report}");
+        }
+    }
 }

@@ -9,7 +9,7 @@ use std::{
     thread,
 };
 
-use phalanx_model::gguf::Gguf;
+use phalanx_model::{Checkpoint, gguf::Gguf};
 use phalanx_proto::{ErrorKind, RpcError, limits::MAX_CACHE_SALT_BYTES, v1};
 
 use super::{
@@ -37,6 +37,14 @@ pub struct TextModel {
 }
 
 impl TextModel {
+    /// From whatever kind of files a checkpoint consists of.
+    pub fn open<B: AsRef<[u8]>>(checkpoint: &Checkpoint<B>) -> Result<Self, TextError> {
+        match checkpoint.gguf() {
+            Some(file) => Self::from_gguf(file),
+            None => Self::from_dir(checkpoint.path()),
+        }
+    }
+
     /// From a GGUF file's metadata.
     pub fn from_gguf<B: AsRef<[u8]>>(file: &Gguf<B>) -> Result<Self, TextError> {
         let vocab = GgufVocab::from_metadata(file)?;

@@ -1,0 +1,70 @@
+//! Ranks that compute nothing. What is left to measure is everything around them.
+
+use std::{
+    thread,
+    time::{Duration, Instant},
+};
+
+use phalanx_proto::step::{SampledToken, StepOutput, StepPlan, StepRow};
+
+use crate::engine::{Executor, ExecutorError};
+
+/// Gives every row that samples the next token of one text, as if a step took a fixed time.
+pub struct PacedExecutor {
+    text: Vec<u32>,
+    step_time: Duration,
+    /// When it is there, and what it is.
+    in_flight: Option<(Instant, StepOutput)>,
+}
+
+impl PacedExecutor {
+    /// `text` is repeated as often as needed; zero of `step_time` is a step that takes no time.
+    ///
+    /// # Panics
+    /// If `text` is empty.
+    pub fn new(text: Vec<u32>, step_time: Duration) -> Self {
+        assert!(!text.is_empty(), "a text of no tokens has no next one");
+        Self {
+            text,
+            step_time,
+            in_flight: None,
+        }
+    }
+
+    fn sample(&self, row: &StepRow) -> Option<SampledToken> {
+        row.sampling.as_ref()?;
+        let known = row.num_computed_tokens as usize + row.token_ids.len();
+        Some(SampledToken {
+            sequence: row.sequence,
+            token: self.text[known % self.text.len()],
+            finite: true,
+            logprob: None,
+            rank: None,
+            top_logprobs: Vec::new(),
+        })
+    }
+}
+
+impl Executor for PacedExecutor {
+    fn submit(&mut self, plan: &StepPlan) -> Result<(), ExecutorError> {
+        let output = StepOutput {
+            epoch: plan.epoch,
+            step: plan.step,
+            sampled: plan.rows.iter().filter_map(|row| self.sample(row)).collect(),
+            prompt_logprobs: Vec::new(),
+            forward_us: self.step_time.as_micros() as u32,
+        };
+        self.in_flight = Some((Instant::now() + self.step_time, output));
+        Ok(())
+    }
+
+    fn wait(&mut self, step: u64, _limit: Duration) -> Result<StepOutput, ExecutorError> {
+        let (ready, output) = self.in_flight.take().ok_or(ExecutorError::Deadline { step })?;
+        thread::sleep(ready.saturating_duration_since(Instant::now()));
+        Ok(output)
+    }
+
+    fn rebuild(&mut self) -> Result<u32, ExecutorError> {
+        Err(ExecutorError::Protocol("there is no rank to replace".into()))
+    }
+}
