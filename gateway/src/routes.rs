@@ -115,17 +115,6 @@ pub(crate) fn table(options: &RouteOptions) -> Vec<Route> {
             docs::completions(),
         ),
         Route::get("/v1/models", openai::models::handle, docs::models()),
-        Route::post("/v1/responses", responses::create, docs::responses()),
-        Route::get(
-            "/v1/responses/{response_id}",
-            responses::retrieve,
-            docs::response(),
-        ),
-        Route::post(
-            "/v1/responses/{response_id}/cancel",
-            responses::cancel,
-            docs::cancel_response(),
-        ),
         Route::post("/v1/messages", anthropic::messages, docs::messages()),
         Route::post(
             "/v1/messages/count_tokens",
@@ -167,6 +156,7 @@ pub(crate) fn table(options: &RouteOptions) -> Vec<Route> {
         Route::post("/abort_requests", control::abort_requests, docs::abort_all()).admin(),
         Route::post("/reset_prefix_cache", control::reset_prefix_cache, docs::reset()).admin(),
     ];
+    routes.extend(responses_api());
     if options.tokenizer_info {
         routes.push(Route::get(
             "/tokenizer_info",
@@ -179,6 +169,22 @@ pub(crate) fn table(options: &RouteOptions) -> Vec<Route> {
         routes.push(Route::get("/docs", openapi::page, docs::page()));
     }
     routes
+}
+
+fn responses_api() -> [Route; 3] {
+    [
+        Route::post("/v1/responses", responses::create, docs::responses()),
+        Route::get(
+            "/v1/responses/{response_id}",
+            responses::retrieve,
+            docs::response(),
+        ),
+        Route::post(
+            "/v1/responses/{response_id}/cancel",
+            responses::cancel,
+            docs::cancel_response(),
+        ),
+    ]
 }
 
 /// What is known of a request's route before its handler runs.

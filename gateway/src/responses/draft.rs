@@ -30,10 +30,9 @@ pub(super) struct Draft {
     open: Option<Kind>,
     /// Log-probabilities of tokens whose text has not come yet.
     unshown: Vec<TokenLogprobs>,
-    /// Tokens before the first text or call.
-    first_tokens: u32,
-    /// Whether something was said or called.
-    answered: bool,
+    /// Tokens so far, and those up to the last thought.
+    tokens: u32,
+    reasoning_tokens: u32,
     finish: FinishReason,
     usage: Option<Usage>,
 }
@@ -46,8 +45,8 @@ impl Draft {
             begun: false,
             open: None,
             unshown: Vec::new(),
-            first_tokens: 0,
-            answered: false,
+            tokens: 0,
+            reasoning_tokens: 0,
             finish: FinishReason::Unspecified,
             usage: None,
         }
@@ -88,14 +87,13 @@ impl Draft {
         if piece.index > 0 || self.finish != FinishReason::Unspecified {
             return Err(broken_reply("a piece that belongs to no choice"));
         }
-        self.answered |= !piece.text.is_empty() || !piece.tool_calls.is_empty();
-        if !self.answered {
-            self.first_tokens = self.first_tokens.saturating_add(piece.token_ids.len() as u32);
-        }
+        // Contexts fit 32 bits.
+        self.tokens = self.tokens.saturating_add(piece.token_ids.len() as u32);
         if let Some(thought) = piece.reasoning.as_deref().filter(|text| !text.is_empty()) {
             self.turn_to(sink, Kind::Reasoning, None);
             self.add_text(sink, thought);
             self.unshown.clear();
+            self.reasoning_tokens = self.tokens;
         } else if piece.tool_calls.is_empty() {
             self.unshown.extend_from_slice(&piece.logprobs);
         }
@@ -116,9 +114,8 @@ impl Draft {
 
     /// Notes what the request used.
     pub(super) fn count(&mut self, usage: v1::Usage) {
-        let has_thought = matches!(self.reply.output.first(), Some(Item::Reasoning { .. }));
-        let reasoning_tokens = if has_thought { self.first_tokens } else { 0 };
-        self.usage = Some(Usage::of(usage, reasoning_tokens.min(usage.completion_tokens)));
+        let reasoning_tokens = self.reasoning_tokens.min(usage.completion_tokens);
+        self.usage = Some(Usage::of(usage, reasoning_tokens));
     }
 
     /// The stream has ended: says how the response did. Says nothing after [`Draft::fail`].

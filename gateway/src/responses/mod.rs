@@ -61,7 +61,13 @@ pub(crate) async fn create(State(service): State<Service>, request: Request) -> 
         tenant: caller.tenant(),
     };
     let mut call = Call::parse(&body, context)?;
+    let is_background = call.reply.echo.background;
+    let own_timeout_ms = call.chat.timeout_ms;
     caller.sign(&mut call.chat.tenant, &mut call.chat.timeout_ms);
+    if is_background {
+        // Nobody waits for it, and so no proxy gives it up.
+        call.chat.timeout_ms = own_timeout_ms;
+    }
     drop(body);
     ticket.start(1)?;
     let replicas = service
@@ -72,7 +78,6 @@ pub(crate) async fn create(State(service): State<Service>, request: Request) -> 
     let stores = call.reply.echo.store;
     let keeper = context.store.filter(|_| stores);
     let keeper = keeper.map(|store| Keeper::new(Arc::clone(store), key, conversation));
-    let is_background = call.reply.echo.background;
     if is_background && call.chat.model.is_empty() {
         // The client is told which it is before the model has said anything.
         let models = replicas.list_models().await?.models;

@@ -154,15 +154,13 @@ impl Call {
             ..params.output(fields.alternatives()?, false, false)?
         };
         let (conversation, goes_on) = fields.conversation(context)?;
+        let kept = if stores { conversation.clone() } else { Vec::new() };
         let instructions = fields.instructions.as_ref();
         let instructions = instructions.map(|text| message("system", Content::Text(text.clone())));
         let chat = ChatRequest {
             request_id: id.clone(),
             model: params.model.take().unwrap_or_default(),
-            messages: instructions
-                .into_iter()
-                .chain(conversation.iter().cloned())
-                .collect(),
+            messages: instructions.into_iter().chain(conversation).collect(),
             sampling: Some(sampling),
             output: Some(output),
             add_generation_prompt: goes_on.then_some(false),
@@ -182,7 +180,7 @@ impl Call {
             user,
             reply,
             streams: params.streams(),
-            conversation: if stores { conversation } else { Vec::new() },
+            conversation: kept,
             chat,
         })
     }
@@ -368,19 +366,18 @@ pub(super) mod tests {
         serde_json::to_value(&call.reply).expect("plain data")
     }
 
-    #[test]
-    fn every_field_is_carried_and_told() {
-        let call = call(
-            r#"{"model": "m", "input": "hi", "instructions": "Be brief.", "max_output_tokens": 9, "temperature": 0.5,
+    const FULL: &str = r#"{"model": "m", "input": "hi", "instructions": "Be brief.", "max_output_tokens": 9, "temperature": 0.5,
             "top_p": 0.25, "top_k": 3, "seed": 7, "stop": "END", "include": ["message.output_text.logprobs"],
             "top_logprobs": 2, "parallel_tool_calls": false, "stream": true, "metadata": {"a": "b"}, "user": "u",
             "tools": [{"type": "function", "name": "f", "parameters": {}}],
             "tool_choice": {"type": "function", "name": "f"}, "truncation": "auto", "priority": 2, "cache_salt": "s",
             "reasoning": {"effort": "low"}, "text": {"format": {"type": "text"}, "verbosity": "low"},
             "chat_template_kwargs": {"x": 1}, "service_tier": "flex", "prompt_cache_key": "k",
-            "safety_identifier": "i", "max_tool_calls": 3, "store": true, "somebody_elses": 1}"#,
-        )
-        .expect("valid");
+            "safety_identifier": "i", "max_tool_calls": 3, "store": true, "somebody_elses": 1}"#;
+
+    #[test]
+    fn every_field_is_carried() {
+        let call = call(FULL).expect("valid");
         let chat = &call.chat;
         let roles: Vec<&str> = chat
             .messages
@@ -413,7 +410,11 @@ pub(super) mod tests {
             (chat.reasoning_effort.as_str(), chat.template_kwargs_json.as_str()),
             ("low", r#"{"x": 1}"#)
         );
-        let told = echo(&call);
+    }
+
+    #[test]
+    fn every_field_is_told() {
+        let told = echo(&call(FULL).expect("valid"));
         assert!(
             told["id"]
                 .as_str()
