@@ -58,7 +58,7 @@ impl Text {
             let message = format!("{TYPE} must be text, json_object or json_schema");
             return Err(RpcError::invalid(TYPE, message));
         };
-        let json_schema = (kind == "json_schema").then(|| JsonSchema {
+        let json_schema = (kind == "json_schema").then_some(JsonSchema {
             name: format.name.as_deref(),
             description: format.description.as_deref(),
             schema: format.schema.as_deref(),
