@@ -180,7 +180,7 @@ fn control_shape(options: &ModelOptions, limits: &StepLimits, arena_bytes: u64) 
         world_size: options.tensor_parallel_size as u32,
         epoch: 0,
         plan_slots: RING_SLOTS,
-        plan_slot_bytes: limits.plan_bytes() as u64,
+        plan_slot_bytes: limits.plan_slot_bytes() as u64,
         output_slots: RING_SLOTS,
         output_slot_bytes: limits.output_bytes() as u64,
         message_bytes: MESSAGE_BYTES,

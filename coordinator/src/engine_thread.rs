@@ -32,9 +32,9 @@ use tokio::sync::{mpsc, oneshot, watch};
 use self::{admission::AdmissionQueue, lifecycle::Lifecycle, stream::Stream};
 use crate::{
     engine::{
-        Command, ConfigError, EngineConfig, EngineFailure, EngineRequest, Executor, ExecutorError,
-        FinishReason, PrefixHashAlgo, RequestError, SamplingParams, SchedulingPolicy, Snapshot, StopRules,
-        TenantId,
+        Command, ConfigError, Constraint, EngineConfig, EngineFailure, EngineRequest, Executor,
+        ExecutorError, FinishReason, PrefixHashAlgo, RequestError, SamplingParams, SchedulingPolicy,
+        Snapshot, StopRules, TenantId,
     },
     kv_events::KvEventHub,
     metrics::Metrics,
@@ -48,6 +48,7 @@ pub struct NewSequence {
     pub output: Vec<u32>,
     pub sampling: SamplingParams,
     pub stop: StopRules,
+    pub constraint: Constraint,
     pub priority: i32,
     pub cache_salt: Option<String>,
     pub tenant: TenantId,
@@ -250,6 +251,7 @@ impl EngineHandle {
             output: request.output,
             sampling: request.sampling,
             stop: request.stop,
+            constraint: Box::new(request.constraint),
             priority: request.priority,
             cache_salt: request.cache_salt,
             tenant: request.tenant,

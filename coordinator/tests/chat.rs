@@ -323,6 +323,31 @@ async fn bad_conversations_are_refused_by_name() {
 }
 
 #[tokio::test]
+async fn a_forced_call_is_a_constraint_and_needs_no_parser() {
+    use v1::tool_choice::Mode;
+    let processor = processor(ChatOptions::default());
+    let forced = |mode: Mode| v1::ChatRequest {
+        tools_json: TOOLS.into(),
+        tool_choice: Some(v1::ToolChoice {
+            mode: mode.into(),
+            function: "f".into(),
+        }),
+        ..request(vec![message("user", "Hi")])
+    };
+    for mode in [Mode::Required, Mode::Named] {
+        let prepared = processor.prepare_chat(forced(mode)).await.expect("prepared");
+        assert!(prepared.sequences[0].constraint.grammar.is_some());
+    }
+    let mut both = forced(Mode::Required);
+    both.sampling = Some(v1::SamplingParams {
+        structured_outputs: Some(v1::StructuredOutputs::default()),
+        ..v1::SamplingParams::default()
+    });
+    let error = refusal(&processor, both).await;
+    assert_eq!(error.param.as_deref(), Some("tool_choice"));
+}
+
+#[tokio::test]
 async fn a_model_decides_only_where_the_server_can_read_its_calls() {
     let request = v1::ChatRequest {
         tools_json: TOOLS.into(),

@@ -27,7 +27,7 @@ use crate::{
         params::Params,
         reply::{Head, Whole, finish_reason},
         sse::{self, Events, Piece, Streaming},
-        unoffered,
+        structured, unoffered,
         usage::Usage,
     },
     router::Replicas,
@@ -123,7 +123,12 @@ fn sampling(json: &[u8]) -> Result<(v1::SamplingParams, Option<u32>), RpcError> 
     let mut params: Params = parse(json)?;
     let fields: SamplingFields = parse(json)?;
     unoffered::refuse_for_sampling(json)?;
-    Ok((params.sampling(fields.max_tokens)?, fields.logprobs))
+    let mut sampling = params.sampling(fields.max_tokens)?;
+    structured::restrict(json, &mut sampling)?;
+    if let Some(structured) = &mut sampling.structured_outputs {
+        structured.param = format!("{SAMPLING}.{}", structured.param);
+    }
+    Ok((sampling, fields.logprobs))
 }
 
 /// Names a field of the inner object as the client wrote it.
@@ -357,6 +362,10 @@ mod tests {
             (
                 r#"{"token_ids": [1], "sampling_params": {"best_of": 2}}"#,
                 "sampling_params.best_of",
+            ),
+            (
+                r#"{"token_ids": [1], "sampling_params": {"structured_outputs": {}}}"#,
+                "sampling_params.structured_outputs",
             ),
             (
                 r#"{"token_ids": [1], "sampling_params": {}, "features": {}}"#,

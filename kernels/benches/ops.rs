@@ -225,6 +225,7 @@ fn greedy(row: usize) -> CandidateRequest<'static> {
         row,
         vocab: 0..VOCAB,
         edits: &[],
+        allowed: None,
         inverse_temperature: 1.0,
         noise: None,
         top: 1,

@@ -3,8 +3,9 @@
 // Three kernels in stream order; a request is one sampled row over one part of the vocabulary, whose ids are those of
 // the buffer's columns. A chunk is VOCAB_CHUNK ids; `max_chunks` is the largest number of chunks of a request.
 //
-// candidate_chunks: edits and scales a chunk, and takes its statistics and its perturbed winner.
+// candidate_chunks: edits, scales and masks a chunk, and takes its statistics and its perturbed winner.
 //   logits [..][logits_stride] f32, requests [n], edits: all requests' edits, each request's by rising id
+//   masks: all requests' masks; bit i % 32 of a mask's word i / 32 lets column i be drawn
 //   scaled [n][max_chunks * VOCAB_CHUNK] f32: scaled logits, negative infinity beyond the vocabulary
 //   statistics [n][max_chunks], winners [n][max_chunks]
 //   grid (max_chunks, n), block 128
@@ -25,6 +26,7 @@ const u32 VOCAB_CHUNK = 512;
 const u32 CHUNK_THREADS = VOCAB_CHUNK / 4;
 const u32 SELECT_THREADS = 512;
 const u32 NO_TOKEN = 0xffffffffu;
+const u32 NO_MASK = 0xffffffffu;
 static_assert(CHUNK_THREADS == 128, "as in the launch bounds");
 
 struct Request {
@@ -42,6 +44,8 @@ struct Request {
   u32 top_start;
   u32 raw_top;
   u32 raw_top_start;
+  // First word of the mask; NO_MASK: every token may be drawn.
+  u32 mask_start;
 };
 struct Edit {
   u32 id;
@@ -146,7 +150,7 @@ PHX_DEV Winner nobody() { return {NEGATIVE_INFINITY, NO_TOKEN, NEGATIVE_INFINITY
 PHX_KERNEL __launch_bounds__(128)
 candidate_chunks(float* __restrict__ scaled, Statistics* __restrict__ statistics, Winner* __restrict__ winners,
                  const float* __restrict__ logits, u32 logits_stride, const Request* __restrict__ requests,
-                 const Edit* __restrict__ edits) {
+                 const Edit* __restrict__ edits, const u32* __restrict__ masks) {
   const Request request = requests[blockIdx.y];
   const u32 first = blockIdx.x * VOCAB_CHUNK;
   if (first >= request.vocab_len) return;
@@ -166,7 +170,12 @@ candidate_chunks(float* __restrict__ scaled, Statistics* __restrict__ statistics
     if (column < request.vocab_len) {
       raw[w] = row[column];
       best.finite &= (__float_as_uint(raw[w]) & 0x7f800000u) != 0x7f800000u;
-      value[w] = mul_rn(edited(edits + request.edits_start, request.edits_len, id, raw[w]), request.inverse_temperature);
+      const bool allowed =
+          request.mask_start == NO_MASK || (masks[request.mask_start + column / 32] >> column % 32 & 1) != 0;
+      if (allowed) {
+        value[w] =
+            mul_rn(edited(edits + request.edits_start, request.edits_len, id, raw[w]), request.inverse_temperature);
+      }
       if (request.has_noise && value[w] > NEGATIVE_INFINITY) {
         const float noisy = value[w] + gumbel(words[w]);
         if (before(noisy, id, best.value, best.id)) best = {noisy, id, raw[w], value[w], best.finite};

@@ -26,6 +26,11 @@ pub struct Noise {
     pub position: u64,
 }
 
+/// Words of [`CandidateRequest::allowed`] for so many tokens.
+pub(crate) fn mask_words(tokens: usize) -> usize {
+    tokens.div_ceil(u32::BITS as usize)
+}
+
 /// One sampled row.
 #[derive(Clone, Debug)]
 pub struct CandidateRequest<'a> {
@@ -35,6 +40,9 @@ pub struct CandidateRequest<'a> {
     pub vocab: Range<usize>,
     /// By rising id; entries outside `vocab` are skipped.
     pub edits: &'a [LogitEdit],
+    /// Tokens that may be drawn: bit `i % 32` of word `i / 32` is that of `vocab.start + i`, and there is a bit for every id
+    /// of `vocab`. The others count as banned. None: all may.
+    pub allowed: Option<&'a [u32]>,
     /// Scales edited logits; 1 for greedy.
     pub inverse_temperature: f32,
     /// With noise, `Candidates::perturbed` is the argmax of scaled logit + Gumbel noise: a draw from the softmax.

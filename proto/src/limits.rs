@@ -9,6 +9,17 @@ pub const MAX_STOP_STRINGS: usize = 64;
 pub const MAX_STOP_TOKEN_IDS: usize = 128;
 /// Entries of `logit_bias`.
 pub const MAX_LOGIT_BIAS: usize = 512;
+/// Ids of `allowed_token_ids`: as many as the largest published vocabularies have.
+pub const MAX_ALLOWED_TOKEN_IDS: usize = 262_144;
+/// Entries of `bad_words`, and bytes of each.
+pub const MAX_BAD_WORDS: usize = 128;
+pub const MAX_BAD_WORD_BYTES: usize = 256;
+/// Bytes of a JSON schema, a grammar or a structural tag.
+pub const MAX_GRAMMAR_BYTES: usize = 256 << 10;
+/// Bytes of a regular expression.
+pub const MAX_REGEX_BYTES: usize = 16 << 10;
+/// Entries of `choice`, whose bytes together count as a grammar's.
+pub const MAX_CHOICES: usize = 4096;
 /// Alternatives per token that a server may be told to allow (`--max-logprobs`): a step's output has room for as many
 /// of every token.
 pub const MAX_LOGPROBS: u32 = 1024;

@@ -145,6 +145,31 @@ fn output() -> impl Strategy<Value = StepOutput> {
     )
 }
 
+fn masks() -> impl Strategy<Value = StepMasks> {
+    let allowed = vec(0..LIMITS.vocab_size, 0..40).prop_map(|ids| {
+        let mut set = TokenSet::empty(LIMITS.vocab_size);
+        ids.into_iter().for_each(|id| set.insert(id));
+        set
+    });
+    let allowed = prop_oneof![Just(TokenSet::full(LIMITS.vocab_size)), allowed];
+    let mask = (any::<u64>(), allowed).prop_map(|(sequence, allowed)| TokenMask {
+        sequence: SequenceId(sequence),
+        allowed,
+    });
+    (any::<u32>(), any::<u64>(), vec(mask, 0..=8)).prop_map(|(epoch, step, masks)| StepMasks {
+        epoch,
+        step,
+        masks,
+    })
+}
+
+fn encoded_masks(masks: &StepMasks) -> Vec<u8> {
+    let mut slot = vec![0; LIMITS.masks_bytes()];
+    let used = encode_masks(masks, &mut slot).expect("masks_bytes() holds the masks of any plan");
+    slot.truncate(used);
+    slot
+}
+
 fn encoded(plan: &StepPlan) -> Vec<u8> {
     let mut slot = vec![0; LIMITS.plan_bytes()];
     let used = encode_plan(plan, &mut slot).expect("plan_bytes() holds any plan within the limits");
@@ -163,6 +188,34 @@ proptest! {
         let mut slot = vec![0; LIMITS.output_bytes()];
         let used = encode_output(&output, &mut slot).expect("output_bytes() holds any output within the limits");
         prop_assert_eq!(decode_output(&slot[..used], &LIMITS), Ok(output));
+    }
+
+    #[test]
+    fn masks_round_trip_and_nothing_shorter_or_longer_passes(masks in masks()) {
+        let mut bytes = encoded_masks(&masks);
+        prop_assert_eq!(decode_masks(&bytes, &LIMITS), Ok(masks));
+        for end in 0..bytes.len() {
+            prop_assert!(decode_masks(&bytes[..end], &LIMITS).is_err());
+        }
+        bytes.push(0);
+        prop_assert_eq!(decode_masks(&bytes, &LIMITS), Err(CodecError::Trailing(1)));
+    }
+
+    #[test]
+    fn damaged_masks_never_panic_and_never_allow_what_is_no_token(
+        masks in masks(),
+        hits in vec((any::<usize>(), any::<u8>()), 1..6),
+    ) {
+        let mut bytes = encoded_masks(&masks);
+        for (at, value) in hits {
+            let at = at % bytes.len();
+            bytes[at] = value;
+        }
+        if let Ok(masks) = decode_masks(&bytes, &LIMITS) {
+            prop_assert!(masks.masks.len() <= LIMITS.max_rows as usize);
+            let beyond = LIMITS.vocab_size..LIMITS.vocab_size + 64;
+            prop_assert!(masks.masks.iter().all(|mask| beyond.clone().all(|id| !mask.allowed.contains(id))));
+        }
     }
 
     #[test]
@@ -206,6 +259,7 @@ proptest! {
     fn noise_is_refused(bytes in vec(any::<u8>(), 0..300)) {
         let _ = decode_plan(&bytes, &LIMITS);
         let _ = decode_output(&bytes, &LIMITS);
+        let _ = decode_masks(&bytes, &LIMITS);
     }
 
     #[test]

@@ -144,7 +144,8 @@ def check_errors(client, model):
     expect(bad, "n", chat, model=model, messages=QUESTION, n=0)
     expect(bad, "max_tokens", complete, model=model, prompt="a", max_tokens=-1)
     expect(bad, "prompt", complete, model=model, prompt=[])
-    expect(bad, "response_format", chat, model=model, messages=QUESTION, response_format={"type": "json_object"})
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nothing"}}}
+    expect(bad, "response_format.json_schema.schema", chat, model=model, messages=QUESTION, response_format=schema)
     expect(bad, None, complete, model=model, prompt="word " * 20_000)
     expect(openai.NotFoundError, "model", chat, model="no-such-model", messages=QUESTION)
     expect(openai.NotFoundError, "model", complete, model="no-such-model", prompt="a")

@@ -9,6 +9,7 @@ import sys
 import time
 
 import openai
+import pydantic
 
 ASK = {
     "instructions": "You are a helpful assistant.",
@@ -79,6 +80,21 @@ def check_limits_and_logprobs(client):
     assert all(len(token.top_logprobs) == 2 and token.logprob <= 0 for token in tokens), tokens
     parts = [{"role": "user", "content": [{"type": "input_text", "text": ASK["input"]}]}]
     assert client.responses.create(**(ASK | {"input": parts})).output_text.startswith(short.output_text)
+
+
+class City(pydantic.BaseModel):
+    name: str
+    population: int
+
+
+def check_format(client):
+    parsed = client.responses.parse(
+        model=ASK["model"], input="Describe Paris.", text_format=City, max_output_tokens=200, temperature=0
+    )
+    assert parsed.status == "completed" and isinstance(parsed.output_parsed, City), parsed
+    assert parsed.text.format.type == "json_schema" and parsed.text.format.name == "City", parsed
+    broken = {"format": {"type": "json_schema", "name": "x", "schema": {"type": "wizard"}}}
+    expect(openai.BadRequestError, "text.format.schema", client.responses.create, **ASK, text=broken)
 
 
 def check_store(client, first):
@@ -159,6 +175,7 @@ def main():
     first = check_create(client)
     check_stream(client, first)
     check_limits_and_logprobs(client)
+    check_format(client)
     check_store(client, first)
     check_background(client, first)
     check_errors(client)

@@ -83,6 +83,79 @@ def check_choices(client, model):
     assert message.tool_calls and not hasattr(message, "reasoning_content"), message
 
 
+def check_forced(client, model):
+    forecast = {
+        "type": "function",
+        "function": {
+            "name": "get_forecast",
+            "parameters": {
+                "type": "object",
+                "properties": {"days": {"type": "integer", "minimum": 1, "maximum": 9}, "exact": {"type": "boolean"}},
+                "required": ["days", "exact"],
+                "additionalProperties": False,
+            },
+        },
+    }
+    ask = [{"role": "user", "content": "Tell me a story."}]
+    named = {"type": "function", "function": {"name": "get_forecast"}}
+    for choice, reason in ((named, "stop"), ("required", "tool_calls")):
+        arguments = {
+            "model": model,
+            "messages": ask,
+            "tools": [forecast],
+            "tool_choice": choice,
+            "parallel_tool_calls": False,
+            "temperature": 0,
+            "max_tokens": 200,
+        }
+        reply = client.chat.completions.create(**arguments)
+        (answer,) = reply.choices
+        assert answer.finish_reason == reason and answer.message.reasoning_content is None, answer
+        (call,) = answer.message.tool_calls
+        assert call.function.name == "get_forecast", call
+        given = json.loads(call.function.arguments)
+        assert given.keys() == {"days", "exact"} and 1 <= given["days"] <= 9, given
+        pieces = ""
+        for chunk in client.chat.completions.create(stream=True, **arguments):
+            for piece in chunk.choices[0].delta.tool_calls or []:
+                pieces += piece.function.arguments
+        assert pieces == call.function.arguments, (pieces, call)
+
+
+def check_strict(client, model):
+    strict = json.loads(json.dumps(WEATHER))
+    strict["function"]["strict"] = True
+    strict["function"]["parameters"] = {
+        "type": "object",
+        "properties": {"city": {"enum": ["Lyon", "Nice"]}},
+        "required": ["city"],
+        "additionalProperties": False,
+    }
+    reply = client.chat.completions.create(model=model, messages=[ASK], tools=[strict], extra_body=CALM, **COMMON)
+    (choice,) = reply.choices
+    assert choice.message.tool_calls, choice
+    call = choice.message.tool_calls[0]
+    assert json.loads(call.function.arguments)["city"] in ("Lyon", "Nice"), call
+
+
+def check_thought_before_json(client, model):
+    schema = {
+        "type": "object",
+        "properties": {"city": {"enum": ["Paris", "Rome"]}, "sunny": {"type": "boolean"}},
+        "required": ["city", "sunny"],
+        "additionalProperties": False,
+    }
+    reply = client.chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": '{"city": "Paris", "weather": "sunny"}'}],
+        response_format={"type": "json_schema", "json_schema": {"name": "weather", "strict": True, "schema": schema}},
+        **COMMON,
+    )
+    (choice,) = reply.choices
+    assert choice.finish_reason == "stop" and choice.message.reasoning_content, choice
+    assert json.loads(choice.message.content).keys() == {"city", "sunny"}, choice
+
+
 def expect(param, call, **arguments):
     try:
         call(**arguments)
@@ -106,6 +179,8 @@ def check_errors(client, model):
     refused("tool_choice", tools=[WEATHER], tool_choice={"type": "function", "function": {"name": "other"}})
     refused("tool_choice", tool_choice="required")
     refused("tool_choice", tools=[WEATHER], tool_choice="sometimes")
+    refused("tool_choice", tools=[WEATHER], tool_choice="required", response_format={"type": "json_object"})
+    refused("tools", tools=[{"type": "function", "function": {"name": "f", "parameters": {"type": "thing"}}}], tool_choice="required")
     refused("chat_template", extra_body={"chat_template": "{{ 1 }}"})
     image = [{"type": "image_url", "image_url": {"url": "http://127.0.0.1/a.png"}}]
     expect(
@@ -123,6 +198,9 @@ def main():
     check_stream(client, model, message)
     check_answer(client, model, message)
     check_choices(client, model)
+    check_forced(client, model)
+    check_strict(client, model)
+    check_thought_before_json(client, model)
     check_errors(client, model)
     print(f"openai {openai.__version__}: every check of tools passed against {model}")
 

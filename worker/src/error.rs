@@ -85,6 +85,8 @@ pub enum RunError {
     Plan(#[from] PlanError),
     #[error("plan: {0}")]
     DecodePlan(CodecError),
+    #[error("masks: {0}")]
+    DecodeMasks(CodecError),
     #[error("output: {0}")]
     EncodeOutput(CodecError),
     #[error("plan of epoch {found}, the group's is {expected}")]
@@ -133,6 +135,8 @@ pub enum PlanError {
         capacity: u64,
         needed: u64,
     },
-    #[error("token masks are not offered by this worker")]
-    MasksUnsupported,
+    #[error("masks of epoch {epoch} step {step} follow the plan of another step")]
+    ForeignMasks { epoch: u32, step: u64 },
+    #[error("a mask for sequence {0}, which is not sampled in its place")]
+    MaskWithoutRow(u64),
 }

@@ -10,7 +10,7 @@ use std::{
 };
 
 use phalanx_proto::{
-    step::{StepLimits, StepPlan, decode_plan, encode_output},
+    step::{StepLimits, StepPlan, decode_masks, decode_plan, encode_output},
     v1::{self, worker_event::Event},
 };
 use phalanx_shm::{AbortReason, Party, RankPort, Segment, Wait};
@@ -334,8 +334,15 @@ impl<P: Platform> StepLoop<'_, P> {
             self.runner.trace().end("idle", start, [("", 0); 3]);
         }
         self.check(&plan)?;
+        let masks = || {
+            let masks = self
+                .port
+                .borrow_mut()
+                .next_plan(|bytes| decode_masks(bytes, &limits))?;
+            masks.map_err(RunError::DecodeMasks)
+        };
         let started = self.runner.trace().start();
-        let mut output = self.runner.execute(&plan)?;
+        let mut output = self.runner.execute(&plan, masks)?;
         if let Some(start) = started {
             self.runner.trace().end("step", start, size_of(&plan));
             self.runner.trace().end_step();

@@ -3,7 +3,7 @@
 use std::{ops::Range, path::PathBuf, time::Instant};
 
 use phalanx_kernels::{Backend, BatchInput, Communicator};
-use phalanx_proto::step::{ScoredPrompt, StepOutput, StepPlan, StepRow};
+use phalanx_proto::step::{ScoredPrompt, StepMasks, StepOutput, StepPlan, StepRow, TokenSet};
 
 use crate::{
     assignment::Assignment,
@@ -123,19 +123,17 @@ impl<'a, B: Backend, C: Communicator<B>> ModelRunner<'a, B, C> {
     }
 
     /// Runs `plan` and samples the rows that ask for it. Every rank returns the same tokens; `forward_us` is left 0.
-    pub fn execute(&mut self, plan: &StepPlan) -> Result<StepOutput, RunError> {
+    ///
+    /// `masks` is asked for the masks of a plan that says they follow, once the layers have been run or, on a device that
+    /// does that by itself, queued.
+    pub fn execute(
+        &mut self,
+        plan: &StepPlan,
+        masks: impl FnOnce() -> Result<StepMasks, RunError>,
+    ) -> Result<StepOutput, RunError> {
         let sampled = self.forward(plan)?;
-        let rows: Vec<SamplingRow<'_>> = plan
-            .rows
-            .iter()
-            .filter_map(|row| {
-                Some(SamplingRow {
-                    sequence: row.sequence,
-                    position: end_position(row),
-                    sampling: row.sampling.as_ref()?,
-                })
-            })
-            .collect();
+        let masks = if plan.masks_follow { Some(masks()?) } else { None };
+        let rows = sampling_rows(plan, masks.as_ref())?;
         debug_assert_eq!(rows.len(), sampled);
         let vocab = Vocabulary {
             ranks: &self.vocab,
@@ -231,6 +229,39 @@ impl<'a, B: Backend, C: Communicator<B>> ModelRunner<'a, B, C> {
     }
 }
 
+/// The rows to sample, each with its mask if it has one. Every mask must be a sampled row's.
+fn sampling_rows<'a>(
+    plan: &'a StepPlan,
+    masks: Option<&'a StepMasks>,
+) -> Result<Vec<SamplingRow<'a>>, PlanError> {
+    if let Some(masks) = masks
+        && (masks.epoch, masks.step) != (plan.epoch, plan.step)
+    {
+        return Err(PlanError::ForeignMasks {
+            epoch: masks.epoch,
+            step: masks.step,
+        });
+    }
+    // In the plan's order.
+    let mut masks = masks.into_iter().flat_map(|masks| &masks.masks).peekable();
+    let mut rows = Vec::new();
+    for row in &plan.rows {
+        let Some(sampling) = &row.sampling else { continue };
+        let mask = masks.next_if(|mask| mask.sequence == row.sequence);
+        let allowed: Option<&TokenSet> = mask.map(|mask| &mask.allowed);
+        rows.push(SamplingRow {
+            sequence: row.sequence,
+            position: end_position(row),
+            sampling,
+            allowed,
+        });
+    }
+    match masks.next() {
+        None => Ok(rows),
+        Some(mask) => Err(PlanError::MaskWithoutRow(mask.sequence.0)),
+    }
+}
+
 /// Index in its sequence of the token after the row's last.
 fn end_position(row: &StepRow) -> u64 {
     u64::from(row.num_computed_tokens) + row.token_ids.len() as u64
@@ -256,9 +287,6 @@ fn prompt_rows(plan: &StepPlan) -> Vec<(u32, KnownRow)> {
 /// Flattens a plan, and names the rows of activations that are sampled from. Everything that becomes an index on the
 /// device is checked here against what was allocated.
 pub fn batch_input(plan: &StepPlan, assignment: &Assignment) -> Result<(BatchInput, Vec<u32>), PlanError> {
-    if plan.masks_follow {
-        return Err(PlanError::MasksUnsupported);
-    }
     let limits = &assignment.limits;
     let over = |row, field, value: usize, limit: u32| PlanError::OverLimit {
         row,

@@ -14,6 +14,8 @@ use candle_core::{
 };
 use candle_transformers::models::quantized_llama::ModelWeights;
 use phalanx_model::{TensorParallelOptions, TensorParallelStyle};
+use phalanx_proto::step::{SequenceId, StepMasks, StepPlan, TokenMask, TokenSet};
+use phalanx_worker::{PlanError, RunError};
 use support::*;
 
 const PROMPTS: [&str; 6] = [
@@ -206,7 +208,7 @@ fn greedy_decoding_continues_as_one_long_prompt_would() {
         let mut computed = 0;
         for step in 0..8 {
             let rows = vec![row(0, computed, &sequence[computed..], true)];
-            let output = runner.execute(&plan(step, rows)).unwrap();
+            let output = runner.execute(&plan(step, rows), no_masks).unwrap();
             assert!(output.sampled[0].finite);
             computed = sequence.len();
             sequence.push(output.sampled[0].token);
@@ -214,11 +216,71 @@ fn greedy_decoding_continues_as_one_long_prompt_would() {
         // The same tokens as one prompt: each is the argmax after those before it.
         for len in prompt.len()..sequence.len() {
             let rows = vec![row(50, 0, &sequence[..len], true)];
-            let output = runner.execute(&plan(100, rows)).unwrap();
+            let output = runner.execute(&plan(100, rows), no_masks).unwrap();
             assert_eq!(output.sampled[0].token, sequence[len]);
         }
         sequence
     });
     assert_eq!(outputs[0], outputs[1]);
     assert_eq!(outputs[0][prompt.len()], tokens("The Paris")[1]);
+}
+
+#[test]
+fn a_masked_row_draws_what_its_mask_allows() {
+    let prompt = tokens(PROMPTS[0]);
+    let allowed = |sequence: u64, id: u32| {
+        let mut allowed = TokenSet::empty(49_152);
+        allowed.insert(id);
+        TokenMask {
+            sequence: SequenceId(sequence),
+            allowed,
+        }
+    };
+    let masks = |step, masks| {
+        move || {
+            Ok(StepMasks {
+                epoch: 1,
+                step,
+                masks,
+            })
+        }
+    };
+    let masked_plan = |step| StepPlan {
+        masks_follow: true,
+        ..plan(
+            step,
+            vec![
+                row(0, 0, &prompt, true),
+                row(20, 0, &prompt, true),
+                row(40, 0, &prompt, true),
+            ],
+        )
+    };
+    on_model(&demo_model(), &gather(2), |runner| {
+        let free = runner
+            .execute(&plan(1, vec![row(0, 0, &prompt, true)]), no_masks)
+            .unwrap();
+        let output = runner.execute(
+            &masked_plan(2),
+            masks(2, vec![allowed(0, 7), allowed(40, 49_151)]),
+        );
+        let drawn: Vec<u32> = output
+            .unwrap()
+            .sampled
+            .iter()
+            .map(|sampled| sampled.token)
+            .collect();
+        assert_eq!(drawn, [7, free.sampled[0].token, 49_151]);
+        // Of another step, and in another order than the rows: refused on every rank before any of them samples.
+        let late = runner.execute(&masked_plan(3), masks(2, vec![]));
+        assert!(matches!(
+            late,
+            Err(RunError::Plan(PlanError::ForeignMasks { step: 2, .. }))
+        ));
+        let disordered = runner.execute(&masked_plan(4), masks(4, vec![allowed(40, 1), allowed(0, 1)]));
+        assert!(matches!(
+            disordered,
+            Err(RunError::Plan(PlanError::MaskWithoutRow(0)))
+        ));
+    });
 }

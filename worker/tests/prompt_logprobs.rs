@@ -80,7 +80,9 @@ fn scores(world_size: usize, prompt: &[u32], ends: &[usize]) -> Vec<ScoredToken>
             let chunk = scored_row(start, end, prompt, 0);
             // Another sequence beside it, so that rows of activations and rows of the plan differ.
             let beside = row(64, 0, &prompt[..3], true);
-            let output = runner.execute(&plan(step as u64, vec![beside, chunk])).unwrap();
+            let output = runner
+                .execute(&plan(step as u64, vec![beside, chunk]), no_masks)
+                .unwrap();
             for scored in output.prompt_logprobs {
                 all.extend(scored.tokens);
             }
@@ -134,7 +136,10 @@ fn a_row_scores_what_it_is_asked_for() {
     let whole = scores(1, &prompt, &[prompt.len()]);
     let mut ranks = on_model(&demo_model(), &gather(1), |runner| {
         let late = scored_row(0, prompt.len(), &prompt, 20);
-        runner.execute(&plan(0, vec![late])).unwrap().prompt_logprobs
+        runner
+            .execute(&plan(0, vec![late]), no_masks)
+            .unwrap()
+            .prompt_logprobs
     });
     let late = ranks.swap_remove(0).swap_remove(0).tokens;
     assert_eq!(late, whole[20..]);
@@ -155,7 +160,10 @@ fn the_chosen_tokens_rank_is_counted() {
                 }),
                 ..row(8 * seed as usize, 0, &prompt[..9], true)
             });
-            runner.execute(&plan(0, rows.collect())).unwrap().sampled
+            runner
+                .execute(&plan(0, rows.collect()), no_masks)
+                .unwrap()
+                .sampled
         });
         ranks.swap_remove(0)
     };

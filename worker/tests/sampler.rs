@@ -6,7 +6,7 @@ use std::{collections::BTreeMap, ops::Range};
 
 use phalanx_kernels::{Noise, cpu::CpuBackend};
 use phalanx_model::TensorParallelStyle;
-use phalanx_proto::step::{Penalties, RowSampling, SampledToken, SequenceId};
+use phalanx_proto::step::{Penalties, RowSampling, SampledToken, SequenceId, TokenSet};
 use phalanx_worker::sampler::{SamplingRow, Vocabulary, sample};
 use proptest::prelude::*;
 use support::{Ranks, logits_buffer};
@@ -112,6 +112,17 @@ fn draw(
     samplings: &[RowSampling],
     positions: &[u64],
 ) -> Vec<SampledToken> {
+    let masks = vec![None; samplings.len()];
+    draw_masked(world_size, logits, samplings, (positions, &masks))
+}
+
+/// The same under masks.
+fn draw_masked(
+    world_size: usize,
+    logits: &[f32],
+    samplings: &[RowSampling],
+    (positions, masks): (&[u64], &[Option<TokenSet>]),
+) -> Vec<SampledToken> {
     let ranks = Ranks::new(world_size, TensorParallelStyle::Gather);
     let vocab = split(logits.len(), world_size);
     let mut results = ranks.run(|rank, mut comm| {
@@ -120,11 +131,12 @@ fn draw(
         let buffer = logits_buffer(&backend, &own);
         let rows: Vec<SamplingRow<'_>> = samplings
             .iter()
-            .zip(positions)
-            .map(|(sampling, &position)| SamplingRow {
+            .zip(positions.iter().zip(masks))
+            .map(|(sampling, (&position, mask))| SamplingRow {
                 sequence: SequenceId(position),
                 position,
                 sampling,
+                allowed: mask.as_ref(),
             })
             .collect();
         let vocabulary = Vocabulary { ranks: &vocab, rank };
@@ -385,6 +397,29 @@ fn any_sampling() -> impl Strategy<Value = RowSampling> {
 
 proptest! {
     #![proptest_config(ProptestConfig { cases: 40, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// At any number of ranks, and to the bit.
+    #[test]
+    fn a_mask_is_a_ban_of_all_other_tokens(
+        samplings in prop::collection::vec(any_sampling(), 1..4),
+        allowed in prop::collection::btree_set(0..VOCAB as u32, 0..60),
+        ranks in 1..=3usize,
+    ) {
+        let logits = model_like(9);
+        let positions: Vec<u64> = (0..samplings.len() as u64).collect();
+        let mut set = TokenSet::empty(VOCAB as u32);
+        allowed.iter().for_each(|&id| set.insert(id));
+        let masks = vec![Some(set); samplings.len()];
+        let masked = draw_masked(ranks, &logits, &samplings, (&positions, &masks));
+        let banned: Vec<RowSampling> = samplings.iter().cloned().map(|mut sampling| {
+            let others = (0..VOCAB as u32).filter(|id| !allowed.contains(id));
+            sampling.bias.extend(others.map(|id| (id, f32::NEG_INFINITY)));
+            sampling
+        }).collect();
+        prop_assert_eq!(&masked, &draw(ranks, &logits, &banned, &positions));
+        prop_assert!(masked.iter().all(|token| token.finite != allowed.is_empty()));
+        prop_assert!(masked.iter().all(|token| !token.finite || allowed.contains(&token.token)));
+    }
 
     /// One rank, two or three: the same bits.
     #[test]

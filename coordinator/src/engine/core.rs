@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use phalanx_proto::step::{StepOutput, StepPlan};
+use phalanx_proto::step::{StepMasks, StepOutput, StepPlan};
 
 use super::{
     Clock, Command, ConfigError, EngineConfig, Event, Executor, ExecutorError, Instant, KvEvent, Snapshot,
@@ -144,8 +144,15 @@ impl<E: Executor, C: Clock> EngineCore<E, C> {
 
     fn execute(&mut self, plan: &StepPlan) -> Result<StepOutput, ExecutorError> {
         self.executor.submit(plan)?;
+        let masks = plan.masks_follow.then(|| self.scheduler.masks(plan));
+        if let Some(masks) = &masks {
+            self.executor.post_masks(masks)?;
+        }
         let output = self.executor.wait(plan.step, self.step_timeout)?;
         check_output(plan, &output, self.vocab_size)?;
+        if let Some(masks) = &masks {
+            check_masked(masks, &output)?;
+        }
         Ok(output)
     }
 
@@ -208,6 +215,24 @@ fn check_output(plan: &StepPlan, output: &StepOutput, vocab_size: u32) -> Result
         )),
         None => Ok(()),
     }
+}
+
+/// No rank may have drawn what its row's mask rules out.
+fn check_masked(masks: &StepMasks, output: &StepOutput) -> Result<(), ExecutorError> {
+    // Both are in the plan's order.
+    let mut masks = masks.masks.iter().peekable();
+    for sampled in &output.sampled {
+        let Some(mask) = masks.next_if(|mask| mask.sequence == sampled.sequence) else {
+            continue;
+        };
+        if sampled.finite && !mask.allowed.contains(sampled.token) {
+            return Err(ExecutorError::Protocol(format!(
+                "token {} of {:?} is not allowed by its mask",
+                sampled.token, sampled.sequence
+            )));
+        }
+    }
+    Ok(())
 }
 
 fn answers_prompts(plan: &StepPlan, output: &StepOutput) -> bool {

@@ -7,6 +7,7 @@
 mod block_hash;
 mod block_pool;
 mod config;
+mod constraint;
 mod core;
 mod kv_cache_manager;
 mod kv_events;
@@ -24,6 +25,7 @@ mod waiting;
 pub use self::core::{EngineCore, EngineFailure, Progress, StepStats};
 pub use block_hash::{BlockHash, PrefixHashAlgo};
 pub use config::{ConfigError, EngineConfig, SchedulingPolicy};
+pub use constraint::{Constraint, ConstraintError, Grammar, GrammarStatus};
 pub use kv_events::KvEvent;
 pub use ngram::NgramSpeculation;
 pub use pause::PauseMode;

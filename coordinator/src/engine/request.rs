@@ -75,6 +75,8 @@ impl EngineRequest {
         }
         check_tokens("stop_token_ids", self.stop.stop_token_ids.iter().copied(), config)?;
         check_sampling(&self.sampling, config)?;
+        let bad_words = self.constraint.bad_words.iter().flatten();
+        check_tokens("bad_words", bad_words.copied(), config)?;
         // Both end up in the same list of a row when min_tokens bans the stop tokens.
         check_count(
             "logit_bias and stop_token_ids together",
@@ -203,6 +205,7 @@ mod tests {
                 min_tokens: 0,
                 stop_token_ids: vec![],
             },
+            constraint: Box::default(),
             priority: 0,
             cache_salt: None,
             tenant: TenantId::default(),
@@ -248,6 +251,10 @@ mod tests {
         assert_eq!(refused(&|r| r.output = vec![1; 4]), "resume");
         assert_eq!(refused(&|r| r.stop.max_tokens = 0), "max_tokens");
         assert_eq!(refused(&|r| r.stop.stop_token_ids = vec![100]), "stop_token_ids");
+        assert_eq!(
+            refused(&|r| r.constraint.bad_words = vec![vec![1, 100]]),
+            "bad_words"
+        );
         assert_eq!(refused(&|r| r.sampling.temperature = -1.0), "temperature");
         assert_eq!(refused(&|r| r.sampling.temperature = f32::NAN), "temperature");
         assert_eq!(refused(&|r| r.sampling.top_p = 0.0), "top_p");

@@ -8,10 +8,11 @@
 
 use std::collections::BTreeMap;
 
-use phalanx_proto::step::{SampledToken, ScoredPrompt, SequenceId, StepOutput, StepPlan, StepRow};
+use phalanx_proto::step::{SampledToken, ScoredPrompt, SequenceId, StepMasks, StepOutput, StepPlan, StepRow};
 
 use super::{
-    Command, EngineConfig, EngineRequest, Event, FinishReason, KvEvent, SchedulingPolicy, SpeculationStats,
+    Command, ConstraintError, EngineConfig, EngineRequest, Event, FinishReason, KvEvent, SchedulingPolicy,
+    SpeculationStats,
     kv_cache_manager::{KvCacheManager, Room},
     pause::Pause,
     sequence::{Sequence, Urgency},
@@ -192,12 +193,33 @@ impl Scheduler {
         assert!(!chosen.is_empty(), "sequences are live but none can run");
         self.step += 1;
         let rows = self.rows(&chosen, &drafts);
+        let masks_follow = rows.iter().any(|row| self.is_masked(row));
         Some(StepPlan {
             epoch: self.epoch,
             step: self.step,
             rows,
-            masks_follow: false,
+            masks_follow,
         })
+    }
+
+    fn is_masked(&self, row: &StepRow) -> bool {
+        row.sampling.is_some() && self.sequences[&row.sequence].is_masked()
+    }
+
+    /// What the plan's sampled rows may draw, where that is not everything. Takes its time; the ranks run meanwhile.
+    pub(super) fn masks(&mut self, plan: &StepPlan) -> StepMasks {
+        let mut masks = Vec::new();
+        for row in plan.rows.iter().filter(|row| row.sampling.is_some()) {
+            let sequence = self.sequences.get_mut(&row.sequence);
+            if let Some(sequence) = sequence.filter(|sequence| sequence.is_masked()) {
+                masks.push(sequence.mask(self.config.vocab_size));
+            }
+        }
+        StepMasks {
+            epoch: plan.epoch,
+            step: plan.step,
+            masks,
+        }
     }
 
     /// The rows of the chosen sequences, the most urgent first, each with its guesses behind it. One whose penalties look
@@ -407,6 +429,12 @@ impl Scheduler {
         let Some(sequence) = self.sequences.get_mut(&row.sequence) else {
             return;
         };
+        // Of a mask that allows nothing the logits are innocent.
+        if answer.scores_are_finite()
+            && let Some(cause) = sequence.take_masked_out()
+        {
+            return self.fail(row.sequence, cause, events);
+        }
         if !answer.is_finite() {
             // Nobody may find blocks that lead to logits that are no numbers.
             self.kv.discard(&mut sequence.kv);
@@ -438,11 +466,18 @@ impl Scheduler {
             return;
         };
         self.waiting.charge_output_token(sequence.tenant);
-        let finished = sequence.push(sampled.token);
+        let pushed = sequence.push(sampled.token);
         events.push(Event::Token(sampled));
-        if let Some(reason) = finished {
-            self.finish(id, reason, events);
+        match pushed {
+            Ok(None) => {}
+            Ok(Some(reason)) => self.finish(id, reason, events),
+            Err(cause) => self.fail(id, cause, events),
         }
+    }
+
+    fn fail(&mut self, id: SequenceId, cause: ConstraintError, events: &mut Vec<Event>) {
+        self.remove(id);
+        events.push(Event::Failed { sequence: id, cause });
     }
 
     pub(super) fn finish(&mut self, id: SequenceId, reason: FinishReason, events: &mut Vec<Event>) {
@@ -540,9 +575,12 @@ struct Answer {
 impl Answer {
     /// No logits of the row held a NaN or an infinity.
     fn is_finite(&self) -> bool {
-        let scores = self.scored.iter().flat_map(|scored| &scored.tokens);
-        let sampled = self.sampled.as_ref().is_none_or(|sampled| sampled.finite);
-        sampled && scores.into_iter().all(|token| !token.logprob.is_nan())
+        self.scores_are_finite() && self.sampled.as_ref().is_none_or(|sampled| sampled.finite)
+    }
+
+    fn scores_are_finite(&self) -> bool {
+        let mut scores = self.scored.iter().flat_map(|scored| &scored.tokens);
+        scores.all(|token| !token.logprob.is_nan())
     }
 }
 

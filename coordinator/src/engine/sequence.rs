@@ -2,11 +2,11 @@
 
 use std::collections::BTreeMap;
 
-use phalanx_proto::step::{BlockId, PromptLogprobs, RowSampling, SequenceId, StepRow};
+use phalanx_proto::step::{BlockId, PromptLogprobs, RowSampling, SequenceId, StepRow, TokenMask, TokenSet};
 
 use super::{
-    EngineConfig, EngineRequest, FinishReason, NgramSpeculation, SamplingParams, StopRules, TenantId,
-    kv_cache_manager::SequenceKv, ngram::NgramIndex,
+    Constraint, ConstraintError, EngineConfig, EngineRequest, FinishReason, GrammarStatus, NgramSpeculation,
+    SamplingParams, StopRules, TenantId, kv_cache_manager::SequenceKv, ngram::NgramIndex,
 };
 
 /// Order of service: the smallest runs first and gives way last. No two sequences are equal.
@@ -34,6 +34,9 @@ pub(super) struct Sequence {
     pub(super) kv: SequenceKv,
     sampling: SamplingParams,
     stop: StopRules,
+    constraint: Constraint,
+    /// Why the last mask allows nothing.
+    masked_out: Option<ConstraintError>,
     /// Kept only for sequences with penalties.
     history: Option<TokenHistory>,
     /// Made when guesses are first wanted.
@@ -66,13 +69,16 @@ impl Sequence {
             tokens: request.prompt,
             sampling: request.sampling,
             stop: request.stop,
+            constraint: *request.constraint,
+            masked_out: None,
             ngrams: None,
             started: false,
             failed_steps: 0,
         };
         // Wherever it was made, output is output: to the limits, the penalties and the position of each draw.
         for token in request.output {
-            sequence.push(token);
+            // A grammar that this breaks says so again when it is asked what may follow.
+            let _ = sequence.push(token);
         }
         sequence
     }
@@ -151,8 +157,12 @@ impl Sequence {
         drafts.iter().enumerate().map(row).collect()
     }
 
-    /// Guesses at what follows the last token: none that would come after the end.
+    /// Guesses at what follows the last token: none that would come after the end, and none under a mask, which is known
+    /// for the next token only.
     pub(super) fn propose(&mut self, speculation: &NgramSpeculation, most: usize) -> Vec<u32> {
+        if self.is_masked() {
+            return Vec::new();
+        }
         // One token is sampled behind the last guess.
         let left = self.stop.max_tokens as usize - self.num_output_tokens() - 1;
         let most = most.min(speculation.num_speculative_tokens as usize).min(left);
@@ -190,9 +200,47 @@ impl Sequence {
         }
     }
 
-    /// The caller's bias; until `min_tokens` are there, stop tokens are banned, whatever the caller's bias for them.
+    /// Whether what it may draw is said by a mask.
+    pub(super) fn is_masked(&self) -> bool {
+        self.constraint.is_active()
+    }
+
+    /// What the next token may be. Allows nothing if the constraint fails; [`Self::take_masked_out`] then says why.
+    pub(super) fn mask(&mut self, vocab_size: u32) -> TokenMask {
+        self.masked_out = None;
+        let held_back = if self.is_kept_from_stopping(self.num_output_tokens()) {
+            &self.stop.stop_token_ids[..]
+        } else {
+            &[]
+        };
+        let output = &self.tokens[self.num_prompt_tokens..];
+        let allowed = self.constraint.mask(output, held_back, vocab_size);
+        let allowed = match allowed {
+            Ok(allowed) => allowed,
+            Err(error) => {
+                self.masked_out = Some(error);
+                TokenSet::empty(vocab_size)
+            }
+        };
+        TokenMask {
+            sequence: self.id,
+            allowed,
+        }
+    }
+
+    /// Why nothing could be drawn, if that is the constraint's fault.
+    pub(super) fn take_masked_out(&mut self) -> Option<ConstraintError> {
+        self.masked_out.take()
+    }
+
+    fn is_kept_from_stopping(&self, num_output_tokens: usize) -> bool {
+        num_output_tokens < self.stop.min_tokens as usize
+    }
+
+    /// The caller's bias; until `min_tokens` are there, stop tokens are banned, whatever the caller's bias for them. Where
+    /// there is a mask, that is its business: it knows whether anything else is left.
     fn bias(&self, num_output_tokens: usize) -> Vec<(u32, f32)> {
-        if num_output_tokens >= self.stop.min_tokens as usize {
+        if !self.is_kept_from_stopping(num_output_tokens) || self.is_masked() {
             return self.sampling.logit_bias.clone();
         }
         let banned = &self.stop.stop_token_ids;
@@ -207,12 +255,22 @@ impl Sequence {
     }
 
     /// Appends a sampled token; the reason if it is the last.
-    pub(super) fn push(&mut self, token: u32) -> Option<FinishReason> {
+    ///
+    /// # Errors
+    /// The grammar cannot go on.
+    pub(super) fn push(&mut self, token: u32) -> Result<Option<FinishReason>, ConstraintError> {
         if let Some(history) = &mut self.history {
             history.push_output(token);
         }
         self.tokens.push(token);
-        self.stop.end_after(self.num_output_tokens(), token)
+        match self.stop.end_after(self.num_output_tokens(), token) {
+            Some(FinishReason::Stop) => Ok(Some(FinishReason::Stop)),
+            // The end of a grammar is an end, whatever else was asked for: no token can follow.
+            end => Ok(match self.constraint.accept(token)? {
+                GrammarStatus::Complete => Some(FinishReason::Stop),
+                GrammarStatus::Open => end,
+            }),
+        }
     }
 }
 

@@ -2,9 +2,11 @@
 
 use std::time::Duration;
 
-use phalanx_proto::step::{Penalties, SampledToken, ScoredToken, SequenceId, StepOutput, StepPlan};
+use phalanx_proto::step::{
+    Penalties, SampledToken, ScoredToken, SequenceId, StepMasks, StepOutput, StepPlan,
+};
 
-use super::{pause::PauseMode, request::RequestError};
+use super::{Constraint, ConstraintError, pause::PauseMode, request::RequestError};
 
 /// Time since the engine's start.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
@@ -17,6 +19,8 @@ pub trait Clock {
 /// The rank group seen as one device.
 pub trait Executor {
     fn submit(&mut self, plan: &StepPlan) -> Result<(), ExecutorError>;
+    /// The masks of the plan that was submitted last, which has said that they follow.
+    fn post_masks(&mut self, masks: &StepMasks) -> Result<(), ExecutorError>;
     /// The output of `step`, or an error once `limit` has passed since the call.
     fn wait(&mut self, step: u64, limit: Duration) -> Result<StepOutput, ExecutorError>;
     /// Replaces lost ranks and forms a new group, whose epoch is returned. All KV is gone.
@@ -37,7 +41,7 @@ pub enum ExecutorError {
 }
 
 /// One sequence to be completed. Text has become tokens, names have become ids, defaults have been filled in.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug)]
 pub struct EngineRequest {
     pub id: SequenceId,
     /// Never empty.
@@ -46,6 +50,7 @@ pub struct EngineRequest {
     pub output: Vec<u32>,
     pub sampling: SamplingParams,
     pub stop: StopRules,
+    pub constraint: Box<Constraint>,
     /// Smaller is more urgent; only the priority policy looks at it.
     pub priority: i32,
     /// Separates prefix-cache entries of callers who must not see each other's timing.
@@ -131,7 +136,8 @@ impl StopRules {
     }
 }
 
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug)]
+#[expect(clippy::large_enum_variant, reason = "nearly all commands are submissions")]
 pub enum Command {
     Submit(EngineRequest),
     /// Ends a sequence wherever it is: `Stop` at a stop string, `Abort` for whoever went away. Unknown or finished ids
@@ -154,7 +160,7 @@ pub enum Command {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum FinishReason {
-    /// A stop token, which is the last token of the sequence, or a stop string.
+    /// A stop token, which is the last token of the sequence, a stop string, or the end of a grammar.
     Stop,
     Length,
     Abort,
@@ -176,7 +182,7 @@ pub enum Event {
         tokens: Vec<ScoredToken>,
     },
     Token(SampledToken),
-    /// Exactly one of `Finished`, `Rejected` and `Lost` is every submitted sequence's last event.
+    /// Exactly one of `Finished`, `Failed`, `Rejected` and `Lost` is every submitted sequence's last event.
     Finished {
         sequence: SequenceId,
         reason: FinishReason,
@@ -189,6 +195,11 @@ pub enum Event {
     Rejected {
         sequence: SequenceId,
         cause: RequestError,
+    },
+    /// It cannot go on under its constraint.
+    Failed {
+        sequence: SequenceId,
+        cause: ConstraintError,
     },
     /// So many steps in a row that ran it lost the group: it may be what kills the ranks, so it is not tried again.
     Lost {

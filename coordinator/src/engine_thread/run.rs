@@ -200,6 +200,12 @@ impl<E: Executor> EngineThread<E> {
                     }
                 }
                 Event::Rejected { sequence, cause } => self.fail(sequence, refusal(cause)),
+                Event::Failed { sequence, cause } => {
+                    self.fail(
+                        sequence,
+                        RpcError::new(ErrorKind::InvalidArgument, cause.to_string()),
+                    );
+                }
                 Event::Lost {
                     sequence,
                     failed_steps,

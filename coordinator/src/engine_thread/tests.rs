@@ -2,7 +2,7 @@
 
 use std::sync::mpsc::Receiver;
 
-use phalanx_proto::step::{StepOutput, StepPlan};
+use phalanx_proto::step::{StepMasks, StepOutput, StepPlan};
 
 use super::*;
 use crate::engine::{
@@ -22,6 +22,9 @@ impl Executor for Gated {
     fn submit(&mut self, plan: &StepPlan) -> Result<(), ExecutorError> {
         let _open = self.gate.recv();
         self.ranks.submit(plan)
+    }
+    fn post_masks(&mut self, masks: &StepMasks) -> Result<(), ExecutorError> {
+        self.ranks.post_masks(masks)
     }
     fn wait(&mut self, step: u64, limit: std::time::Duration) -> Result<StepOutput, ExecutorError> {
         self.ranks.wait(step, limit)
@@ -72,6 +75,7 @@ fn sequence(prompt: Vec<u32>, max_tokens: u32) -> NewSequence {
             min_tokens: 0,
             stop_token_ids: vec![],
         },
+        constraint: Constraint::default(),
         priority: 0,
         cache_salt: None,
         tenant: TenantId::default(),
@@ -86,6 +90,7 @@ fn expected(id: SequenceId, new: &NewSequence) -> Vec<u32> {
         output: vec![],
         sampling: new.sampling.clone(),
         stop: new.stop.clone(),
+        constraint: Box::new(new.constraint.clone()),
         priority: 0,
         cache_salt: None,
         tenant: TenantId::default(),
@@ -354,6 +359,9 @@ async fn a_panic_ends_open_streams_too() {
     impl Executor for Broken {
         fn submit(&mut self, _: &StepPlan) -> Result<(), ExecutorError> {
             panic!("planted");
+        }
+        fn post_masks(&mut self, _: &StepMasks) -> Result<(), ExecutorError> {
+            Err(ExecutorError::Closed)
         }
         fn wait(&mut self, step: u64, _: std::time::Duration) -> Result<StepOutput, ExecutorError> {
             Err(ExecutorError::Deadline { step })

@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use phalanx_proto::step::{SampledToken, StepOutput, StepPlan, StepRow};
+use phalanx_proto::step::{SampledToken, StepMasks, StepOutput, StepPlan, StepRow};
 
 use crate::engine::{Executor, ExecutorError};
 
@@ -55,6 +55,23 @@ impl Executor for PacedExecutor {
             forward_us: self.step_time.as_micros() as u32,
         };
         self.in_flight = Some((Instant::now() + self.step_time, output));
+        Ok(())
+    }
+
+    /// Rows whose token is ruled out say the first that is not.
+    fn post_masks(&mut self, masks: &StepMasks) -> Result<(), ExecutorError> {
+        let step = masks.step;
+        let (_, output) = self.in_flight.as_mut().ok_or(ExecutorError::Deadline { step })?;
+        let mut masks = masks.masks.iter().peekable();
+        for sampled in &mut output.sampled {
+            let Some(mask) = masks.next_if(|mask| mask.sequence == sampled.sequence) else {
+                continue;
+            };
+            if !mask.allowed.contains(sampled.token) {
+                let first = (0..mask.allowed.vocab_size()).find(|&id| mask.allowed.contains(id));
+                (sampled.token, sampled.finite) = first.map_or((0, false), |id| (id, true));
+            }
+        }
         Ok(())
     }
 

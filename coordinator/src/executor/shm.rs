@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use phalanx_proto::step::{self, CodecError, StepLimits, StepOutput, StepPlan};
+use phalanx_proto::step::{self, CodecError, StepLimits, StepMasks, StepOutput, StepPlan};
 use phalanx_shm::{AbortReason, EnginePort, Party, Progress, ShmError};
 
 use crate::{
@@ -50,6 +50,24 @@ impl ShmExecutor {
         }
     }
 
+    /// Gives every rank what `encode` writes.
+    fn publish(
+        &mut self,
+        what: &str,
+        step: u64,
+        encode: impl FnOnce(&mut [u8]) -> Result<usize, CodecError>,
+    ) -> Result<(), ExecutorError> {
+        let fill = |slot: &mut [u8]| encode(slot).map_err(PublishError::Codec);
+        self.port
+            .publish_plan(PUBLISH_LIMIT, fill)
+            .map_err(|error| match error {
+                PublishError::Codec(error) => {
+                    ExecutorError::Protocol(format!("{what} of step {step}: {error}"))
+                }
+                PublishError::Shm(error) => self.explain(&error),
+            })
+    }
+
     fn testimony(&self, rank: u32) -> Option<String> {
         self.progress.as_ref()?.testimony(rank)
     }
@@ -92,15 +110,12 @@ impl ShmExecutor {
 
 impl Executor for ShmExecutor {
     fn submit(&mut self, plan: &StepPlan) -> Result<(), ExecutorError> {
-        let encode = |slot: &mut [u8]| step::encode_plan(plan, slot).map_err(PublishError::Codec);
-        self.port
-            .publish_plan(PUBLISH_LIMIT, encode)
-            .map_err(|error| match error {
-                PublishError::Codec(error) => {
-                    ExecutorError::Protocol(format!("plan of step {}: {error}", plan.step))
-                }
-                PublishError::Shm(error) => self.explain(&error),
-            })
+        self.publish("plan", plan.step, |slot| step::encode_plan(plan, slot))
+    }
+
+    /// Through the ring of the plans: the ranks read it where they need it.
+    fn post_masks(&mut self, masks: &StepMasks) -> Result<(), ExecutorError> {
+        self.publish("masks", masks.step, |slot| step::encode_masks(masks, slot))
     }
 
     fn wait(&mut self, step: u64, limit: Duration) -> Result<StepOutput, ExecutorError> {

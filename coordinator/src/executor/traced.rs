@@ -3,7 +3,7 @@
 use std::{io, path::Path, time::Duration};
 
 use phalanx_proto::{
-    step::{StepOutput, StepPlan},
+    step::{StepMasks, StepOutput, StepPlan},
     trace::{Moment, Span, TraceFile},
 };
 
@@ -97,6 +97,14 @@ impl<E: Executor> Executor for TracedExecutor<E> {
         self.inner.submit(plan)?;
         let rows = ("rows", plan.rows.len() as u64);
         self.record("submit", start, [("step", plan.step), rows, ("", 0)]);
+        Ok(())
+    }
+
+    fn post_masks(&mut self, masks: &StepMasks) -> Result<(), ExecutorError> {
+        let start = Moment::now();
+        self.inner.post_masks(masks)?;
+        let rows = ("rows", masks.masks.len() as u64);
+        self.record("post masks", start, [("step", masks.step), rows, ("", 0)]);
         Ok(())
     }
 

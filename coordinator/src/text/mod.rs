@@ -1,6 +1,7 @@
 //! Text to tokens and back: tokenizer, chat template, detokenizer, stop strings, and the checks of a request.
 
 mod chat;
+mod constraint;
 mod detokenizer;
 mod error;
 mod generation;
@@ -11,6 +12,7 @@ mod processor;
 mod resume;
 mod sampling;
 mod stop;
+mod structured;
 mod tokenize;
 mod tokenizer;
 mod tools;

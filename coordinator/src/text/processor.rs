@@ -1,6 +1,7 @@
 //! A request's way from text to sequences.
 
 use std::{
+    iter, mem,
     path::Path,
     sync::{
         Arc,
@@ -16,10 +17,15 @@ use super::{
     ChatOptions, GenerationDefaults, GgufVocab, HfFiles, ModelLimits, OutputPlan, StopMatcher, TextError,
     TextPool, Tokenizer,
     chat::{ChatSide, Rendered, message_bytes},
+    constraint,
     sampling::{self, CheckedParams, Rules},
-    tokenize,
+    structured::GrammarCompiler,
+    tokenize, tools,
 };
-use crate::{engine::TenantId, engine_thread::NewSequence};
+use crate::{
+    engine::{Constraint, TenantId},
+    engine_thread::NewSequence,
+};
 
 /// Prompts that may wait for a thread to tokenize them.
 const MAX_WAITING_PROMPTS: usize = 1024;
@@ -94,6 +100,7 @@ pub struct TextProcessor {
     /// Takes the place of the limits' own, which may have to give way to the memory there turns out to be.
     max_model_len: AtomicU32,
     seed: Option<u64>,
+    grammars: GrammarCompiler,
     pub(super) pool: TextPool,
     pub(super) tokenizer_info: String,
 }
@@ -141,7 +148,9 @@ impl TextProcessor {
         let threads = options
             .threads
             .unwrap_or_else(|| thread::available_parallelism().map_or(1, |cores| cores.get() / 2));
+        let (table, special) = (model.tokenizer.table().clone(), special.clone());
         Ok(Self {
+            grammars: GrammarCompiler::new(table, special, options.limits.vocab_size, threads),
             chat: Arc::new(chat),
             tokenizer: Arc::new(model.tokenizer),
             defaults: model.defaults,
@@ -173,9 +182,11 @@ impl TextProcessor {
     pub async fn prepare(&self, mut request: v1::GenerateRequest) -> Result<PreparedRequest, RpcError> {
         let output = request.output.take().unwrap_or_default();
         let place = Place::checked(request.priority, request.cache_salt.take())?;
-        let params = self.check(&request.sampling.take().unwrap_or_default(), &output)?;
-        let cut = Cut::checked(request.truncate_prompt_tokens, &params, &self.limits)?;
-        let resume = std::mem::take(&mut request.resume);
+        let params = self
+            .checked(request.sampling.take().unwrap_or_default(), &output)
+            .await?;
+        let cut = Cut::checked(request.truncate_prompt_tokens, &params, &self.limits())?;
+        let resume = mem::take(&mut request.resume);
         let add_special_tokens = request.add_special_tokens.unwrap_or(true);
         let (mut prompt, mut echo) = match request.prompt {
             None => {
@@ -210,11 +221,17 @@ impl TextProcessor {
         // It is the last message that is echoed, not the prompt, of which there would be log-probabilities.
         output.echo = false;
         let place = Place::checked(request.priority, request.cache_salt.take())?;
-        let params = self.check(&request.sampling.take().unwrap_or_default(), &output)?;
-        let cut = Cut::checked(request.truncate_prompt_tokens, &params, &self.limits)?;
-        let resume = std::mem::take(&mut request.resume);
+        let mut sampling = request.sampling.take().unwrap_or_default();
+        let mut params = self.check(&sampling, &output)?;
+        let cut = Cut::checked(request.truncate_prompt_tokens, &params, &self.limits())?;
+        let resume = mem::take(&mut request.resume);
         let (mut prompt, rendered) = self.render(request).await?;
         cut.apply(&mut prompt);
+        if let Some(constraint) = rendered.constraint {
+            tools::restrict(&mut sampling, constraint)?;
+        }
+        let thinks = rendered.plan.begins_with_reasoning();
+        params.constraint = self.constraint(sampling, thinks).await?;
         let prepared = self.assemble(params, prompt, place, (rendered.echo, output))?;
         let plan = rendered.plan;
         PreparedRequest { plan, ..prepared }.resume(resume)
@@ -233,6 +250,46 @@ impl TextProcessor {
                 Ok((prompt, rendered))
             })
             .await
+    }
+
+    /// Errors name the field to blame; `QueueFull` when too much text waits to be worked on.
+    async fn checked(
+        &self,
+        params: v1::SamplingParams,
+        output: &v1::OutputOptions,
+    ) -> Result<CheckedParams, RpcError> {
+        let mut checked = self.check(&params, output)?;
+        checked.constraint = self.constraint(params, false).await?;
+        Ok(checked)
+    }
+
+    /// What beside its parameters restricts the tokens of a request. `thinks`: a grammar begins behind the reasoning.
+    async fn constraint(&self, params: v1::SamplingParams, thinks: bool) -> Result<Constraint, RpcError> {
+        let (vocab_size, ignore_eos) = (self.limits.vocab_size, params.ignore_eos);
+        let allowed_token_ids = constraint::allowed_token_ids(&params.allowed_token_ids, vocab_size)?;
+        constraint::check_bad_words(&params.bad_words)?;
+        let (mut grammar, mut bad_words) = (None, Vec::new());
+        if params.structured_outputs.is_some() || !params.bad_words.is_empty() {
+            let (grammars, tokenizer) = (self.grammars.clone(), self.tokenizer.clone());
+            let work = move || {
+                let spec = params.structured_outputs.as_ref();
+                let mut grammar = spec.map(|spec| grammars.compile(spec)).transpose()?;
+                if thinks {
+                    grammar = grammar.map(|grammar| grammars.after_reasoning(grammar));
+                }
+                let bad_words = constraint::tokenize_bad_words(&params.bad_words, &tokenizer)?;
+                Ok((grammar, bad_words))
+            };
+            (grammar, bad_words) = self.pool.run(work).await?;
+        }
+        let ends = &self.tokenizer.special_tokens().end_of_generation;
+        let postponed = grammar.is_some() && ignore_eos;
+        Ok(Constraint {
+            postponed: if postponed { ends.clone() } else { Vec::new() },
+            grammar,
+            allowed_token_ids,
+            bad_words,
+        })
     }
 
     fn check(
@@ -298,7 +355,7 @@ impl TextProcessor {
 
     fn assemble(
         &self,
-        params: CheckedParams,
+        mut params: CheckedParams,
         prompt: Vec<u32>,
         place: Place,
         (echo, output): (Option<String>, v1::OutputOptions),
@@ -310,15 +367,20 @@ impl TextProcessor {
         self.check_ids(&prompt)?;
         let stop = params.stop_rules(prompt.len(), &self.limits())?;
         let prompt_tokens = prompt.len() as u32;
-        let sequences = (0..params.n).map(|index| NewSequence {
-            prompt: prompt.clone(),
-            output: Vec::new(),
-            sampling: params.sampling_of(index),
-            stop: stop.clone(),
-            priority: place.priority,
-            cache_salt: place.cache_salt.clone(),
-            tenant: TenantId::default(),
-        });
+        // The last one is moved: copies of grammars are not small.
+        let constraints = iter::repeat_n(mem::take(&mut params.constraint), params.n as usize);
+        let sequences = (0..params.n)
+            .zip(constraints)
+            .map(|(index, constraint)| NewSequence {
+                prompt: prompt.clone(),
+                output: Vec::new(),
+                sampling: params.sampling_of(index),
+                stop: stop.clone(),
+                constraint,
+                priority: place.priority,
+                cache_salt: place.cache_salt.clone(),
+                tenant: TenantId::default(),
+            });
         let sequences = sequences.collect();
         let tells_of_prompt = output.return_prompt_token_ids || params.sampling.prompt_logprobs.is_some();
         Ok(PreparedRequest {

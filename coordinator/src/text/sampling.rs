@@ -10,7 +10,7 @@ use phalanx_proto::{
 };
 
 use super::{GenerationDefaults, StopMatcher, tokenizer::SpecialTokens};
-use crate::engine::{SamplingParams, StopRules};
+use crate::engine::{Constraint, SamplingParams, StopRules};
 
 /// Smaller temperatures than this are raised to it, as in vLLM: dividing logits by less overflows.
 const MIN_TEMPERATURE: f32 = 0.01;
@@ -43,6 +43,8 @@ pub(crate) struct CheckedParams {
     pub(crate) sampling: SamplingParams,
     pub(crate) stop_strings: StopMatcher,
     pub(crate) skip_special_tokens: bool,
+    /// None until it has been compiled, which takes its time.
+    pub(crate) constraint: Constraint,
     /// What the request asked for.
     max_tokens: Option<u32>,
     /// The model's default cap.
@@ -101,6 +103,7 @@ pub(crate) fn check(
         },
         stop_strings: StopMatcher::new(&params.stop, params.include_stop_str_in_output)?,
         skip_special_tokens: params.skip_special_tokens.unwrap_or(true),
+        constraint: Constraint::default(),
         max_tokens: params.max_tokens,
         default_max_tokens: rules.defaults.max_new_tokens,
         min_tokens,

@@ -1,13 +1,13 @@
-//! The tools of a request: what the model may call, and what it must call.
+//! The tools of a request: what the model may call, what it must call, and the JSON that then is all it may say.
 
 use minijinja::Value;
 use phalanx_proto::{
     RpcError,
     limits::{MAX_FUNCTION_NAME_BYTES, MAX_TOOLS},
-    v1::{self, tool_choice::Mode},
+    v1::{self, structured_outputs::Constraint, tool_choice::Mode},
 };
 
-use super::json::Json;
+use super::json::{Json, object};
 
 /// Most bytes of `tools`.
 const MAX_TOOLS_BYTES: usize = 1 << 20;
@@ -24,6 +24,8 @@ struct Function {
     name: String,
     /// JSON schema of the arguments; none: an object without properties.
     parameters: Option<Json>,
+    /// Arguments follow the schema even where the model need not call.
+    strict: bool,
 }
 
 /// What the model may do with its tools.
@@ -123,6 +125,98 @@ impl ToolSet {
             }
         }
     }
+
+    /// The JSON schema of all that a model may say under `choice`: vLLM's, so that its prompts and ours mean the same.
+    /// For a named function its arguments; for `required` a list of calls, each an object of `name` and `parameters`.
+    /// None where the model may speak.
+    pub(crate) fn constraint(&self, choice: &ToolChoice, parallel: bool) -> Result<Option<Json>, RpcError> {
+        match choice {
+            ToolChoice::None | ToolChoice::Auto => Ok(None),
+            ToolChoice::Named(name) => {
+                let function = self.functions.iter().find(|function| function.name == *name);
+                Ok(function.map(Function::schema))
+            }
+            ToolChoice::Required => {
+                let calls = self.functions.iter().map(|function| {
+                    let (schema, _) = split_definitions(function.schema());
+                    let name = object([
+                        ("type", "string".into()),
+                        ("enum", Json::Array(vec![function.name.as_str().into()])),
+                    ]);
+                    object([
+                        ("properties", object([("name", name), ("parameters", schema)])),
+                        ("required", Json::Array(vec!["name".into(), "parameters".into()])),
+                    ])
+                });
+                let call = object([("type", "object".into()), ("anyOf", Json::Array(calls.collect()))]);
+                let mut list = vec![
+                    ("type".to_owned(), Json::from("array")),
+                    ("minItems".to_owned(), Json::Number(1.into())),
+                    ("items".to_owned(), call),
+                ];
+                if !parallel {
+                    list.push(("maxItems".to_owned(), Json::Number(1.into())));
+                }
+                let definitions = self.definitions()?;
+                if !definitions.is_empty() {
+                    list.push(("$defs".to_owned(), Json::Object(definitions)));
+                }
+                Ok(Some(Json::Object(list)))
+            }
+        }
+    }
+
+    /// The structural tag of a text with calls as Hermes writes them, if a function is strict: the text is free, but what
+    /// begins as a call is one of a known function, and the arguments of strict ones follow their schemas.
+    pub(crate) fn strict_calls(&self, parallel: bool) -> Option<Json> {
+        if !self.functions.iter().any(|function| function.strict) {
+            return None;
+        }
+        let tags = self.functions.iter().map(|function| {
+            let schema = if function.strict {
+                function.schema()
+            } else {
+                object([("type", "object".into())])
+            };
+            let name = Json::from(function.name.as_str());
+            let begin = format!("<tool_call>\n{{\"name\": {name}, \"arguments\": ");
+            let content = object([("type", "json_schema".into()), ("json_schema", schema)]);
+            object([
+                ("type", "tag".into()),
+                ("begin", begin.as_str().into()),
+                ("content", content),
+                ("end", "}\n</tool_call>".into()),
+            ])
+        });
+        let format = object([
+            ("type", "triggered_tags".into()),
+            ("triggers", Json::Array(vec!["<tool_call>".into()])),
+            ("tags", Json::Array(tags.collect())),
+            ("stop_after_first", Json::Bool(!parallel)),
+        ]);
+        Some(object([("type", "structural_tag".into()), ("format", format)]))
+    }
+
+    /// The `$defs` of all functions: references to them start at the root of the schema that joins the functions.
+    fn definitions(&self) -> Result<Vec<(String, Json)>, RpcError> {
+        let mut all: Vec<(String, Json)> = Vec::new();
+        for (at, function) in self.functions.iter().enumerate() {
+            let (_, definitions) = split_definitions(function.schema());
+            for (name, definition) in definitions {
+                match all.iter().find(|(known, _)| *known == name) {
+                    None => all.push((name, definition)),
+                    Some((_, known)) if *known == definition => {}
+                    Some(_) => {
+                        let param = format!("tools[{at}].function.parameters");
+                        let message =
+                            format!("{param} defines `{name}` in another way than an earlier tool.");
+                        return Err(RpcError::invalid(param, message));
+                    }
+                }
+            }
+        }
+        Ok(all)
+    }
 }
 
 impl Function {
@@ -158,17 +252,69 @@ impl Function {
             None | Some(Json::Null | Json::String(_)) => {}
             Some(_) => return Err(must(".function.description", "a text")),
         }
+        let strict = match function.get("strict") {
+            None | Some(Json::Null) => false,
+            Some(Json::Bool(strict)) => *strict,
+            Some(_) => return Err(must(".function.strict", "true or false")),
+        };
         Ok(Self {
             name: name.to_owned(),
             parameters,
+            strict,
         })
     }
+
+    fn schema(&self) -> Json {
+        let empty = || {
+            object([
+                ("type", "object".into()),
+                ("properties", Json::Object(Vec::new())),
+            ])
+        };
+        self.parameters.clone().unwrap_or_else(empty)
+    }
+}
+
+/// Makes `constraint` all that completions may say. Errors: calls are forced, and the request has said already what
+/// completions must look like; where the model may speak, that goes before.
+pub(crate) fn restrict(sampling: &mut v1::SamplingParams, constraint: Constraint) -> Result<(), RpcError> {
+    if sampling.structured_outputs.is_some() {
+        if matches!(constraint, Constraint::StructuralTag(_)) {
+            return Ok(());
+        }
+        let message = "tool_choice cannot ask for a call where structured outputs are asked for.";
+        return Err(RpcError::invalid("tool_choice", message));
+    }
+    sampling.structured_outputs = Some(v1::StructuredOutputs {
+        constraint: Some(constraint),
+        param: "tools".to_owned(),
+        ..v1::StructuredOutputs::default()
+    });
+    Ok(())
+}
+
+/// A schema without its definitions, and those.
+fn split_definitions(schema: Json) -> (Json, Vec<(String, Json)>) {
+    let Json::Object(entries) = schema else {
+        return (schema, Vec::new());
+    };
+    let (definitions, rest): (Vec<_>, Vec<_>) = entries.into_iter().partition(|(key, _)| key == "$defs");
+    let definitions = definitions
+        .into_iter()
+        .flat_map(|(_, definitions)| match definitions {
+            Json::Object(entries) => entries,
+            _ => Vec::new(),
+        });
+    (Json::Object(rest), definitions.collect())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    const WEATHER: &str = r##"{"type": "function", "function": {"name": "get_weather", "description": "x", "parameters":
+        {"type": "object", "properties": {"zone": {"type": "string"}, "city": {"$ref": "#/$defs/City"}},
+         "$defs": {"City": {"type": "string"}}}}}"##;
     const NOW: &str = r#"{"type": "function", "function": {"name": "now"}}"#;
 
     fn choice(mode: Mode, function: &str) -> v1::ToolChoice {
@@ -235,5 +381,60 @@ mod tests {
             let error = tools.choice(Some(&bad)).expect_err("refused");
             assert_eq!(error.param.as_deref(), Some("tool_choice"));
         }
+    }
+
+    #[test]
+    fn strict_functions_are_tags_in_free_text() {
+        let tools = |json: &str| ToolSet::parse(json).expect("valid");
+        assert!(tools(&format!("[{NOW}]")).strict_calls(true).is_none());
+        let strict = r#"{"type": "function", "function": {"name": "f\"", "strict": true, "parameters": {"type": "null"}}}"#;
+        let tag = tools(&format!("[{strict}, {NOW}]"))
+            .strict_calls(false)
+            .expect("a tag");
+        assert_eq!(
+            tag.to_string(),
+            concat!(
+                r#"{"type":"structural_tag","format":{"type":"triggered_tags","triggers":["<tool_call>"],"tags":["#,
+                r#"{"type":"tag","begin":"<tool_call>\n{\"name\": \"f\\\"\", \"arguments\": ","#,
+                r#""content":{"type":"json_schema","json_schema":{"type":"null"}},"end":"}\n</tool_call>"},"#,
+                r#"{"type":"tag","begin":"<tool_call>\n{\"name\": \"now\", \"arguments\": ","#,
+                r#""content":{"type":"json_schema","json_schema":{"type":"object"}},"end":"}\n</tool_call>"}],"#,
+                r#""stop_after_first":true}}"#,
+            )
+        );
+    }
+
+    #[test]
+    fn constraints_are_vllms() {
+        let tools = ToolSet::parse(&format!("[{WEATHER}, {NOW}]")).expect("valid");
+        let constraint = |choice, parallel| {
+            let schema = tools.constraint(&choice, parallel).expect("definitions agree");
+            schema.map(|schema| schema.to_string())
+        };
+        assert_eq!(constraint(ToolChoice::Auto, true), None);
+        assert_eq!(
+            constraint(ToolChoice::Named("now".into()), true).as_deref(),
+            Some(r#"{"type":"object","properties":{}}"#)
+        );
+        assert_eq!(
+            constraint(ToolChoice::Required, false).as_deref(),
+            Some(concat!(
+                r#"{"type":"array","minItems":1,"items":{"type":"object","anyOf":["#,
+                r#"{"properties":{"name":{"type":"string","enum":["get_weather"]},"parameters":"#,
+                r##"{"type":"object","properties":{"zone":{"type":"string"},"city":{"$ref":"#/$defs/City"}}}},"##,
+                r#""required":["name","parameters"]},"#,
+                r#"{"properties":{"name":{"type":"string","enum":["now"]},"parameters":"#,
+                r#"{"type":"object","properties":{}}},"required":["name","parameters"]}]},"#,
+                r#""maxItems":1,"$defs":{"City":{"type":"string"}}}"#,
+            ))
+        );
+        let other = WEATHER
+            .replace("get_weather", "other")
+            .replace(r#""City": {"type": "string"}"#, r#""City": {"type": "integer"}"#);
+        let tools = ToolSet::parse(&format!("[{WEATHER}, {other}]")).expect("valid");
+        let error = tools
+            .constraint(&ToolChoice::Required, true)
+            .expect_err("two Cities");
+        assert_eq!(error.param.as_deref(), Some("tools[1].function.parameters"));
     }
 }

@@ -7,6 +7,7 @@ mod ranks;
 mod requests;
 mod resume;
 mod server;
+mod structured;
 #[path = "../support/mod.rs"]
 mod support;
 mod tokenizer;

@@ -3,7 +3,9 @@
 use std::{collections::HashMap, sync::mpsc::Receiver, time::Duration};
 
 use phalanx_coordinator::engine::{Executor, ExecutorError};
-use phalanx_proto::step::{SampledToken, ScoredPrompt, ScoredToken, StepOutput, StepPlan, StepRow};
+use phalanx_proto::step::{
+    SampledToken, ScoredPrompt, ScoredToken, StepMasks, StepOutput, StepPlan, StepRow,
+};
 
 /// Every prompt of these tests, `Hello world`.
 pub(crate) const PROMPT: &str = "Hello world";
@@ -79,6 +81,22 @@ impl Executor for ScriptedRanks {
             prompt_logprobs: plan.rows.iter().filter_map(scored).collect(),
             forward_us: 1,
         });
+        Ok(())
+    }
+    /// Who would say what its mask rules out says the first token that is allowed.
+    fn post_masks(&mut self, masks: &StepMasks) -> Result<(), ExecutorError> {
+        let sampled = self.output.iter_mut().flat_map(|output| &mut output.sampled);
+        for sampled in sampled {
+            let mask = masks.masks.iter().find(|mask| mask.sequence == sampled.sequence);
+            let Some(allowed) = mask.map(|mask| &mask.allowed) else {
+                continue;
+            };
+            if !allowed.contains(sampled.token) {
+                let first = (0..allowed.vocab_size()).find(|&id| allowed.contains(id));
+                sampled.finite = first.is_some();
+                sampled.token = first.unwrap_or(0);
+            }
+        }
         Ok(())
     }
     fn wait(&mut self, step: u64, _: Duration) -> Result<StepOutput, ExecutorError> {

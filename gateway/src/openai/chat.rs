@@ -26,6 +26,7 @@ use super::{
     prompt_reply::PromptReply,
     reply::{Head, Reply, Stop, Whole, finish_reason, stop_reason},
     sse::{self, Events, Piece, Streaming},
+    structured,
     tools::ToolChoice,
     unoffered,
     usage::Usage,
@@ -90,7 +91,8 @@ fn prepare(body: &[u8], id: &str, service: &Service) -> Result<Call, RpcError> {
     let outputs: OutputFields = parse(body)?;
     unoffered::refuse_for_chat(body)?;
     let logprobs = fields.alternatives()?;
-    let sampling = params.sampling(fields.max_completion_tokens.or(fields.max_tokens))?;
+    let mut sampling = params.sampling(fields.max_completion_tokens.or(fields.max_tokens))?;
+    structured::restrict(body, &mut sampling)?;
     let echo = fields.echo.unwrap_or(false);
     let mut output = params.output(logprobs, echo, service.reply.force_include_usage)?;
     outputs.complete(&mut output, params.streams())?;

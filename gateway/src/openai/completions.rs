@@ -23,7 +23,7 @@ use super::{
     prompt_reply::PromptReply,
     reply::{Head, Reply, Stop, Whole, finish_reason, stop_reason},
     sse::{self, Events, Piece, Streaming},
-    unoffered,
+    structured, unoffered,
     usage::Usage,
 };
 use crate::{
@@ -68,7 +68,8 @@ fn prepare(body: &[u8], id: &str, options: ReplyOptions) -> Result<Call, RpcErro
     let fields: CompletionFields = parse(body)?;
     let outputs: OutputFields = parse(body)?;
     unoffered::refuse_for_completions(body)?;
-    let sampling = params.sampling(fields.max_tokens)?;
+    let mut sampling = params.sampling(fields.max_tokens)?;
+    structured::restrict(body, &mut sampling)?;
     let echo = fields.echo.unwrap_or(false);
     let mut output = params.output(fields.logprobs, echo, options.force_include_usage)?;
     outputs.complete(&mut output, params.streams())?;

@@ -16,6 +16,7 @@ mod prompt;
 mod prompt_reply;
 pub(crate) mod reply;
 pub(crate) mod sse;
+pub(crate) mod structured;
 pub(crate) mod tools;
 pub(crate) mod unoffered;
 pub(crate) mod usage;

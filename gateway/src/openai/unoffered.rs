@@ -20,17 +20,9 @@ type Field = (&'static str, &'static [&'static str]);
 const MAX_NO_OP: usize = 64;
 
 const BOTH: &[Field] = &[
-    ("allowed_token_ids", &[]),
-    ("bad_words", &["[]"]),
     ("best_of", &["1"]),
-    ("guided_choice", &[]),
-    ("guided_grammar", &[]),
-    ("guided_json", &[]),
-    ("guided_regex", &[]),
     ("kv_transfer_params", &[]),
     ("logits_processors", &["[]"]),
-    ("response_format", &[r#"{"type":"text"}"#]),
-    ("structured_outputs", &[]),
     ("use_beam_search", &["false"]),
 ];
 
@@ -101,7 +93,7 @@ impl Lists for Tokenize {
 
 /// # Errors
 /// `InvalidArgument` naming the first field of a chat request that is not offered.
-pub(crate) fn refuse_for_chat(body: &[u8]) -> Result<(), RpcError> {
+pub(super) fn refuse_for_chat(body: &[u8]) -> Result<(), RpcError> {
     refuse::<Chat>(body)
 }
 
@@ -197,9 +189,8 @@ mod tests {
 
     #[test]
     fn no_ops_pass_and_the_rest_is_named() {
-        let no_ops =
-            br#"{"functions": [], "function_call": "auto", "response_format": {"type": "text"}, "bad_words": [],
-            "best_of": 1, "guided_json": null, "somebody_elses": 3}"#;
+        let no_ops = br#"{"functions": [], "function_call": "auto", "logits_processors": [],
+            "best_of": 1, "suffix": null, "somebody_elses": 3}"#;
         refuse_for_chat(no_ops).expect("asks for nothing");
         let refused = |body: &str| {
             refuse_for_chat(body.as_bytes())
@@ -208,10 +199,7 @@ mod tests {
                 .expect("named")
         };
         assert_eq!(refused(r#"{"functions": [{}]}"#), "functions");
-        assert_eq!(
-            refused(r#"{"response_format": {"type": "json_object"}}"#),
-            "response_format"
-        );
+        assert_eq!(refused(r#"{"use_beam_search": true}"#), "use_beam_search");
         assert_eq!(refused(r#"{"best_of": 2, "functions": [1]}"#), "best_of");
         assert_eq!(refused(r#"{"\u0066unctions": [1]}"#), "functions");
     }

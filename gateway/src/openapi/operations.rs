@@ -11,7 +11,10 @@ use crate::{
     auth::Access,
     control::AbortBody,
     inference::{GenerateBody, SamplingFields},
-    openai::{chat::ChatFields, completions::CompletionFields, output::OutputFields, params::Params},
+    openai::{
+        chat::ChatFields, completions::CompletionFields, output::OutputFields, params::Params,
+        structured::StructuredFields,
+    },
     responses::ResponsesFields,
     routes::Route,
     tgi,
@@ -145,6 +148,7 @@ pub(crate) fn chat() -> Operation {
                     fields::of::<Params>(),
                     fields::of::<OutputFields>(),
                     fields::of::<ChatFields>(),
+                    fields::of::<StructuredFields>(),
                 ]
                 .concat()
             },
@@ -155,6 +159,7 @@ pub(crate) fn chat() -> Operation {
                 schemas::OUTPUT,
                 schemas::CHOICES,
                 schemas::SAMPLING,
+                schemas::STRUCTURED,
                 schemas::PLACE,
                 schemas::USER,
             ],
@@ -171,6 +176,7 @@ pub(crate) fn completions() -> Operation {
                     fields::of::<Params>(),
                     fields::of::<OutputFields>(),
                     fields::of::<CompletionFields>(),
+                    fields::of::<StructuredFields>(),
                 ]
                 .concat()
             },
@@ -182,6 +188,7 @@ pub(crate) fn completions() -> Operation {
                 schemas::COMPLETIONS,
                 schemas::CHOICES,
                 schemas::SAMPLING,
+                schemas::STRUCTURED,
                 schemas::PLACE,
                 schemas::USER,
             ],
@@ -198,7 +205,12 @@ pub(crate) fn responses() -> Operation {
         .reads(Schema {
             name: "CreateResponse",
             accepted: || {
-                let mut names = [fields::of::<Params>(), fields::of::<ResponsesFields>()].concat();
+                let mut names = [
+                    fields::of::<Params>(),
+                    fields::of::<StructuredFields>(),
+                    fields::of::<ResponsesFields>(),
+                ]
+                .concat();
                 // Read only to be refused.
                 names.retain(|name| *name != "n");
                 names
@@ -207,6 +219,7 @@ pub(crate) fn responses() -> Operation {
             tables: &[
                 schemas::RESPONSES,
                 schemas::SAMPLING,
+                schemas::STRUCTURED,
                 schemas::PLACE,
                 schemas::USER,
             ],
@@ -291,12 +304,18 @@ pub(crate) fn generate_tokens() -> Operation {
             name: "SamplingParams",
             accepted: || {
                 let place = place();
-                let mut names = [fields::of::<Params>(), fields::of::<SamplingFields>()].concat();
+                let own = [fields::of::<SamplingFields>(), fields::of::<StructuredFields>()].concat();
+                let mut names = [fields::of::<Params>(), own].concat();
                 names.retain(|name| !place.contains(name) && *name != "user");
                 names
             },
             required: &[],
-            tables: &[schemas::COMPLETIONS, schemas::CHOICES, schemas::SAMPLING],
+            tables: &[
+                schemas::COMPLETIONS,
+                schemas::CHOICES,
+                schemas::SAMPLING,
+                schemas::STRUCTURED,
+            ],
         })
         .replies(&[JSON, EVENTS])
 }
@@ -331,8 +350,14 @@ pub(crate) fn invocations() -> Operation {
 const INVOCATION: Schema = Schema {
     name: "Invocation",
     accepted: || {
-        let own = [fields::of::<ChatFields>(), fields::of::<CompletionFields>()].concat();
-        let mut names = [fields::of::<Params>(), fields::of::<OutputFields>(), own].concat();
+        let mut names = [
+            fields::of::<Params>(),
+            fields::of::<OutputFields>(),
+            fields::of::<StructuredFields>(),
+            fields::of::<ChatFields>(),
+            fields::of::<CompletionFields>(),
+        ]
+        .concat();
         // Two have a meaning in both, of which the chat's is documented.
         names.sort_unstable();
         names.dedup();
@@ -346,6 +371,7 @@ const INVOCATION: Schema = Schema {
         schemas::OUTPUT,
         schemas::CHOICES,
         schemas::SAMPLING,
+        schemas::STRUCTURED,
         schemas::PLACE,
         schemas::USER,
     ],

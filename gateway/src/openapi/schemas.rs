@@ -149,6 +149,22 @@ pub(super) const SAMPLING: &[Field] = &[
         "Added to the logits of token ids, -100 to 100."),
 ];
 
+/// What a completion is held to.
+#[rustfmt::skip]
+pub(super) const STRUCTURED: &[Field] = &[
+    ("response_format", OBJECT, "`type` is text, json_object, json_schema (with `json_schema.schema`) or structural_tag."),
+    ("structured_outputs", OBJECT, "One of `json`, `json_object`, `regex`, `choice`, `grammar` and `structural_tag`."),
+    ("guided_json", r#"{"type": ["object", "string", "boolean", "null"]}"#, "A JSON schema."),
+    ("guided_json_object", FLAG, "Any JSON object."),
+    ("guided_regex", TEXT, "A regular expression for the whole text."),
+    ("guided_choice", r#"{"type": ["array", "null"], "items": {"type": "string"}, "maxItems": 4096}"#, "One of these texts."),
+    ("guided_grammar", TEXT, "A grammar in Lark's notation or in EBNF."),
+    ("guided_whitespace_pattern", TEXT, "A regular expression for the space between JSON's tokens."),
+    ("allowed_token_ids", r#"{"type": ["array", "null"], "minItems": 1, "items": {"type": "integer", "minimum": 0, "maximum": 4294967295}}"#,
+        "Nothing but these tokens."),
+    ("bad_words", r#"{"type": ["array", "null"], "items": {"type": "string"}, "maxItems": 128}"#, "Words that do not appear."),
+];
+
 #[rustfmt::skip]
 pub(super) const CHAT: &[Field] = &[
     ("messages", MESSAGES, "The conversation."),
@@ -313,10 +329,11 @@ pub(super) const TGI_PARAMETERS: &[Field] = &[
     ("details", FLAG, "Report tokens and how the text ended."),
     ("seed", r#"{"type": ["integer", "null"], "minimum": 0, "maximum": 18446744073709551615}"#, "The same seed gives the same tokens."),
     ("top_n_tokens", COUNT, "Alternatives reported for each token."),
+    ("grammar", r#"{"type": ["object", "null"], "properties": {"type": {"enum": ["json", "regex"]}, "value": {}}}"#,
+        "What the text is held to: a JSON schema or a regular expression."),
     ("adapter_id", r#"{}"#, "Not offered."),
     ("best_of", COUNT, "Not offered but as 1."),
     ("decoder_input_details", FLAG, "Not offered but as false."),
-    ("grammar", r#"{}"#, "Not offered."),
     ("truncate", COUNT, "Not offered."),
     ("typical_p", NUMBER, "Not offered but as 1."),
     ("watermark", FLAG, "Not offered but as false."),

@@ -1,11 +1,14 @@
 //! What the text of an answer must look like.
 
-use phalanx_proto::RpcError;
+use phalanx_proto::{RpcError, v1::SamplingParams};
 use serde::{Deserialize, Serialize};
 use serde_json::value::{RawValue, to_raw_value};
 
 use super::request::in_own_terms;
-use crate::openai::{body::Object, unoffered};
+use crate::openai::{body::Object, structured};
+
+const FORMAT: &str = "text.format";
+const SCHEMA: &str = "text.format.schema";
 
 #[derive(Debug, Deserialize)]
 pub(super) struct Text {
@@ -46,8 +49,8 @@ impl Text {
     /// Restricts the answer as the same `response_format` of a chat does.
     ///
     /// # Errors
-    /// `InvalidArgument` naming `text.format` or a field of it.
-    pub(super) fn restrict(&self) -> Result<(), RpcError> {
+    /// `InvalidArgument` naming `text.format` or a field of it: not offered, or one constraint too many.
+    pub(super) fn restrict(&self, sampling: &mut SamplingParams) -> Result<(), RpcError> {
         const TYPE: &str = "text.format.type";
         let Some(Object(format)) = &self.format else {
             return Ok(());
@@ -58,7 +61,8 @@ impl Text {
             let message = format!("{TYPE} must be text, json_object or json_schema");
             return Err(RpcError::invalid(TYPE, message));
         };
-        let json_schema = (kind == "json_schema").then_some(JsonSchema {
+        let is_schema = kind == "json_schema";
+        let json_schema = is_schema.then_some(JsonSchema {
             name: format.name.as_deref(),
             description: format.description.as_deref(),
             schema: format.schema.as_deref(),
@@ -71,37 +75,77 @@ impl Text {
         let chat = to_raw_value(&ChatFormat {
             response_format: spelled,
         });
-        let chat = chat.map_err(|error| RpcError::invalid("text.format", error.to_string()))?;
-        unoffered::refuse_for_chat(chat.get().as_bytes()).map_err(in_own_terms)
+        let chat = chat.map_err(|error| RpcError::invalid(FORMAT, error.to_string()))?;
+        let mut restricted = SamplingParams::default();
+        structured::restrict(chat.get().as_bytes(), &mut restricted).map_err(in_own_terms)?;
+        let Some(mut constraint) = restricted.structured_outputs else {
+            return Ok(());
+        };
+        if let Some(first) = &sampling.structured_outputs {
+            let message = format!(
+                "only one constraint can be given, not {} and {FORMAT} together",
+                first.param
+            );
+            return Err(RpcError::invalid(FORMAT, message));
+        }
+        // What the coordinator finds wrong with it is told by this name.
+        constraint.param = if is_schema { SCHEMA } else { FORMAT }.to_owned();
+        sampling.structured_outputs = Some(constraint);
+        Ok(())
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use phalanx_proto::v1::structured_outputs::Constraint;
+
     use super::*;
 
-    fn restrict(format: &str) -> Result<(), RpcError> {
+    fn restrict(format: &str, sampling: &mut SamplingParams) -> Result<(), RpcError> {
         let text: Text = serde_json::from_str(&format!(r#"{{"format": {format}}}"#)).expect(format);
-        text.restrict()
+        text.restrict(sampling)
     }
 
     #[test]
-    fn text_may_be_any_and_json_is_refused_as_in_chats() {
+    fn formats_are_those_of_chats() {
+        let restricted = |format: &str| {
+            let mut sampling = SamplingParams::default();
+            restrict(format, &mut sampling).expect(format);
+            let structured = sampling.structured_outputs;
+            structured.map(|structured| (structured.param, structured.constraint.expect("one")))
+        };
         for any in ["null", r#"{"type": "text"}"#] {
-            assert_eq!(restrict(any), Ok(()));
+            assert_eq!(restricted(any), None);
         }
+        assert_eq!(
+            restricted(r#"{"type": "json_object"}"#),
+            Some((FORMAT.to_owned(), Constraint::JsonObject(true)))
+        );
+        assert_eq!(
+            restricted(
+                r#"{"type": "json_schema", "name": "a", "strict": true, "schema": {"type": "object"}}"#
+            ),
+            Some((
+                SCHEMA.to_owned(),
+                Constraint::JsonSchema(r#"{"type": "object"}"#.to_owned())
+            ))
+        );
+    }
+
+    #[test]
+    fn refusals_name_the_format() {
         for (format, param) in [
             (r#"{"type": "xml"}"#, "text.format.type"),
             (r#"{}"#, "text.format.type"),
-            (r#"{"type": "json_object"}"#, "text.format"),
-            (
-                r#"{"type": "json_schema", "name": "a", "schema": {}}"#,
-                "text.format",
-            ),
+            (r#"{"type": "json_schema", "name": "a"}"#, "text.format.schema"),
         ] {
-            let error = restrict(format).expect_err(format);
+            let error = restrict(format, &mut SamplingParams::default()).expect_err(format);
             assert_eq!(error.param.as_deref(), Some(param), "{error}");
             assert!(!error.message.contains("response_format"), "{error}");
         }
+        let mut sampling = SamplingParams::default();
+        restrict(r#"{"type": "json_object"}"#, &mut sampling).expect("the first");
+        let error = restrict(r#"{"type": "json_object"}"#, &mut sampling).expect_err("one too many");
+        assert_eq!(error.param.as_deref(), Some(FORMAT));
     }
 }

@@ -25,6 +25,7 @@ use crate::{
         chat::raw,
         messages::{Content, message},
         params::Params,
+        structured,
         tools::ToolChoice,
         unoffered,
     },
@@ -144,9 +145,10 @@ impl Call {
         if params.n() != 1 {
             return Err(RpcError::invalid("n", "n must be 1: a response has one answer"));
         }
-        let sampling = params.sampling(fields.max_output_tokens)?;
+        let mut sampling = params.sampling(fields.max_output_tokens)?;
+        structured::restrict(body, &mut sampling)?;
         if let Some(Object(text)) = &fields.text {
-            text.restrict()?;
+            text.restrict(&mut sampling)?;
         }
         let output = OutputOptions {
             include_usage: true,
@@ -317,7 +319,10 @@ pub(super) fn in_own_terms(mut error: RpcError) -> RpcError {
         "max_tokens" => "max_output_tokens".to_owned(),
         "messages" | "prompt" => "input".to_owned(),
         chat if chat.starts_with("messages[") => "input".to_owned(),
-        "response_format.json_schema.schema" => "text.format.schema".to_owned(),
+        "response_format.json_schema.schema" => {
+            error.message = error.message.replace(&param, "text.format.schema");
+            "text.format.schema".to_owned()
+        }
         format if format.starts_with("response_format") => {
             error.message = error.message.replace("response_format", "text.format");
             "text.format".to_owned()

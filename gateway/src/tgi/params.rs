@@ -3,14 +3,19 @@
 use phalanx_proto::{
     RpcError,
     limits::MAX_STOP_STRINGS,
-    v1::{GenerateRequest, OutputOptions, SamplingParams, generate_request::Prompt},
+    v1::{
+        GenerateRequest, OutputOptions, SamplingParams, StructuredOutputs, generate_request::Prompt,
+        structured_outputs::Constraint,
+    },
 };
 use serde::{Deserialize, de::IgnoredAny};
+use serde_json::value::RawValue;
 
 use crate::openai::{
     body::{Bounded, Object, parse},
     caller::Caller,
     params::finite,
+    structured::text_of,
 };
 
 /// TGI's default.
@@ -39,14 +44,39 @@ pub(crate) struct Parameters {
     details: Option<bool>,
     seed: Option<u64>,
     top_n_tokens: Option<u32>,
+    grammar: Option<Object<Grammar>>,
     // Not offered unless they ask for nothing.
     adapter_id: Option<IgnoredAny>,
     best_of: Option<u32>,
     decoder_input_details: Option<bool>,
-    grammar: Option<IgnoredAny>,
     truncate: Option<u32>,
     typical_p: Option<f32>,
     watermark: Option<bool>,
+}
+
+/// The language that the text is held to: `json`, whose value is a schema, or `regex`.
+#[derive(Debug, Deserialize)]
+struct Grammar {
+    r#type: Option<String>,
+    value: Option<Box<RawValue>>,
+}
+
+impl Grammar {
+    fn into_grpc(self) -> Result<StructuredOutputs, RpcError> {
+        let value = self.value.ok_or_else(|| refuse("grammar.value", "is needed"))?;
+        let text = text_of("parameters.grammar.value", &value)?;
+        let constraint = match self.r#type.as_deref() {
+            Some("json") => Constraint::JsonSchema(text),
+            Some("regex") if value.get().starts_with('"') => Constraint::Regex(text),
+            Some("regex") => return Err(refuse("grammar.value", "must be a string")),
+            _ => return Err(refuse("grammar.type", "must be json or regex")),
+        };
+        Ok(StructuredOutputs {
+            constraint: Some(constraint),
+            param: "parameters.grammar".to_owned(),
+            ..StructuredOutputs::default()
+        })
+    }
 }
 
 #[expect(clippy::unnecessary_wraps, reason = "serde wants the field's type")]
@@ -124,7 +154,6 @@ impl Parameters {
             ("adapter_id", self.adapter_id.is_some()),
             ("best_of", self.best_of.is_some_and(|count| count != 1)),
             ("decoder_input_details", self.decoder_input_details == Some(true)),
-            ("grammar", self.grammar.is_some()),
             ("truncate", self.truncate.is_some()),
             ("typical_p", self.typical_p.is_some_and(|p| p != 1.0)),
             ("watermark", self.watermark == Some(true)),
@@ -167,6 +196,11 @@ impl Parameters {
             stop: self.stop.take().unwrap_or_default().0,
             // TGI ends a text behind its stop sequence.
             include_stop_str_in_output: true,
+            structured_outputs: self
+                .grammar
+                .take()
+                .map(|Object(grammar)| grammar.into_grpc())
+                .transpose()?,
             ..SamplingParams::default()
         })
     }
@@ -218,6 +252,22 @@ mod tests {
     }
 
     #[test]
+    fn grammars_are_schemas_and_regular_expressions() {
+        let constraint = |parameters: &str| {
+            let sampling = sampling(parameters).expect("valid");
+            sampling
+                .structured_outputs
+                .and_then(|structured| structured.constraint)
+        };
+        let schema = || Some(Constraint::JsonSchema(r#"{"type": "null"}"#.into()));
+        let object = r#"{"grammar": {"type": "json", "value": {"type": "null"}}}"#;
+        let text = r#"{"grammar": {"type": "json", "value": "{\"type\": \"null\"}"}}"#;
+        assert_eq!((constraint(object), constraint(text)), (schema(), schema()));
+        let regex = r#"{"grammar": {"type": "regex", "value": "a+"}}"#;
+        assert_eq!(constraint(regex), Some(Constraint::Regex("a+".into())));
+    }
+
+    #[test]
     fn refusals_name_the_parameter() {
         for (parameters, param) in [
             (r#"{"best_of": 2}"#, "parameters.best_of"),
@@ -226,9 +276,14 @@ mod tests {
                 "parameters.decoder_input_details",
             ),
             (
-                r#"{"grammar": {"type": "regex", "value": "a"}}"#,
-                "parameters.grammar",
+                r#"{"grammar": {"type": "yaml", "value": "a"}}"#,
+                "parameters.grammar.type",
             ),
+            (
+                r#"{"grammar": {"type": "regex", "value": {}}}"#,
+                "parameters.grammar.value",
+            ),
+            (r#"{"grammar": {"type": "json"}}"#, "parameters.grammar.value"),
             (r#"{"watermark": true}"#, "parameters.watermark"),
             (r#"{"typical_p": 0.9}"#, "parameters.typical_p"),
             (r#"{"truncate": 5}"#, "parameters.truncate"),

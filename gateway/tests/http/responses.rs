@@ -183,6 +183,20 @@ async fn thoughts_and_calls_are_items() {
 }
 
 #[tokio::test]
+async fn a_format_of_the_text_is_a_constraint() {
+    let (mut coordinator, server) = pair(Script::Hello).await;
+    let format = json!({"type": "json_schema", "name": "city", "schema": {"type": "object"}});
+    let body = json!({"input": "hi", "text": {"format": format}});
+    let reply = ask(&server, body.clone()).await.json();
+    assert_eq!(reply["text"], body["text"]);
+    let sampling = coordinator.chat().await.sampling.expect("given");
+    let structured = sampling.structured_outputs.expect("given");
+    assert_eq!(structured.param, "text.format.schema");
+    let both = json!({"input": "hi", "text": {"format": {"type": "json_object"}}, "structured_outputs": {"regex": "a"}});
+    assert_eq!(error(&ask(&server, both).await).1, "text.format");
+}
+
+#[tokio::test]
 async fn errors_name_the_field() {
     let (_coordinator, server) = pair(Script::Hello).await;
     for (body, param) in [

@@ -49,28 +49,28 @@ async fn every_choice_of_a_chat_opens_with_its_role() {
     let body = r#"{"messages": [{"role": "user", "content": "hi"}], "stream": true, "n": 2}"#;
     let reply = post(server.address, CHAT, body).await;
     let events = reply.events();
-    let deltas: Vec<(u64, String)> = events[..events.len() - 1]
+    let deltas: Vec<(u64, Value)> = events[..events.len() - 1]
         .iter()
         .map(|event| {
             let event: Value = serde_json::from_str(event).expect("JSON");
             let choice = &event["choices"][0];
             (
                 choice["index"].as_u64().expect("an index"),
-                choice["delta"].to_string(),
+                choice["delta"].clone(),
             )
         })
         .collect();
-    let role = r#"{"content":"","role":"assistant"}"#;
-    let (hello, world) = (r#"{"content":"Hello"}"#, r#"{"content":" world"}"#);
+    let role = json!({"role": "assistant", "content": ""});
+    let (hello, world) = (json!({"content": "Hello"}), json!({"content": " world"}));
     let expected = [
-        (0, role),
-        (1, role),
-        (0, hello),
-        (1, hello),
-        (0, world),
-        (1, world),
+        (0, &role),
+        (1, &role),
+        (0, &hello),
+        (1, &hello),
+        (0, &world),
+        (1, &world),
     ];
-    assert_eq!(deltas, expected.map(|(index, delta)| (index, delta.to_owned())));
+    assert_eq!(deltas, expected.map(|(index, delta)| (index, delta.clone())));
 }
 
 #[tokio::test]

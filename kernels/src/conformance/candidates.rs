@@ -18,6 +18,7 @@ fn request(edits: &[LogitEdit]) -> CandidateRequest<'_> {
         row: 0,
         vocab: 0..VOCAB,
         edits,
+        allowed: None,
         inverse_temperature: 1.0 / 0.7,
         noise: None,
         top: 20,
@@ -48,6 +49,18 @@ fn edits(random: &mut Random) -> Vec<LogitEdit> {
         .collect()
 }
 
+/// Of every token one, some or most; some chunks hold none.
+fn mask(random: &mut Random) -> Vec<u32> {
+    let most = random.below(2) == 0;
+    let words = (0..VOCAB.div_ceil(32)).map(|_| match random.below(4) {
+        0 => random.word(),
+        1 => 1 << random.below(32),
+        _ if most => u32::MAX,
+        _ => 0,
+    });
+    words.collect()
+}
+
 fn gumbel(noise: Noise, id: usize) -> f32 {
     let counter = [
         (id / 32 * 8 + id % 8) as u32,
@@ -75,6 +88,13 @@ fn evaluate(raw: &[f32], request: &CandidateRequest<'_>) -> Vec<Candidate> {
                 scaled += edit.add;
             }
             scaled *= request.inverse_temperature;
+            let bit = id - request.vocab.start;
+            if request
+                .allowed
+                .is_some_and(|words| words[bit / 32] >> (bit % 32) & 1 == 0)
+            {
+                scaled = f32::NEG_INFINITY;
+            }
             Candidate {
                 id: id as u32,
                 raw,
@@ -97,7 +117,9 @@ fn assert_statistics(got: &[ChunkStatistics], values: impl Iterator<Item = f32>,
     for (got, values) in got.iter().zip(values.chunks(VOCAB_CHUNK)) {
         let max = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         assert_eq!(f64::from(got.max), max);
-        let sum: f64 = values.iter().map(|x| (x - max).exp()).sum();
+        // Without a token that may be drawn there is nothing to add.
+        let drawable = values.iter().filter(|x| **x > f64::NEG_INFINITY);
+        let sum: f64 = drawable.map(|x| (x - max).exp()).sum();
         assert!(
             (f64::from(got.sum) - sum).abs() <= sum * tolerance,
             "{} not {sum}",
@@ -115,6 +137,7 @@ pub fn candidates_are_the_best<B: Backend>(make: &impl Fn(usize) -> B, tolerance
         let values: Vec<f32> = (0..rows).flat_map(|_| logits(&mut random, width)).collect();
         let buffer = filled(&backend, &values, width, 1);
         let edits = edits(&mut random);
+        let masks = [(); 3].map(|()| mask(&mut random));
         let noise = |row: usize| Noise {
             seed: 0x1234_5678_9abc + round,
             position: (round << 33) + row as u64,
@@ -124,6 +147,7 @@ pub fn candidates_are_the_best<B: Backend>(make: &impl Fn(usize) -> B, tolerance
                 row,
                 noise: Some(noise(row)),
                 top: [0, 1, 20, VOCAB][random.below(4)],
+                allowed: (random.below(3) > 0).then_some(&masks[row][..]),
                 ..request(&edits)
             })
             .collect();
@@ -157,10 +181,12 @@ pub fn candidates_do_not_depend_on_the_split<B: Backend>(make: &impl Fn(usize) -
     let mut random = Random::new(41);
     let values = logits(&mut random, VOCAB);
     let edits = edits(&mut random);
+    let mask = mask(&mut random);
     let noise = Some(Noise { seed: 9, position: 3 });
     let part = |backend: &B, vocab: Range<usize>| {
         let buffer = filled(backend, &values[vocab.clone()], vocab.len(), 0);
         let request = CandidateRequest {
+            allowed: Some(&mask[vocab.start / 32..]),
             vocab,
             noise,
             ..request(&edits)
@@ -189,8 +215,16 @@ pub fn candidates_do_not_depend_on_the_split<B: Backend>(make: &impl Fn(usize) -
         vocab: 1..VOCAB,
         ..request(&edits)
     };
+    let short = CandidateRequest {
+        allowed: Some(&mask[1..]),
+        ..request(&edits)
+    };
     let backend = make(1);
     let buffer = filled(&backend, &values, VOCAB, 0);
+    assert!(
+        backend.candidates(&buffer, &[short]).is_err(),
+        "a mask that ends before the vocabulary"
+    );
     assert!(
         backend.candidates(&buffer, &[misplaced]).is_err(),
         "a part of the vocabulary that cuts a chunk"

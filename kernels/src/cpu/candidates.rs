@@ -12,10 +12,12 @@ use super::buffer::CpuBuffer;
 use super::exec::{Exec, check};
 use super::math::{exp, ln};
 use super::simd::{Kernel, LANES, Simd};
-use crate::candidates::rank;
+use crate::candidates::{mask_words, rank};
 use crate::philox::philox4x32_lanes;
 use crate::{Candidate, CandidateRequest, Candidates, ChunkStatistics, Noise, Result, VOCAB_CHUNK};
 
+/// Tokens of a word of a mask.
+const MASK_BITS: usize = u32::BITS as usize;
 /// Tokens whose noise comes from one call of the generator: four words of each lane.
 const NOISE_GROUP: usize = 4 * LANES;
 /// No Gumbel noise of a 32-bit uniform is larger: -ln(-ln(1 - 2⁻³³)) = 22.87.
@@ -78,6 +80,10 @@ fn check_request(logits: &CpuBuffer, request: &CandidateRequest<'_>) -> Result<(
         || format!("vocabulary {start}..{end} does not start at a multiple of {VOCAB_CHUNK}"),
     )?;
     logits.check(OP, request.row.saturating_add(1), end - start)?;
+    let masked = request.allowed.map_or(usize::MAX, <[u32]>::len);
+    check(OP, masked >= mask_words(end - start), || {
+        format!("{masked} words of a mask over {start}..{end}")
+    })?;
     let temperature = request.inverse_temperature;
     check(OP, temperature.is_finite() && temperature > 0.0, || {
         format!("inverse temperature {temperature}")
@@ -134,6 +140,19 @@ impl Kernel for Segment<'_> {
     }
 }
 
+/// Bans the tokens whose bits are not set; those beyond the words are banned already.
+fn ban(scaled: &mut [f32; VOCAB_CHUNK], words: &[u32]) {
+    for (logits, &word) in scaled.as_chunks_mut::<MASK_BITS>().0.iter_mut().zip(words) {
+        for (bit, logit) in logits.iter_mut().enumerate() {
+            *logit = if word >> bit & 1 == 1 {
+                *logit
+            } else {
+                f32::NEG_INFINITY
+            };
+        }
+    }
+}
+
 fn all_finite(values: &[f32]) -> bool {
     const EXPONENT: u32 = 0x7f80_0000;
     // Without an early exit, so that the loop is vectors.
@@ -172,6 +191,11 @@ impl Chunk {
         }
         for logit in &mut scaled {
             *logit *= request.inverse_temperature;
+        }
+        if let Some(allowed) = request.allowed {
+            let offset = first - request.vocab.start;
+            let words = &allowed[offset / MASK_BITS..mask_words(offset + values.len())];
+            ban(&mut scaled, words);
         }
         Self {
             first: first as u32,

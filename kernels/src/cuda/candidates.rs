@@ -9,7 +9,7 @@ use super::launch::{
     Grid,
 };
 use super::shape::u32_of;
-use crate::candidates::rank;
+use crate::candidates::{mask_words, rank};
 use crate::error::check;
 use crate::{Candidate, CandidateRequest, Candidates, ChunkStatistics, KernelError, Result, VOCAB_CHUNK};
 
@@ -17,9 +17,11 @@ const OP: &str = "candidates";
 /// The driver's limit is 65,535 blocks in the second dimension of a grid.
 const MAX_GROUP: usize = 4096;
 const NO_TOKEN: u32 = u32::MAX;
+/// In the place of a mask's start.
+const NO_MASK: u32 = u32::MAX;
 
 /// Words of 4 bytes of the kernels' structures.
-const REQUEST: usize = 15;
+const REQUEST: usize = 16;
 const EDIT: usize = 3;
 const STATISTICS: usize = 4;
 const WINNER: usize = 5;
@@ -37,7 +39,7 @@ pub(crate) fn candidates(
     let mut found = Vec::with_capacity(requests.len());
     let mut rest = requests;
     while !rest.is_empty() {
-        let (group, later) = rest.split_at(group_len(rest, backend.scratch.bytes())?);
+        let (group, later) = rest.split_at(group_len(rest, backend)?);
         found.extend(of_group(backend, logits, group)?);
         rest = later;
     }
@@ -52,6 +54,10 @@ fn check_request(logits: &CudaBuffer, request: &CandidateRequest<'_>) -> Result<
         || format!("vocabulary {start}..{end} does not start at a multiple of {VOCAB_CHUNK}"),
     )?;
     logits.check(OP, request.row.saturating_add(1), end - start)?;
+    let masked = request.allowed.map_or(usize::MAX, <[u32]>::len);
+    check(OP, masked >= mask_words(end - start), || {
+        format!("{masked} words of a mask over {start}..{end}")
+    })?;
     let temperature = request.inverse_temperature;
     check(OP, temperature.is_finite() && temperature > 0.0, || {
         format!("inverse temperature {temperature}")
@@ -113,12 +119,29 @@ fn tops(request: &CandidateRequest<'_>) -> [usize; 2] {
     [request.top, request.raw_top].map(|top| top.min(request.vocab.len()))
 }
 
-/// How many of the first requests fit into `bytes`.
-fn group_len(requests: &[CandidateRequest<'_>], bytes: usize) -> Result<usize> {
+/// The words of a request's mask, those of its ids alone.
+fn mask<'a>(request: &CandidateRequest<'a>) -> Option<&'a [u32]> {
+    request
+        .allowed
+        .map(|words| &words[..mask_words(request.vocab.len())])
+}
+
+/// Words that a request takes in the upload.
+fn packed_words(request: &CandidateRequest<'_>) -> usize {
+    REQUEST + request.edits.len() * EDIT + mask(request).map_or(0, <[u32]>::len)
+}
+
+/// How many of the first requests fit the scratch memory, and half of what a step's input may take.
+fn group_len(requests: &[CandidateRequest<'_>], backend: &CudaBackend) -> Result<usize> {
+    let bytes = backend.scratch.bytes();
     let mut layout = Layout::default();
-    let mut len = 0;
+    let (mut len, mut packed) = (0, 0);
     for request in requests.iter().take(MAX_GROUP) {
         layout = layout.with(request);
+        packed += packed_words(request) * size_of::<u32>();
+        if len > 0 && packed > backend.step_bytes / 2 {
+            break;
+        }
         let needed = layout.words() * size_of::<u32>();
         if needed > bytes {
             if len == 0 {
@@ -169,6 +192,8 @@ fn queue(
 ) -> Result<()> {
     let uploaded = backend.upload_step(&pack(group)?)?;
     let edits = uploaded.ptr() + (group.len() * REQUEST * size_of::<u32>()) as u64;
+    let num_edits: usize = group.iter().map(|request| request.edits.len()).sum();
+    let masks = Pointer(edits + (num_edits * EDIT * size_of::<u32>()) as u64);
     let at = |word: usize| Pointer(backend.scratch.ptr() + (word * size_of::<u32>()) as u64);
     let (requests, edits) = (Pointer(uploaded.ptr()), Pointer(edits));
     let (logits_at, stride) = (Pointer(logits.ptr()), U32(u32_of(OP, logits.width())?));
@@ -189,6 +214,7 @@ fn queue(
             stride,
             requests,
             edits,
+            masks,
         ],
     )?;
     launch(
@@ -218,11 +244,10 @@ fn queue(
     Ok(())
 }
 
-/// `struct Request` of every request, then `struct Edit` of every edit.
+/// `struct Request` of every request, then `struct Edit` of every edit, then every mask.
 fn pack(group: &[CandidateRequest<'_>]) -> Result<Vec<u32>> {
-    let num_edits: usize = group.iter().map(|request| request.edits.len()).sum();
-    let mut words = Vec::with_capacity(group.len() * REQUEST + num_edits * EDIT);
-    let (mut edits_start, mut starts) = (0, [0, 0]);
+    let mut words = Vec::with_capacity(group.iter().map(packed_words).sum());
+    let (mut edits_start, mut mask_start, mut starts) = (0, 0, [0, 0]);
     for request in group {
         let low_and_high = |n: u64| [n as u32, (n >> 32) as u32];
         let noise = request.noise.map_or([[0; 2]; 2], |noise| {
@@ -240,12 +265,20 @@ fn pack(group: &[CandidateRequest<'_>]) -> Result<Vec<u32>> {
         for size in [top, starts[0], raw_top, starts[1]] {
             words.push(u32_of(OP, size)?);
         }
+        match mask(request) {
+            Some(mask) => {
+                words.push(u32_of(OP, mask_start)?);
+                mask_start += mask.len();
+            }
+            None => words.push(NO_MASK),
+        }
         edits_start += request.edits.len();
         starts = [starts[0] + top, starts[1] + raw_top];
     }
     for edit in group.iter().flat_map(|request| request.edits) {
         words.extend([edit.id, edit.repetition.to_bits(), edit.add.to_bits()]);
     }
+    words.extend(group.iter().filter_map(mask).flatten());
     Ok(words)
 }
 

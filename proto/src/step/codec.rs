@@ -5,13 +5,14 @@
 
 use super::{
     BlockId, Penalties, PromptLogprobs, RowSampling, SampledToken, ScoredPrompt, ScoredToken, SequenceId,
-    StepLimits, StepOutput, StepPlan, StepRow,
+    StepLimits, StepMasks, StepOutput, StepPlan, StepRow, TokenMask, TokenSet,
 };
 
 /// Changes with every change of the layout.
 const VERSION: u16 = 2;
 const PLAN: u16 = u16::from_le_bytes(*b"PL");
 const OUTPUT: u16 = u16::from_le_bytes(*b"OU");
+const MASKS: u16 = u16::from_le_bytes(*b"MA");
 
 /// Why bytes are not a plan or an output, or why one cannot be encoded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -82,6 +83,42 @@ pub fn decode_plan(bytes: &[u8], limits: &StepLimits) -> Result<StepPlan> {
         rows,
         masks_follow,
     })
+}
+
+/// Writes `masks` to the front of `slot`; returns the bytes used.
+pub fn encode_masks(masks: &StepMasks, slot: &mut [u8]) -> Result<usize> {
+    let mut w = Writer { slot, at: 0 };
+    w.header(MASKS)?;
+    w.u32(masks.epoch)?;
+    w.u64(masks.step)?;
+    w.count(masks.masks.len())?;
+    for mask in &masks.masks {
+        w.u64(mask.sequence.0)?;
+        mask.allowed.words().iter().try_for_each(|&word| w.u32(word))?;
+    }
+    Ok(w.at)
+}
+
+/// Reads the masks of one step; `bytes` must hold nothing else.
+pub fn decode_masks(bytes: &[u8], limits: &StepLimits) -> Result<StepMasks> {
+    let mut r = Reader { bytes };
+    r.header(MASKS)?;
+    let (epoch, step) = (r.u32("epoch")?, r.u64("step")?);
+    let num_words = TokenSet::num_words(limits.vocab_size);
+    let count = r.count("masks", limits.max_rows, 8 + 4 * num_words)?;
+    let mut masks = Vec::with_capacity(count);
+    for _ in 0..count {
+        let sequence = SequenceId(r.u64("sequence")?);
+        let words: Vec<u32> = (0..num_words).map(|_| r.u32("allowed")).collect::<Result<_>>()?;
+        let last = words.last().copied().unwrap_or(0);
+        let allowed = TokenSet::from_words(limits.vocab_size, words).ok_or(CodecError::Invalid {
+            field: "allowed",
+            value: last.into(),
+        })?;
+        masks.push(TokenMask { sequence, allowed });
+    }
+    r.finish()?;
+    Ok(StepMasks { epoch, step, masks })
 }
 
 /// Writes `output` to the front of `slot`; returns the bytes used.
@@ -155,6 +192,14 @@ impl StepLimits {
         // A token, and the target that follows it.
         let tokens = 8 * self.max_tokens as usize;
         HEADER + self.max_rows as usize * row + tokens + 8 * self.max_history() as usize
+    }
+    /// Bytes a slot needs to hold the masks of any plan within these limits.
+    pub fn masks_bytes(&self) -> usize {
+        HEADER + self.max_rows as usize * (8 + 4 * TokenSet::num_words(self.vocab_size))
+    }
+    /// Bytes of a slot that plans and masks share.
+    pub fn plan_slot_bytes(&self) -> usize {
+        self.plan_bytes().max(self.masks_bytes())
     }
     /// Bytes a slot needs to hold any output within these limits.
     pub fn output_bytes(&self) -> usize {

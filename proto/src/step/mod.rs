@@ -4,8 +4,12 @@
 //! sequence that was preempted and one that is decoded for the first time all look the same to it.
 
 mod codec;
+mod mask;
 
-pub use codec::{CodecError, decode_output, decode_plan, encode_output, encode_plan};
+pub use codec::{
+    CodecError, decode_masks, decode_output, decode_plan, encode_masks, encode_output, encode_plan,
+};
+pub use mask::{StepMasks, TokenMask, TokenSet};
 
 /// Index of a KV block in the pool that every rank lays out alike.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -25,7 +29,8 @@ pub struct StepPlan {
     /// A sequence may have several rows, one behind the other: in every layer the KV of all rows is written before any
     /// row attends, so each sees the tokens of those before it.
     pub rows: Vec<StepRow>,
-    /// Token masks for this step come in a message of their own, before sampling.
+    /// [`StepMasks`] of this step come in a message of their own, after this one and before sampling: they are computed
+    /// while the ranks run the layers.
     pub masks_follow: bool,
 }
 

@@ -55,7 +55,7 @@ impl Choice {
     }
 }
 
-impl Row {
+impl Row<'_> {
     /// The choice from all ranks' candidates. None: more of them are needed. With as many as the vocabulary has there is always a choice.
     pub(super) fn decide(&self, merged: &Candidates) -> Option<Choice> {
         if !merged.finite {

@@ -1,6 +1,6 @@
 //! From logits that no rank holds whole to tokens.
 //!
-//! The order of operations is vLLM's: penalties, bias, temperature, min-p, top-k, top-p, draw. Every rank reports a few
+//! The order of operations is vLLM's: mask, penalties, bias, temperature, min-p, top-k, top-p, draw. Every rank reports a few
 //! candidates of its part of the vocabulary, the ranks exchange them, and each computes the same decision from the same
 //! candidates; so when a row needs more candidates than it asked for, all ranks go round again together. A draw is the
 //! argmax of scaled logit + Gumbel noise over the tokens the filters leave (Gumbel, 1954): it depends on the row's
@@ -19,7 +19,7 @@ pub use wire::WireError;
 use std::ops::Range;
 
 use phalanx_kernels::{Backend, CandidateRequest, Communicator, Threshold};
-use phalanx_proto::step::{RowSampling, SampledToken, SequenceId};
+use phalanx_proto::step::{RowSampling, SampledToken, SequenceId, TokenSet};
 
 use crate::error::RunError;
 use row::Row;
@@ -31,6 +31,8 @@ pub struct SamplingRow<'a> {
     /// Index in its sequence of the token that is drawn.
     pub position: u64,
     pub sampling: &'a RowSampling,
+    /// What may be drawn, out of the whole vocabulary; none: every token.
+    pub allowed: Option<&'a TokenSet>,
 }
 
 /// The split vocabulary, and this rank's place in it.
@@ -58,7 +60,7 @@ pub fn sample<B: Backend, C: Communicator<B>>(
     vocab: Vocabulary<'_>,
     rows: &[SamplingRow<'_>],
 ) -> Result<Vec<SampledToken>, RunError> {
-    let mut states: Vec<Row> = rows.iter().map(|row| Row::new(row, vocab.size())).collect();
+    let mut states: Vec<Row<'_>> = rows.iter().map(|row| Row::new(row, vocab.size())).collect();
     let mut sampled: Vec<Option<SampledToken>> = vec![None; rows.len()];
     let mut reported = Vec::new();
     let mut open: Vec<usize> = (0..rows.len()).collect();

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use phalanx_kernels::{CandidateRequest, LogitEdit, Noise};
-use phalanx_proto::step::RowSampling;
+use phalanx_proto::step::{RowSampling, TokenSet};
 
 use super::SamplingRow;
 
@@ -14,7 +14,10 @@ const FIRST_CANDIDATES: usize = 64;
 /// By how much more to ask for when they were not enough.
 const GROWTH: usize = 8;
 
-/// What restricts the tokens that may be drawn.
+/// Tokens of a word of a mask.
+const MASK_BITS: usize = u32::BITS as usize;
+
+/// What restricts the tokens that may be drawn, beside a mask.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Filter {
     /// Below the vocabulary size.
@@ -33,7 +36,7 @@ pub(super) enum Strategy {
     Filtered(Filter),
 }
 
-pub(super) struct Row {
+pub(super) struct Row<'a> {
     pub(super) strategy: Strategy,
     pub(super) noise: Noise,
     /// How many of the best tokens to report; none: no log-probabilities.
@@ -43,10 +46,11 @@ pub(super) struct Row {
     pub(super) top: usize,
     inverse_temperature: f32,
     edits: Vec<LogitEdit>,
+    allowed: Option<&'a TokenSet>,
 }
 
-impl Row {
-    pub(super) fn new(row: &SamplingRow<'_>, vocab_size: usize) -> Self {
+impl<'a> Row<'a> {
+    pub(super) fn new(row: &SamplingRow<'a>, vocab_size: usize) -> Self {
         let sampling = row.sampling;
         let strategy = Strategy::of(sampling, vocab_size);
         let top = match strategy {
@@ -69,6 +73,7 @@ impl Row {
                 _ => 1.0 / sampling.temperature,
             },
             edits: edits(sampling),
+            allowed: row.allowed,
         }
     }
 
@@ -81,6 +86,8 @@ impl Row {
         let last = self.edits.partition_point(|edit| (edit.id as usize) < vocab.end);
         CandidateRequest {
             row,
+            // Ranks hold whole chunks of the vocabulary, and a chunk is whole words.
+            allowed: self.allowed.map(|set| &set.words()[vocab.start / MASK_BITS..]),
             vocab,
             edits: &self.edits[first..last],
             inverse_temperature: self.inverse_temperature,

@@ -36,6 +36,7 @@ pub fn score<B: Backend, C: Communicator<B>>(
             row,
             vocab: vocab.own(),
             edits: std::slice::from_ref(lift),
+            allowed: None,
             inverse_temperature: 1.0,
             noise: None,
             top: 1,

@@ -229,6 +229,7 @@ mod tests {
             row: 0,
             vocab: 0..512,
             edits: &[],
+            allowed: None,
             inverse_temperature: 1.0,
             noise: None,
             top: 3,

@@ -16,11 +16,11 @@ use phalanx_model::{
     TensorParallelStyle,
 };
 use phalanx_proto::{
-    step::{BlockId, RowSampling, SequenceId, StepPlan, StepRow},
+    step::{BlockId, RowSampling, SequenceId, StepMasks, StepPlan, StepRow},
     v1,
 };
 use phalanx_shm::{GroupShape, MappedFile, RankPort, Segment, Wait};
-use phalanx_worker::{Assignment, LoadedModel, ModelRunner};
+use phalanx_worker::{Assignment, LoadedModel, ModelRunner, RunError};
 
 pub(crate) const BLOCK_SIZE: usize = 16;
 pub(crate) const NUM_BLOCKS: usize = 128;
@@ -260,6 +260,11 @@ pub(crate) fn plan(step: u64, rows: Vec<StepRow>) -> StepPlan {
         rows,
         masks_follow: false,
     }
+}
+
+/// What plans that announce no masks never ask for.
+pub(crate) fn no_masks() -> Result<StepMasks, RunError> {
+    panic!("the plan announces no masks")
 }
 
 /// A buffer that holds `rows` of logits. They get there as embeddings of tokens 0, 1, ….

@@ -7,7 +7,8 @@ use std::{
 };
 
 use phalanx_proto::step::{
-    SampledToken, ScoredPrompt, SequenceId, StepLimits, StepOutput, StepPlan, decode_plan, encode_plan,
+    SampledToken, ScoredPrompt, SequenceId, StepLimits, StepMasks, StepOutput, StepPlan, TokenMask,
+    decode_masks, decode_plan, encode_masks, encode_plan,
 };
 
 use super::{Prng, VOCAB_SIZE, kv_entry, mix, sample, score};
@@ -43,7 +44,8 @@ pub(crate) struct SimExecutor {
     kv: Vec<Option<u64>>,
     epoch: u32,
     last_step: u64,
-    pending: Option<StepOutput>,
+    pending: Option<StepPlan>,
+    masks: Option<Vec<TokenMask>>,
     ring_slot: Vec<u8>,
     faults: Faults,
     prng: Prng,
@@ -61,7 +63,8 @@ impl SimExecutor {
             epoch: config.epoch,
             last_step: 0,
             pending: None,
-            ring_slot: vec![0; limits.plan_bytes()],
+            masks: None,
+            ring_slot: vec![0; limits.plan_slot_bytes()],
             faults,
             prng: Prng(faults.seed),
             num_rebuilds: 0,
@@ -88,7 +91,8 @@ impl SimExecutor {
         decoded
     }
 
-    fn run(&mut self, plan: &StepPlan) -> StepOutput {
+    fn run(&mut self, plan: &StepPlan, masks: &[TokenMask]) -> StepOutput {
+        let mut masks = masks.iter().peekable();
         let (mut sampled, mut prompt_logprobs) = (Vec::new(), Vec::new());
         for row in &plan.rows {
             let distinct: BTreeSet<_> = row.block_table.iter().collect();
@@ -119,8 +123,9 @@ impl SimExecutor {
                 });
             }
             if let Some(sampling) = &row.sampling {
+                let mask = masks.next_if(|mask| mask.sequence == row.sequence);
                 let context: Vec<u64> = context(end).collect();
-                let (token, finite) = sample(&context, sampling);
+                let (token, finite) = sample(&context, sampling, mask.map(|mask| &mask.allowed));
                 sampled.push(SampledToken {
                     sequence: row.sequence,
                     token,
@@ -131,6 +136,7 @@ impl SimExecutor {
                 });
             }
         }
+        assert_eq!(masks.next(), None, "a mask is that of a sampled row");
         StepOutput {
             epoch: plan.epoch,
             step: plan.step,
@@ -141,7 +147,10 @@ impl SimExecutor {
     }
 
     /// An answer that must not be believed.
-    fn garble(&mut self, mut output: StepOutput) -> StepOutput {
+    fn garble(&mut self, mut output: StepOutput, masks: &[TokenMask]) -> StepOutput {
+        if self.prng.one_in(2) && break_mask(&mut output, masks) {
+            return output;
+        }
         match (self.prng.below(6), output.sampled.first().cloned()) {
             (0, Some(mut foreign)) => {
                 foreign.sequence = SequenceId(u64::MAX);
@@ -182,18 +191,43 @@ impl Executor for SimExecutor {
         if self.strikes(3 * self.faults.one_in) {
             return Err(self.lost("on submit"));
         }
-        self.pending = Some(self.run(&plan));
+        self.pending = Some(plan);
+        self.masks = None;
+        Ok(())
+    }
+
+    fn post_masks(&mut self, masks: &StepMasks) -> Result<(), ExecutorError> {
+        let len = encode_masks(masks, &mut self.ring_slot).expect("masks within their limits fit their slot");
+        let decoded = decode_masks(&self.ring_slot[..len], &self.limits).expect("masks the codec takes");
+        assert_eq!(&decoded, masks);
+        assert_eq!(
+            (masks.epoch, masks.step),
+            (self.epoch, self.last_step),
+            "masks of the last plan"
+        );
+        if self.strikes(5 * self.faults.one_in) {
+            return Err(self.lost("on masks"));
+        }
+        self.masks = Some(decoded.masks);
         Ok(())
     }
 
     fn wait(&mut self, step: u64, _limit: Duration) -> Result<StepOutput, ExecutorError> {
-        let output = self.pending.take().expect("a step was submitted");
+        let plan = self.pending.take().expect("a step was submitted");
+        let masks = self.masks.take();
+        assert_eq!(
+            masks.is_some(),
+            plan.masks_follow,
+            "masks come when they were announced"
+        );
+        let masks = masks.unwrap_or_default();
+        let output = self.run(&plan, &masks);
         if self.strikes(self.faults.one_in) {
             let lost = self.lost("while computing");
             return match self.prng.below(3) {
                 0 => Err(lost),
                 1 => Err(ExecutorError::Deadline { step }),
-                _ => Ok(self.garble(output)),
+                _ => Ok(self.garble(output, &masks)),
             };
         }
         Ok(output)
@@ -208,4 +242,18 @@ impl Executor for SimExecutor {
         self.kv.fill(None);
         Ok(self.epoch)
     }
+}
+
+/// Draws a token that its mask rules out; false if no mask does.
+fn break_mask(output: &mut StepOutput, masks: &[TokenMask]) -> bool {
+    for mask in masks {
+        let mut sampled = output.sampled.iter_mut().filter(|sampled| sampled.finite);
+        let sampled = sampled.find(|sampled| sampled.sequence == mask.sequence);
+        let ruled_out = (0..VOCAB_SIZE).find(|&id| !mask.allowed.contains(id));
+        if let (Some(sampled), Some(ruled_out)) = (sampled, ruled_out) {
+            sampled.token = ruled_out;
+            return true;
+        }
+    }
+    false
 }

@@ -30,6 +30,7 @@ fn requests(prng: &mut Prng) -> Vec<EngineRequest> {
                 min_tokens: 0,
                 stop_token_ids: Vec::new(),
             },
+            constraint: Box::default(),
             priority: 0,
             cache_salt: None,
             tenant: TenantId(tenant),

@@ -4,6 +4,7 @@
 
 mod executor;
 mod fairness;
+mod grammar;
 mod indexer;
 mod pauses;
 mod scenario;
@@ -13,9 +14,9 @@ pub(crate) use executor::{Faults, SimExecutor};
 
 use std::collections::BTreeSet;
 
-use phalanx_proto::step::{RowSampling, ScoredToken, SequenceId};
+use phalanx_proto::step::{RowSampling, ScoredToken, SequenceId, TokenSet};
 
-use super::{EngineRequest, FinishReason};
+use super::{Constraint, EngineRequest, FinishReason, GrammarStatus};
 
 /// Large enough that a wrong context seldom draws the right token, small enough that stop tokens are met.
 pub(crate) const VOCAB_SIZE: u32 = 257;
@@ -57,8 +58,9 @@ fn kv_entry(token: u32, id: SequenceId) -> u64 {
     (u64::from(token) << 8) | (id.0 % 3)
 }
 
-/// The token drawn after `context`, and whether the logits are numbers. Everything a real sampler looks at counts.
-fn sample(context: &[u64], sampling: &RowSampling) -> (u32, bool) {
+/// The token drawn after `context`, and whether there is one: the logits may be no numbers, and every token may be ruled
+/// out. Everything a real sampler looks at counts.
+fn sample(context: &[u64], sampling: &RowSampling, allowed: Option<&TokenSet>) -> (u32, bool) {
     let mut hash = context.iter().copied().fold(7, mix);
     // A request with such a seed has a weight that is no number in its way, now and then.
     let finite = sampling.seed % 8 != 7 || !hash.is_multiple_of(16);
@@ -69,19 +71,32 @@ fn sample(context: &[u64], sampling: &RowSampling) -> (u32, bool) {
             hash = mix(hash, (u64::from(token) << 32) | u64::from(count));
         }
     }
-    let mut token = (hash % u64::from(VOCAB_SIZE)) as u32;
+    let mut first = (hash % u64::from(VOCAB_SIZE)) as u32;
     // Every other seed goes round in circles, of which it now and then breaks out, so that there is something to guess.
     let period = (sampling.seed / 16 % 4 + 1) as usize;
     if (sampling.seed / 8).is_multiple_of(2)
         && !hash.is_multiple_of(11)
         && let Some(at) = context.len().checked_sub(period)
     {
-        token = ((context[at] >> 8) % u64::from(VOCAB_SIZE)) as u32;
+        first = ((context[at] >> 8) % u64::from(VOCAB_SIZE)) as u32;
     }
-    while sampling.bias.contains(&(token, f32::NEG_INFINITY)) {
-        token = (token + 1) % VOCAB_SIZE;
+    let ruled_out = |token: &u32| {
+        sampling.bias.contains(&(*token, f32::NEG_INFINITY))
+            || allowed.is_some_and(|allowed| !allowed.contains(*token))
+    };
+    let mut tokens = (0..VOCAB_SIZE).map(|step| (first + step) % VOCAB_SIZE);
+    match tokens.find(|token| !ruled_out(token)) {
+        Some(token) => (token, finite),
+        None => (0, false),
     }
-    (token, finite)
+}
+
+/// How a sequence ends that is not ended from outside.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum End {
+    Finished(FinishReason),
+    /// By its constraint.
+    Failed,
 }
 
 /// What a known token after `context` is given for a log-probability. Whoever asks for three alternatives has a weight
@@ -112,23 +127,35 @@ pub(crate) fn prompt_oracle(request: &EngineRequest) -> Vec<ScoredToken> {
 
 /// Tokens and end of a request that has the machine to itself, computed without blocks, chunks or batches: those that
 /// follow the output it brings.
-pub(crate) fn oracle(request: &EngineRequest) -> (Vec<u32>, FinishReason) {
+pub(crate) fn oracle(request: &EngineRequest) -> (Vec<u32>, End) {
     if prompt_oracle(request)
         .iter()
         .any(|scored| scored.logprob.is_nan())
     {
-        return (Vec::new(), FinishReason::NotFinite);
+        return (Vec::new(), End::Finished(FinishReason::NotFinite));
     }
     let num_prompt = request.prompt.len();
     let mut tokens = [request.prompt.as_slice(), &request.output].concat();
     let num_known = tokens.len();
+    let mut constraint = request.constraint.clone();
+    for &token in &request.output {
+        if let Some(grammar) = &mut constraint.grammar {
+            // As with the engine, a failure is one when it is asked.
+            let _ = grammar.accept(token);
+        }
+    }
     loop {
         let num_output = tokens.len() - num_prompt;
         let s = &request.sampling;
         let mut bias = s.logit_bias.clone();
-        if num_output < request.stop.min_tokens as usize {
-            let banned = request.stop.stop_token_ids.iter();
-            bias.extend(banned.map(|&id| (id, f32::NEG_INFINITY)));
+        let patient = num_output < request.stop.min_tokens as usize;
+        let banned = if patient {
+            &request.stop.stop_token_ids[..]
+        } else {
+            &[]
+        };
+        if !constraint.is_active() {
+            bias.extend(banned.iter().map(|&id| (id, f32::NEG_INFINITY)));
         }
         let sampling = RowSampling {
             temperature: s.temperature,
@@ -137,20 +164,53 @@ pub(crate) fn oracle(request: &EngineRequest) -> (Vec<u32>, FinishReason) {
             bias,
             ..RowSampling::GREEDY
         };
-        let context: Vec<u64> = tokens.iter().map(|&token| kv_entry(token, request.id)).collect();
-        let (token, finite) = sample(&context, &sampling);
         let output = |tokens: &[u32]| tokens[num_known..].to_vec();
+        let Some(allowed) = naive_mask(&mut constraint, &tokens[num_prompt..], banned) else {
+            return (output(&tokens), End::Failed);
+        };
+        let context: Vec<u64> = tokens.iter().map(|&token| kv_entry(token, request.id)).collect();
+        let (token, finite) = sample(&context, &sampling, Some(&allowed));
         if !finite {
-            return (output(&tokens), FinishReason::NotFinite);
+            return (output(&tokens), End::Finished(FinishReason::NotFinite));
         }
         tokens.push(token);
-        if request.stop.stop_token_ids.contains(&token) {
-            return (output(&tokens), FinishReason::Stop);
+        let late = num_output + 1 >= request.stop.min_tokens as usize;
+        if late && request.stop.stop_token_ids.contains(&token) {
+            return (output(&tokens), End::Finished(FinishReason::Stop));
+        }
+        match constraint.grammar.as_mut().map(|grammar| grammar.accept(token)) {
+            None | Some(Ok(GrammarStatus::Open)) => {}
+            Some(Ok(GrammarStatus::Complete)) => return (output(&tokens), End::Finished(FinishReason::Stop)),
+            Some(Err(_)) => return (output(&tokens), End::Failed),
         }
         if num_output + 1 == request.stop.max_tokens as usize {
-            return (output(&tokens), FinishReason::Length);
+            return (output(&tokens), End::Finished(FinishReason::Length));
         }
     }
+}
+
+/// What may follow `output`, token by token; none if nothing may, or the grammar fails.
+fn naive_mask(constraint: &mut Constraint, output: &[u32], banned: &[u32]) -> Option<TokenSet> {
+    let grammar = match &mut constraint.grammar {
+        Some(grammar) => Some(grammar.allowed().ok()?),
+        None => None,
+    };
+    let fits = |id: &u32| {
+        let listed = |set: &Option<TokenSet>| set.as_ref().is_none_or(|set| set.contains(*id));
+        let ends_badly = |word: &Vec<u32>| [output, &[*id]].concat().ends_with(word);
+        listed(&grammar)
+            && listed(&constraint.allowed_token_ids)
+            && !constraint.bad_words.iter().any(ends_badly)
+    };
+    let all: Vec<u32> = (0..VOCAB_SIZE).filter(fits).collect();
+    let unwanted = |id: &u32| banned.contains(id) || constraint.postponed.contains(id);
+    let mut chosen: Vec<u32> = all.iter().copied().filter(|id| !unwanted(id)).collect();
+    if chosen.is_empty() || !constraint.is_active() {
+        chosen = all;
+    }
+    let mut set = TokenSet::empty(VOCAB_SIZE);
+    chosen.iter().for_each(|&id| set.insert(id));
+    (!chosen.is_empty()).then_some(set)
 }
 
 /// Prompt tokens are part of it only for a repetition penalty.

@@ -8,7 +8,9 @@ use std::{
 
 use phalanx_proto::step::{ScoredToken, SequenceId};
 
-use super::{Faults, Prng, SimExecutor, VOCAB_SIZE, indexer::Indexer, mix, oracle, prompt_oracle, salt};
+use super::{
+    End, Faults, Prng, SimExecutor, VOCAB_SIZE, grammar, indexer::Indexer, mix, oracle, prompt_oracle, salt,
+};
 use crate::engine::{
     Clock, Command, EngineConfig, EngineCore, EngineRequest, Event, FinishReason, Instant, NgramSpeculation,
     PrefixHashAlgo, Progress, SamplingParams, SchedulingPolicy, Snapshot, StopRules, TenantId,
@@ -167,6 +169,11 @@ impl Scenario {
                     assert!(request.check(&self.config).is_err() && heard.tokens.is_empty());
                     "rejected"
                 }
+                Event::Failed { .. } => {
+                    let (tokens, expected) = oracle(request);
+                    assert_eq!((&heard.tokens, End::Failed), (&tokens, expected), "{id:?}");
+                    "failed"
+                }
                 Event::Finished { reason, .. } => {
                     let (tokens, expected) = oracle(request);
                     let scored = prompt_oracle(request);
@@ -179,7 +186,8 @@ impl Scenario {
                         assert!(tokens.starts_with(&heard.tokens), "{id:?} before its abort");
                         "abort"
                     } else {
-                        assert_eq!((&heard.tokens, *reason), (&tokens, expected), "{id:?}");
+                        let end = End::Finished(*reason);
+                        assert_eq!((&heard.tokens, end), (&tokens, expected), "{id:?}");
                         match reason {
                             FinishReason::Stop => "stop",
                             FinishReason::Length => "length",
@@ -202,7 +210,9 @@ fn follow_decodes(decoding: &mut BTreeSet<SequenceId>, events: &[Event]) {
             Event::Token(sampled) => {
                 decoding.insert(sampled.sequence);
             }
-            Event::Preempted { sequence } | Event::Finished { sequence, .. } => {
+            Event::Preempted { sequence }
+            | Event::Finished { sequence, .. }
+            | Event::Failed { sequence, .. } => {
                 decoding.remove(sequence);
             }
             _ => {}
@@ -226,6 +236,7 @@ fn hear(all: &mut BTreeMap<SequenceId, Heard>, event: Event) {
         | Event::PromptLogprobs { sequence, .. }
         | Event::Preempted { sequence }
         | Event::Finished { sequence, .. }
+        | Event::Failed { sequence, .. }
         | Event::Rejected { sequence, .. }
         | Event::Lost { sequence, .. } => *sequence,
     };
@@ -320,6 +331,7 @@ fn request(id: SequenceId, shared: &[u32], config: &EngineConfig, prng: &mut Prn
             min_tokens: prng.range(0, max_tokens),
             stop_token_ids,
         },
+        constraint: Box::new(grammar::constraint(prng)),
         priority: prng.range(0, 3) as i32,
         cache_salt: salt(id).map(str::to_owned),
         tenant: TenantId(prng.below(3)),

@@ -3,7 +3,7 @@ use std::{collections::BTreeMap, time::Duration};
 use phalanx_proto::step::{ScoredToken, SequenceId};
 
 use super::{
-    Faults, SimExecutor, VOCAB_SIZE, oracle, prompt_oracle,
+    End, Faults, SimExecutor, VOCAB_SIZE, oracle, prompt_oracle,
     scenario::{Scenario, SimClock},
 };
 use crate::engine::{
@@ -30,7 +30,7 @@ fn play_seeds(first: u64, count: u64, with_faults: bool) {
             .into_iter()
             .for_each(|(end, n)| *ends.entry(end).or_default() += n);
     }
-    for end in ["stop", "length", "abort", "not finite", "rejected"] {
+    for end in ["stop", "length", "abort", "not finite", "rejected", "failed"] {
         assert!(ends[end] > count / 20, "{end} is not covered: {ends:?}");
     }
     assert!(
@@ -74,6 +74,7 @@ pub(super) fn request(id: u64, prompt: Vec<u32>, max_tokens: u32) -> EngineReque
             min_tokens: 0,
             stop_token_ids: vec![],
         },
+        constraint: Box::default(),
         priority: 0,
         cache_salt: super::salt(SequenceId(id)).map(str::to_owned),
         tenant: TenantId::default(),
@@ -179,7 +180,7 @@ fn kv_behind_logits_that_are_no_numbers_is_not_shared() {
     };
     let broken = (0..VOCAB_SIZE)
         .map(with_first_token)
-        .find(|request| oracle(request) == (vec![], FinishReason::NotFinite))
+        .find(|request| oracle(request) == (vec![], End::Finished(FinishReason::NotFinite)))
         .expect("one prompt in sixteen");
     let mut again = request(3, broken.prompt.clone(), 4);
     again.sampling.seed = 1;
@@ -290,7 +291,7 @@ fn scores_that_are_no_numbers_end_the_request() {
     };
     let broken = (0..VOCAB_SIZE)
         .map(with_first_token)
-        .find(|request| oracle(request) == (vec![], FinishReason::NotFinite))
+        .find(|request| oracle(request) == (vec![], End::Finished(FinishReason::NotFinite)))
         .expect("one score in 64");
     let mut core = core(&config, Faults::default());
     let events = finish(&mut core, vec![Command::Submit(broken)]);

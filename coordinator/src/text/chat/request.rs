@@ -3,7 +3,10 @@
 use std::sync::Arc;
 
 use minijinja::{Value, context};
-use phalanx_proto::{RpcError, v1};
+use phalanx_proto::{
+    RpcError,
+    v1::{self, structured_outputs::Constraint},
+};
 
 use super::{ChatTemplate, ContentFormat, Conversation, messages};
 use crate::text::{
@@ -67,6 +70,8 @@ pub(crate) struct Rendered {
     /// The last message's text, if it comes first in the output.
     pub(crate) echo: Option<String>,
     pub(crate) plan: OutputPlan,
+    /// What the tools leave of all that the completions may say.
+    pub(crate) constraint: Option<Constraint>,
 }
 
 impl ChatSide {
@@ -142,12 +147,15 @@ impl ChatSide {
             .filter(|_| shows_tools && !tools.is_empty());
         let template = own.as_ref().or(with_tools).or(self.template.as_ref());
         let prompt = template.map_or(Ok(String::new()), |template| template.render(&conversation))?;
+        let parallel = request.parallel_tool_calls.unwrap_or(true);
+        let constraint = self.constraint(&tools, &choice, parallel)?;
         let plan = self.plan(&prompt, thinks, request, (tools, choice));
         let echoes = request.output.is_some_and(|output| output.echo);
         Ok(Rendered {
             prompt,
             echo: if echoes { echoed(request, opens_turn) } else { None },
             plan,
+            constraint,
         })
     }
 
@@ -181,12 +189,25 @@ impl ChatSide {
                 let message = "\"auto\" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set";
                 Err(RpcError::invalid("tool_choice", message))
             }
-            ToolChoice::Required | ToolChoice::Named(_) => Err(RpcError::invalid(
-                "tool_choice",
-                "tool_choice can only be \"auto\" or \"none\": this server does not constrain what a model says",
-            )),
-            ToolChoice::Auto | ToolChoice::None => Ok(choice),
+            _ => Ok(choice),
         }
+    }
+
+    /// A schema for calls that must be made; for those of the model's own will a structural tag, if one may only be made
+    /// as its schema says and the model's way to write calls has room for it.
+    fn constraint(
+        &self,
+        tools: &ToolSet,
+        choice: &ToolChoice,
+        parallel: bool,
+    ) -> Result<Option<Constraint>, RpcError> {
+        if *choice == ToolChoice::Auto {
+            let writes_json = self.options.tool_parser == Some(ToolParser::Hermes);
+            let tag = writes_json.then(|| tools.strict_calls(parallel)).flatten();
+            return Ok(tag.map(|tag| Constraint::StructuralTag(tag.to_string())));
+        }
+        let schema = tools.constraint(choice, parallel)?;
+        Ok(schema.map(|schema| Constraint::JsonSchema(schema.to_string())))
     }
 
     /// How completions of `prompt` are taken apart.

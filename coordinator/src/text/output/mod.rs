@@ -64,6 +64,11 @@ impl OutputPlan {
         self.reasoning.is_none() && self.tools.is_none()
     }
 
+    /// Whether completions begin with reasoning.
+    pub(super) fn begins_with_reasoning(&self) -> bool {
+        self.reasoning.is_some_and(|plan| plan.begins)
+    }
+
     /// Whether replies say what the reasoning was, if only that there was none.
     pub fn tells_reasoning(&self) -> bool {
         self.reasoning.is_some_and(|plan| plan.include)

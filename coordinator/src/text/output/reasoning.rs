@@ -25,6 +25,8 @@ impl ReasoningParser {
 
     /// Tokens that must reach the parser even if special tokens are not shown.
     pub(crate) const MARKERS: &[&str] = &[OPEN, CLOSE];
+    /// What every reasoning ends with.
+    pub(crate) const END: &str = CLOSE;
 
     /// Whether a completion of `prompt` begins with reasoning. Templates that switch thinking off write an empty thought.
     pub(crate) fn begins_with_reasoning(self, prompt: &str, enable_thinking: bool) -> bool {

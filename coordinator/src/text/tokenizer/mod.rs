@@ -10,6 +10,8 @@ use std::sync::Arc;
 pub use gguf::GgufVocab;
 pub use hf::HfFiles;
 pub(crate) use hf::read_file;
+#[cfg(test)]
+pub(super) use table::{EntryKind, TokenEntry};
 pub use table::{MAX_VOCAB_SIZE, TokenEncoding, TokenTable};
 
 use super::TextError;
