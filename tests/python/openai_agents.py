@@ -73,6 +73,11 @@ async def check_by_hand(client, model):
     )
     assert "sunny in Paris" in by_id.output_text, by_id
     assert by_id.usage.output_tokens_details.reasoning_tokens == 0, by_id.usage
+    forced = await client.responses.create(
+        input=ASK, tool_choice={"type": "function", "name": "get_weather"}, extra_body=STOP | CALM, **common
+    )
+    (call,) = forced.output
+    assert call.name == "get_weather" and isinstance(json.loads(call.arguments)["city"], str), call
     silent = await client.responses.create(input=ASK, tool_choice="none", extra_body=STOP | CALM, **common)
     assert all(item.type != "function_call" for item in silent.output), silent
 

@@ -7,6 +7,7 @@ The server must have been started with --enable-responses-api-store. Exits 0 and
 
 import sys
 import time
+import typing
 
 import openai
 import pydantic
@@ -83,8 +84,8 @@ def check_limits_and_logprobs(client):
 
 
 class City(pydantic.BaseModel):
-    name: str
-    population: int
+    continent: typing.Literal["Africa", "Asia", "Europe"]
+    is_capital: bool
 
 
 def check_format(client):
