@@ -52,10 +52,12 @@ pub(crate) fn fused_add_rms_norm(
         for row in rows {
             // SAFETY: each row of the two buffers is given to one task, and used once in it.
             let (out, x) = unsafe { (out.row(row), residual.row(row)) };
-            for (x, d) in x.iter_mut().zip(delta.row(row)) {
-                *x += d;
-            }
-            exec.isa.run(Normalize { out, x, norm });
+            exec.isa.run(AddNormalize {
+                out,
+                x,
+                delta: delta.row(row),
+                norm,
+            });
         }
     });
     Ok(())
@@ -87,6 +89,26 @@ impl Kernel for Normalize<'_> {
         for ((out, x), w) in self.out.iter_mut().zip(self.x).zip(self.norm.weight) {
             *out = x * inverse * w;
         }
+    }
+}
+
+struct AddNormalize<'a> {
+    out: &'a mut [f32],
+    x: &'a mut [f32],
+    delta: &'a [f32],
+    norm: RmsNorm<'a>,
+}
+
+impl Kernel for AddNormalize<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        for (x, d) in self.x.iter_mut().zip(self.delta) {
+            *x += d;
+        }
+        let Self { out, x, norm, .. } = self;
+        Normalize { out, x, norm }.run(simd);
     }
 }
 

@@ -32,8 +32,10 @@ pub(crate) struct NarrowBlock {
     pub(crate) scaled_sum: f32,
     /// -32 times the sum of each lane's activations in the first half of the block.
     pub(crate) start_32_first: [i16; 2],
+    /// -8 times the sum of all activations: where the only sum of `vpdpbusd` starts.
+    pub(crate) start: i32,
 }
-const _: () = assert!(size_of::<NarrowBlock>() == 48);
+const _: () = assert!(size_of::<NarrowBlock>() == 52);
 
 /// A block for Q8_0 without VNNI: the kernel multiplies pairs of i16 (`vpmaddwd`).
 #[derive(Clone, Copy, Debug, Default)]
@@ -225,6 +227,7 @@ fn narrow_row(isa: Isa, x: &[f32], out: &mut [NarrowBlock]) {
             scale,
             scaled_sum: scale * f32::from(lanes[0] + lanes[1]),
             start_32_first: first.map(|s| -32 * s),
+            start: -8 * i32::from(lanes[0] + lanes[1]),
         };
     }
     out[blocks..].fill(NarrowBlock::default());

@@ -78,8 +78,8 @@ impl Isa {
 
 /// Bytes of quantized activations kept hot in the second-level cache while a group's weights pass.
 const ACTIVATION_CACHE: usize = 256 << 10;
-/// Activation rows of a register tile.
-const TILE_ROWS: usize = 4;
+/// Most activation rows of a register tile.
+const MAX_TILE_ROWS: usize = 8;
 /// Tasks per thread: enough that a thread that starts late does not delay the others much.
 const TASKS_PER_THREAD: usize = 8;
 
@@ -123,10 +123,10 @@ impl Job<'_> {
         self.chunks() * Layout::of(self.format).bytes
     }
 
-    /// Activation rows whose data stay in cache together: a multiple of the tile.
+    /// Activation rows whose data stay in cache together: a multiple of every tile.
     fn row_block(&self) -> usize {
         let (_, row_bytes) = self.activations.raw();
-        (ACTIVATION_CACHE / row_bytes.max(1) / TILE_ROWS * TILE_ROWS).max(TILE_ROWS)
+        (ACTIVATION_CACHE / row_bytes.max(1) / MAX_TILE_ROWS * MAX_TILE_ROWS).max(MAX_TILE_ROWS)
     }
 }
 

@@ -21,11 +21,14 @@ use std::ops::Range;
 
 use phalanx_model::TensorFormat;
 
-use super::{Isa, Job, TILE_ROWS};
+use super::{Isa, Job};
 use crate::cpu::pack::GROUP;
 
 /// Software prefetch distance in bytes. On Zen 3 it takes one thread from 16 to 21 GB/s where a matrix comes from memory.
 const PREFETCH: usize = 1536;
+
+/// Activation rows of a register tile that 16 registers hold.
+const TILE_ROWS: usize = 4;
 
 /// Everything a register tile reads.
 #[derive(Clone, Copy)]
@@ -44,6 +47,8 @@ type Sums<const R: usize, const G: usize> = [[__m256; G]; R];
 
 /// A format's tile. Implementors are markers; `tile` is inlined into code compiled for the features.
 trait Kernel {
+    /// Activation rows of the largest tile, 4 or 8.
+    const ROWS: usize = TILE_ROWS;
     /// Activation rows from which on tiles take two groups instead of one.
     const PAIRS_FROM: usize;
 
@@ -115,7 +120,8 @@ unsafe fn run_format<K: Kernel>(job: &Job<'_>, groups: Range<usize>) {
 unsafe fn run_groups<K: Kernel, const G: usize>(job: &Job<'_>, rows: Range<usize>, group: usize) {
     let group_bytes = job.group_bytes();
     let (activations, row_bytes) = job.activations.raw();
-    for row in rows.clone().step_by(TILE_ROWS) {
+    let mut row = rows.start;
+    while row < rows.end {
         // SAFETY: row and groups exist, so the addresses lie in the activations, the panels and the output.
         unsafe {
             let tile = Tile {
@@ -125,16 +131,42 @@ unsafe fn run_groups<K: Kernel, const G: usize>(job: &Job<'_>, rows: Range<usize
                 activations: activations.add(row * row_bytes),
                 row_bytes,
             };
+            let left = rows.end - row;
             // Only the first tile of a group meets cold weights.
-            match ((rows.end - row).min(TILE_ROWS), row == rows.start) {
-                (4, true) => run_tile::<K, 4, G, true>(job, tile, row, group),
-                (4, false) => run_tile::<K, 4, G, false>(job, tile, row, group),
-                (3, _) => run_tile::<K, 3, G, true>(job, tile, row, group),
-                (2, _) => run_tile::<K, 2, G, true>(job, tile, row, group),
-                _ => run_tile::<K, 1, G, true>(job, tile, row, group),
-            }
+            let cold = row == rows.start;
+            row += if K::ROWS == 8 && left >= 8 {
+                run_rows::<K, 8, G>(job, tile, (row, group), cold)
+            } else {
+                match left {
+                    1 => run_rows::<K, 1, G>(job, tile, (row, group), cold),
+                    2 => run_rows::<K, 2, G>(job, tile, (row, group), cold),
+                    3 => run_rows::<K, 3, G>(job, tile, (row, group), cold),
+                    _ => run_rows::<K, TILE_ROWS, G>(job, tile, (row, group), cold),
+                }
+            };
         }
     }
+}
+
+/// Returns how many rows there were.
+///
+/// # Safety
+/// As [`run_tile`].
+unsafe fn run_rows<K: Kernel, const R: usize, const G: usize>(
+    job: &Job<'_>,
+    tile: Tile,
+    (row, group): (usize, usize),
+    cold: bool,
+) -> usize {
+    // SAFETY: the caller's promise.
+    unsafe {
+        if cold {
+            run_tile::<K, R, G, true>(job, tile, row, group);
+        } else {
+            run_tile::<K, R, G, false>(job, tile, row, group);
+        }
+    }
+    R
 }
 
 /// # Safety

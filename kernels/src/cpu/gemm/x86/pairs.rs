@@ -1,7 +1,7 @@
 //! VNNI on 512-bit vectors: two groups, 16 outputs, at a time.
 //!
-//! A vector is put together from one 256-bit load of each group. The sums of the two halves of a block are kept apart
-//! until its end, so that twice as many chains of `vpdpbusd` are under way.
+//! A vector is put together from one 256-bit load of each group. Of few rows, the sums of the two halves of a block are
+//! kept apart until its end, so that twice as many chains of `vpdpbusd` are under way.
 //!
 //! Helpers that are `inline(always)` hold no closures: a closure has none of the caller's target features, and every
 //! intrinsic in it becomes a call.
@@ -10,9 +10,13 @@ use std::arch::x86_64::*;
 use std::mem::offset_of;
 
 use super::codes::{Coded, min, scale};
+use super::vnni::start_shift;
 use super::{Sums, Tile, prefetch};
 use crate::cpu::gemm::activations::NarrowBlock;
 use crate::cpu::pack::{bits, offset};
+
+/// With fewer chains of `vpdpbusd`, each waits for itself.
+const FEW_CHAINS: usize = 8;
 
 /// The same 32 bytes of two groups.
 ///
@@ -112,19 +116,19 @@ unsafe fn codes<F: Coded, const STEP: usize>(vectors: *const u8, group_bytes: us
 /// # Safety
 /// AVX-512 F, BW, VL and VNNI; `vectors` points to the block's codes in the first of two groups, `a` to the first row's
 /// block.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+#[inline(always)]
 unsafe fn dots<F: Coded, const R: usize>(t: &Tile, vectors: *const u8, a: *const u8) -> [__m512i; R] {
     // SAFETY: the caller's promise.
     unsafe {
         let mut sum = [[_mm512_setzero_si512(); 2]; R];
         if offset(F::FORMAT) != 0 {
-            let eighths = _mm512_set1_epi16(offset(F::FORMAT) as i16 / 8);
+            let shift = _mm_cvtsi32_si128(start_shift(F::FORMAT));
             for r in 0..R {
-                let start = broadcast(a.add(r * t.row_bytes + offset_of!(NarrowBlock, start_8)));
-                sum[r][0] = _mm512_madd_epi16(start, eighths);
+                let eight = broadcast(a.add(r * t.row_bytes + offset_of!(NarrowBlock, start)));
+                sum[r][0] = _mm512_sll_epi32(eight, shift);
             }
         }
+        let chains = if R < FEW_CHAINS { 2 } else { 1 };
         // Where the activations of a step's two vectors lie.
         let (stride, second) = if bits(F::FORMAT) == 8 { (8, 4) } else { (4, 16) };
         super::unroll!(STEP in [0, 1, 2, 3] {
@@ -132,10 +136,19 @@ unsafe fn dots<F: Coded, const R: usize>(t: &Tile, vectors: *const u8, a: *const
             for r in 0..R {
                 let row = a.add(r * t.row_bytes + STEP * stride);
                 sum[r][0] = _mm512_dpbusd_epi32(sum[r][0], code[0], broadcast(row));
-                sum[r][1] = _mm512_dpbusd_epi32(sum[r][1], code[1], broadcast(row.add(second)));
+                let chain = chains - 1;
+                sum[r][chain] = _mm512_dpbusd_epi32(sum[r][chain], code[1], broadcast(row.add(second)));
             }
         });
-        sum.map(|sum| _mm512_add_epi32(sum[0], sum[1]))
+        let mut dots = [_mm512_setzero_si512(); R];
+        for r in 0..R {
+            dots[r] = if chains == 2 {
+                _mm512_add_epi32(sum[r][0], sum[r][1])
+            } else {
+                sum[r][0]
+            };
+        }
+        dots
     }
 }
 

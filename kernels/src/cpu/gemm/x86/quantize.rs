@@ -61,6 +61,7 @@ pub(in crate::cpu::gemm) unsafe fn quantize_narrow(x: &[f32], out: &mut [NarrowB
         out.scale = scale;
         out.scaled_sum = scale * f32::from(sums[0] + sums[1]);
         out.start_32_first = first.map(|s| -32 * s);
+        out.start = -8 * i32::from(sums[0] + sums[1]);
     }
 }
 

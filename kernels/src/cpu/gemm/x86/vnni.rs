@@ -20,6 +20,8 @@ use crate::cpu::pack::{Layout, bits, offset};
 pub(super) struct Vnni<F>(PhantomData<F>);
 
 impl<F: Coded> Kernel for Vnni<F> {
+    /// Unpacking a vector of codes takes about as long as multiplying it with two rows.
+    const ROWS: usize = 8;
     /// Always: a pair is one 512-bit vector.
     const PAIRS_FROM: usize = 1;
 
@@ -46,16 +48,21 @@ impl Kernel for Vnni<Q6K> {
     }
 }
 
-/// Start of a row's sums: minus `8 * eighths` times all activations of the block.
+/// How far the sum for the offset 8 is shifted to be that of the format's, a power of two.
+pub(super) const fn start_shift(format: TensorFormat) -> i32 {
+    (offset(format) / 8).trailing_zeros() as i32
+}
+
+/// Start of a row's sums: minus the format's offset times all activations of the block.
 ///
 /// # Safety
 /// AVX2; `block` is a [`NarrowBlock`].
 #[inline(always)]
-unsafe fn start(block: *const u8, eighths: i16) -> __m256i {
-    // SAFETY: the caller's promise.
+unsafe fn start(block: *const u8, format: TensorFormat) -> __m256i {
+    // SAFETY: the caller's promise. The shift is a constant where this is inlined.
     unsafe {
-        let sums = broadcast(block.add(offset_of!(NarrowBlock, start_8)));
-        _mm256_madd_epi16(sums, _mm256_set1_epi16(eighths))
+        let eight = broadcast(block.add(offset_of!(NarrowBlock, start)));
+        _mm256_sll_epi32(eight, _mm_cvtsi32_si128(start_shift(format)))
     }
 }
 
@@ -123,7 +130,7 @@ unsafe fn tile<F: Coded, const R: usize, const G: usize, const PF: bool>(t: Tile
                 let mut sum = [[_mm256_setzero_si256(); G]; R];
                 if offset(F::FORMAT) != 0 {
                     for (r, sum) in sum.iter_mut().enumerate() {
-                        *sum = [start(a.add(r * t.row_bytes), offset(F::FORMAT) as i16 / 8); G];
+                        *sum = [start(a.add(r * t.row_bytes), F::FORMAT); G];
                     }
                 }
                 let vectors = w.add(layout.header + block * layout.block_bytes);
@@ -177,7 +184,7 @@ unsafe fn half_sums<const HALF: usize, const R: usize, const G: usize>(
             let start = if HALF == 0 {
                 first
             } else {
-                _mm256_sub_epi32(start(block, 4), first)
+                _mm256_sub_epi32(start(block, TensorFormat::Q6_K), first)
             };
             *sum = [start; G];
         }
