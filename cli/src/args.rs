@@ -18,6 +18,7 @@ pub(crate) use self::tls::{CoordinatorTlsArgs, TlsArgs};
 use crate::{
     kv_events,
     output_args::{GenerationArgs, ReplyArgs},
+    responses_args::ResponsesArgs,
     speculative,
     values::{parse_bytes, parse_max_model_len, parse_utilization, parse_watermark},
 };
@@ -375,6 +376,8 @@ pub(crate) struct FrontendArgs {
     pub(crate) disable_fastapi_docs: bool,
     #[command(flatten)]
     pub(crate) reply: ReplyArgs,
+    #[command(flatten)]
+    pub(crate) responses: ResponsesArgs,
     /// Role of the messages that the model makes.
     #[arg(long, env = "PHALANX_RESPONSE_ROLE", default_value = "assistant")]
     pub(crate) response_role: String,

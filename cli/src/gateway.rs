@@ -128,6 +128,7 @@ fn config(frontend: FrontendArgs, backends: Backends, drain_timeout: Duration) -
     }
     config.uds = frontend.uds;
     config.reply = frontend.reply.options();
+    config.responses = frontend.responses.limits();
     config.response_role = frontend.response_role;
     config.drain_timeout = drain_timeout;
     config.routes = RouteOptions {

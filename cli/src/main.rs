@@ -16,6 +16,7 @@ mod output_args;
 mod plan;
 mod progress;
 mod resolve;
+mod responses_args;
 mod runtime_dir;
 mod serve;
 mod signals;

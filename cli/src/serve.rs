@@ -205,6 +205,7 @@ impl GatewayCommand {
             arguments.push(format!("--api-key-file={}", path.display()));
         }
         arguments.extend(args.tls.arguments());
+        arguments.extend(frontend.responses.arguments());
         arguments.extend(logging.arguments());
         Self {
             program: program.to_owned(),

@@ -8,7 +8,7 @@ use phalanx_proto::{
     tls::{TlsError, TlsFiles},
 };
 
-use crate::{limits::HttpLimits, openai::output::ReplyOptions, router::Backends};
+use crate::{limits::HttpLimits, openai::output::ReplyOptions, responses::StoreLimits, router::Backends};
 
 /// A gateway's configuration. All of it is fixed at start.
 #[derive(Clone, Debug)]
@@ -34,6 +34,8 @@ pub struct GatewayConfig {
     pub tracer: Tracer,
     /// What replies contain.
     pub reply: ReplyOptions,
+    /// How many of the responses of `/v1/responses` are stored; none without it, as with vLLM.
+    pub responses: Option<StoreLimits>,
     /// Role of the messages that the model makes.
     pub response_role: String,
     /// How long running requests may go on after the shutdown signal.
@@ -56,6 +58,7 @@ impl GatewayConfig {
             log_requests: false,
             tracer: Tracer::default(),
             reply: ReplyOptions::default(),
+            responses: None,
             response_role: "assistant".to_owned(),
             drain_timeout: Duration::from_secs(30),
             limits: HttpLimits::default(),
@@ -157,7 +160,7 @@ pub enum GatewayError {
     /// A limit of zero would refuse everything.
     #[error("limit {field} must be at least 1")]
     ZeroLimit {
-        /// Name of the field in [`HttpLimits`].
+        /// Name of the field in [`HttpLimits`] or [`StoreLimits`].
         field: &'static str,
     },
 }

@@ -18,7 +18,7 @@ use crate::{
     control::AbortBody,
     lifecycle::Ticket,
     limits::MAX_REQUEST_ID,
-    observe::RequestId,
+    observe::{RequestId, is_usable},
     openai::{
         body::{self, parse},
         caller::Caller,
@@ -143,8 +143,7 @@ fn within_sampling(mut error: RpcError) -> RpcError {
 /// The id in the body wins over the header's, as with vLLM, whose prefix it gets.
 fn request_id(given: Option<String>, header: &RequestId) -> Result<String, RpcError> {
     let given = given.as_deref().unwrap_or(&header.0);
-    if given.is_empty() || given.len() > MAX_REQUEST_ID || !given.bytes().all(|byte| byte.is_ascii_graphic())
-    {
+    if !is_usable(given) {
         let message = format!("request_id must have 1 to {MAX_REQUEST_ID} visible ASCII characters");
         return Err(RpcError::invalid("request_id", message));
     }

@@ -4,8 +4,8 @@
 //! Of several coordinators that serve one model it is the router: see `router`.
 //!
 //! It holds no model file, no tokenizer and no template: text work has one home, the coordinator, and a gateway can be
-//! restarted or doubled at any time. What it does own is everything about HTTP: limits on bodies and connections, API
-//! keys, OpenAI's error objects, the order of events in a stream, draining.
+//! restarted or doubled at any time, if it was not told to store responses. What it does own is everything about HTTP:
+//! limits on bodies and connections, API keys, OpenAI's error objects, the order of events in a stream, draining.
 #![forbid(unsafe_code)]
 
 mod anthropic;
@@ -23,6 +23,7 @@ mod openai;
 mod openapi;
 mod operator;
 mod query;
+mod responses;
 mod router;
 mod routes;
 mod sagemaker;
@@ -35,6 +36,7 @@ mod trace;
 pub use config::{GatewayConfig, GatewayError, RouteOptions};
 pub use limits::HttpLimits;
 pub use openai::output::ReplyOptions;
+pub use responses::StoreLimits;
 pub use router::{Backends, RoutingPolicy};
 pub use server::Gateway;
 

@@ -26,18 +26,20 @@ pub(crate) struct RequestId(pub(crate) Arc<str>);
 impl RequestId {
     fn of(headers: &HeaderMap) -> Self {
         let given = headers.get(X_REQUEST_ID).and_then(|value| value.to_str().ok());
-        let usable = |id: &&str| {
-            (1..=MAX_REQUEST_ID).contains(&id.len()) && id.bytes().all(|byte| byte.is_ascii_graphic())
-        };
-        match given.filter(usable) {
+        match given.filter(|id| is_usable(id)) {
             Some(id) => Self(id.into()),
             None => Self(random_hex().into()),
         }
     }
 }
 
+/// Whether a client's name for a request is visible ASCII and at most [`MAX_REQUEST_ID`] bytes.
+pub(crate) fn is_usable(id: &str) -> bool {
+    (1..=MAX_REQUEST_ID).contains(&id.len()) && id.bytes().all(|byte| byte.is_ascii_graphic())
+}
+
 /// 128 bits that no other request of any gateway has.
-fn random_hex() -> String {
+pub(crate) fn random_hex() -> String {
     format!("{:032x}", u128::from_ne_bytes(secret::random()))
 }
 

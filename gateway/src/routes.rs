@@ -27,7 +27,7 @@ use crate::{
     observe::{Observer, observe},
     openai::{self, error::ApiError, output::ReplyOptions},
     openapi::{self, Document, Operation, operations as docs},
-    operator,
+    operator, responses,
     router::{Replicas, X_SESSION_ID, session},
     sagemaker, tgi, tokenizer,
 };
@@ -41,6 +41,8 @@ pub(crate) struct Service {
     pub(crate) limits: HttpLimits,
     pub(crate) document: Arc<Document>,
     pub(crate) reply: ReplyOptions,
+    /// None: nothing is stored.
+    pub(crate) responses: Option<Arc<responses::Store>>,
     pub(crate) response_role: Arc<str>,
 }
 
@@ -154,6 +156,7 @@ pub(crate) fn table(options: &RouteOptions) -> Vec<Route> {
         Route::post("/abort_requests", control::abort_requests, docs::abort_all()).admin(),
         Route::post("/reset_prefix_cache", control::reset_prefix_cache, docs::reset()).admin(),
     ];
+    routes.extend(responses_api());
     if options.tokenizer_info {
         routes.push(Route::get(
             "/tokenizer_info",
@@ -166,6 +169,22 @@ pub(crate) fn table(options: &RouteOptions) -> Vec<Route> {
         routes.push(Route::get("/docs", openapi::page, docs::page()));
     }
     routes
+}
+
+fn responses_api() -> [Route; 3] {
+    [
+        Route::post("/v1/responses", responses::create, docs::responses()),
+        Route::get(
+            "/v1/responses/{response_id}",
+            responses::retrieve,
+            docs::response(),
+        ),
+        Route::post(
+            "/v1/responses/{response_id}/cancel",
+            responses::cancel,
+            docs::cancel_response(),
+        ),
+    ]
 }
 
 /// What is known of a request's route before its handler runs.

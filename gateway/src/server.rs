@@ -28,6 +28,7 @@ use crate::{
     metrics::HttpMetrics,
     observe::Observer,
     openapi::Document,
+    responses::{Store, StoreLimits},
     router::{Replicas, RouterMetrics},
     routes::{Service, router, table},
     stall::StallGuard,
@@ -57,6 +58,7 @@ impl Gateway {
     /// A [`GatewayError`] that names the address or the field.
     pub async fn bind(config: GatewayConfig) -> Result<Self, GatewayError> {
         check(&config.limits)?;
+        config.responses.as_ref().map_or(Ok(()), check_store)?;
         let options = config.routes.checked()?;
         let keys = Keys {
             clients: config.api_keys,
@@ -72,6 +74,7 @@ impl Gateway {
             limits: config.limits.clone(),
             document: Arc::new(Document::of(&routes, &options.root_path)),
             reply: config.reply,
+            responses: config.responses.map(Store::new).map(Arc::new),
             response_role: config.response_role.into(),
         };
         let observer = Observer {
@@ -151,7 +154,15 @@ fn check(limits: &HttpLimits) -> Result<(), GatewayError> {
         ("connections", limits.connections),
         ("running_prompts", limits.running_prompts),
     ];
-    match fields.into_iter().find(|(_, value)| *value == 0) {
+    none_is_zero(&fields)
+}
+
+fn check_store(limits: &StoreLimits) -> Result<(), GatewayError> {
+    none_is_zero(&[("responses", limits.responses), ("bytes", limits.bytes)])
+}
+
+fn none_is_zero(fields: &[(&'static str, usize)]) -> Result<(), GatewayError> {
+    match fields.iter().find(|(_, value)| *value == 0) {
         Some((field, _)) => Err(GatewayError::ZeroLimit { field }),
         None => Ok(()),
     }

@@ -15,7 +15,7 @@ use serde_json::value::RawValue;
 
 use crate::openai::{
     body::{Bounded, Object},
-    messages::Content,
+    messages::{Content, message},
 };
 
 /// One turn of the conversation.
@@ -66,17 +66,6 @@ impl<'de> Deserialize<'de> for Blocks {
         }
 
         deserializer.deserialize_any(BlocksVisitor)
-    }
-}
-
-/// A message of this role and content.
-pub(super) fn message(role: &str, content: Content) -> ChatMessage {
-    let (content, text_parts) = content.into_fields();
-    ChatMessage {
-        role: role.to_owned(),
-        content,
-        text_parts,
-        ..ChatMessage::default()
     }
 }
 

@@ -9,13 +9,13 @@ use serde::{Deserialize, de::IgnoredAny};
 use serde_json::value::RawValue;
 
 use super::{
-    blocks::{Turn, message},
+    blocks::Turn,
     tools::{Tool, ToolChoice, to_json},
 };
 use crate::openai::{
     body::{Bounded, Object, parse},
     chat::raw,
-    messages::Content,
+    messages::{Content, message},
     params::{finite, top_k},
 };
 

@@ -50,15 +50,8 @@ impl Event<'_> {
     }
 
     fn write(&self, out: &mut Vec<u8>) {
-        named(out, self.name(), self);
+        sse::named_event(out, self.name(), self);
     }
-}
-
-fn named<T: Serialize>(out: &mut Vec<u8>, name: &str, data: &T) {
-    out.extend_from_slice(b"event: ");
-    out.extend_from_slice(name.as_bytes());
-    out.push(b'\n');
-    sse::event(out, data);
 }
 
 /// What the open block holds.
@@ -154,7 +147,7 @@ impl Events for MessageEvents {
     fn usage(&mut self, _: &mut Vec<u8>, _: &Head, _: v1::Usage) {}
 
     fn fail(&mut self, out: &mut Vec<u8>, error: RpcError) {
-        named(out, "error", &AnthropicError::from(error).envelope());
+        sse::named_event(out, "error", &AnthropicError::from(error).envelope());
     }
 
     /// `message_stop` was the end.

@@ -4,10 +4,13 @@ use phalanx_proto::{
     RpcError,
     v1::{self, tool_choice::Mode},
 };
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use serde_json::value::RawValue;
 
-use crate::openai::body::{Bounded, Object};
+use crate::openai::{
+    body::{Bounded, Object},
+    tools::{self, Signature},
+};
 
 /// What the model may call.
 #[derive(Debug, Deserialize)]
@@ -26,30 +29,11 @@ pub(super) struct ToolChoice {
     disable_parallel_tool_use: Option<bool>,
 }
 
-/// OpenAI's shape of a tool.
-#[derive(Serialize)]
-struct Function<'a> {
-    r#type: &'static str,
-    function: Signature<'a>,
-}
-
-#[derive(Serialize)]
-struct Signature<'a> {
-    name: &'a str,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    description: Option<&'a str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    parameters: Option<&'a RawValue>,
-}
-
 /// A JSON array of functions; empty without tools.
 ///
 /// # Errors
 /// `InvalidArgument` naming the tool's field at fault.
 pub(super) fn to_json<const MAX: usize>(tools: &Bounded<Object<Tool>, MAX>) -> Result<String, RpcError> {
-    if tools.0.is_empty() {
-        return Ok(String::new());
-    }
     let functions = tools.0.iter().enumerate().map(|(index, Object(tool))| {
         let refuse = |field: &str, why: &str| {
             let field = format!("tools[{index}].{field}");
@@ -60,19 +44,16 @@ pub(super) fn to_json<const MAX: usize>(tools: &Bounded<Object<Tool>, MAX>) -> R
             return refuse("type", "must be custom: this server runs no tools");
         }
         match &tool.name {
-            Some(name) => Ok(Function {
-                r#type: "function",
-                function: Signature {
-                    name,
-                    description: tool.description.as_deref(),
-                    parameters: tool.input_schema.as_deref(),
-                },
+            Some(name) => Ok(Signature {
+                name,
+                description: tool.description.as_deref(),
+                parameters: tool.input_schema.as_deref(),
+                strict: None,
             }),
             None => refuse("name", "is needed"),
         }
     });
-    let functions = functions.collect::<Result<Vec<_>, _>>()?;
-    serde_json::to_string(&functions).map_err(|error| RpcError::invalid("tools", error.to_string()))
+    tools::to_json(functions.collect::<Result<_, _>>()?)
 }
 
 impl ToolChoice {

@@ -34,6 +34,11 @@ impl Caller {
         }
     }
 
+    /// Whose request it is; empty: not known.
+    pub(crate) fn tenant(&self) -> &str {
+        &self.tenant
+    }
+
     /// Fills in the fields of a gRPC request, whose own timeout stays if it is shorter.
     pub(crate) fn sign(&self, tenant: &mut String, timeout_ms: &mut Option<u64>) {
         tenant.clone_from(&self.tenant);

@@ -25,8 +25,12 @@ fn name(candidate: &TokenLogprob, as_ids: bool) -> Cow<'_, str> {
 /// `choices[].logprobs` of chat completions.
 #[derive(Serialize)]
 pub(super) struct ChatLogprobs<'a> {
-    content: Vec<ChatToken<'a>>,
+    content: ChatTokens<'a>,
 }
+
+/// The list in it, which is `logprobs` of Responses.
+#[derive(Serialize)]
+pub(crate) struct ChatTokens<'a>(Vec<ChatToken<'a>>);
 
 #[derive(Serialize)]
 struct ChatToken<'a> {
@@ -45,10 +49,17 @@ struct ChatCandidate<'a> {
 impl<'a> ChatLogprobs<'a> {
     /// `as_ids`: tokens are named by their ids.
     pub(super) fn of(tokens: &'a [TokenLogprobs], as_ids: bool) -> Self {
-        let content = tokens.iter().filter_map(|token| ChatToken::of(token, as_ids));
         Self {
-            content: content.collect(),
+            content: ChatTokens::of(tokens, as_ids),
         }
+    }
+}
+
+impl<'a> ChatTokens<'a> {
+    /// `as_ids`: tokens are named by their ids.
+    pub(crate) fn of(tokens: &'a [TokenLogprobs], as_ids: bool) -> Self {
+        let tokens = tokens.iter().filter_map(|token| ChatToken::of(token, as_ids));
+        Self(tokens.collect())
     }
 }
 

@@ -51,6 +51,25 @@ impl Content {
             Self::Parts(parts) => (String::new(), parts),
         }
     }
+
+    /// All of it as one text.
+    pub(crate) fn joined(self) -> String {
+        match self {
+            Self::Text(text) => text,
+            Self::Parts(parts) => parts.concat(),
+        }
+    }
+}
+
+/// A message of this role and content.
+pub(crate) fn message(role: &str, content: Content) -> ChatMessage {
+    let (content, text_parts) = content.into_fields();
+    ChatMessage {
+        role: role.to_owned(),
+        content,
+        text_parts,
+        ..ChatMessage::default()
+    }
 }
 
 /// # Errors
@@ -157,6 +176,15 @@ impl<'de> Visitor<'de> for ContentVisitor {
 /// The other types that hold text are those of messages that came out of another API.
 struct Part(String);
 
+const TEXT_TYPES: [&str; 6] = [
+    "text",
+    "input_text",
+    "output_text",
+    "refusal",
+    "reasoning_text",
+    "summary_text",
+];
+
 #[derive(Deserialize)]
 struct TypedPart {
     r#type: Option<String>,
@@ -186,11 +214,11 @@ impl<'de> Visitor<'de> for PartVisitor {
     fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Part, A::Error> {
         let part = TypedPart::deserialize(MapAccessDeserializer::new(map))?;
         let kind = part.r#type.as_deref().unwrap_or("text");
-        if !["text", "input_text", "output_text", "refusal"].contains(&kind) {
+        if !TEXT_TYPES.contains(&kind) {
             // Debug, and cut: a type is as long as its sender likes.
             let shown: String = kind.chars().take(32).collect();
             return Err(A::Error::custom(format_args!(
-                "parts of type {shown:?} are not offered by this server, which reads text"
+                "parts of type {shown:?} are not offered by this server, which reads text and fetches nothing"
             )));
         }
         part.text

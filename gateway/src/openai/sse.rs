@@ -7,7 +7,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use futures_util::{
-    StreamExt,
+    Stream, StreamExt,
     stream::{BoxStream, SelectAll, once, unfold},
 };
 use http::{HeaderName, header};
@@ -88,17 +88,20 @@ impl<E: Events> Streaming<E> {
             let events = pump.next_events().await?;
             Some((events, pump))
         });
-        let events = once(async { Bytes::from(first) })
-            .chain(rest)
-            .map(Ok::<_, Infallible>);
-        let headers = [
-            (header::CONTENT_TYPE, "text/event-stream; charset=utf-8"),
-            (header::CACHE_CONTROL, "no-cache"),
-            // nginx holds a response back until its buffer is full unless told otherwise.
-            (HeaderName::from_static("x-accel-buffering"), "no"),
-        ];
-        Ok((headers, Body::from_stream(events)).into_response())
+        Ok(response(once(async { Bytes::from(first) }).chain(rest)))
     }
+}
+
+/// Answers 200 with events as they come.
+pub(crate) fn response(events: impl Stream<Item = Bytes> + Send + 'static) -> Response {
+    let headers = [
+        (header::CONTENT_TYPE, "text/event-stream; charset=utf-8"),
+        (header::CACHE_CONTROL, "no-cache"),
+        // nginx holds a response back until its buffer is full unless told otherwise.
+        (HeaderName::from_static("x-accel-buffering"), "no"),
+    ];
+    let body = Body::from_stream(events.map(Ok::<_, Infallible>));
+    (headers, body).into_response()
 }
 
 type Numbered = BoxStream<'static, (u32, Result<GenerateChunk, RpcError>)>;
@@ -239,6 +242,14 @@ pub(crate) fn event<T: Serialize>(out: &mut Vec<u8>, data: &T) {
     out.extend_from_slice(b"data: ");
     write_json(out, data);
     out.extend_from_slice(b"\n\n");
+}
+
+/// Appends `event: <name>` and the same.
+pub(crate) fn named_event<T: Serialize>(out: &mut Vec<u8>, name: &str, data: &T) {
+    out.extend_from_slice(b"event: ");
+    out.extend_from_slice(name.as_bytes());
+    out.push(b'\n');
+    event(out, data);
 }
 
 /// Appends compact JSON.

@@ -1,6 +1,9 @@
 //! Tools: which of them a model may call, and the calls it made.
 
-use phalanx_proto::v1::{self, tool_choice::Mode};
+use phalanx_proto::{
+    RpcError,
+    v1::{self, tool_choice::Mode},
+};
 use serde::{
     Deserialize, Deserializer, Serialize,
     de::{Error, MapAccess, Visitor, value::MapAccessDeserializer},
@@ -11,13 +14,52 @@ use super::body::Object;
 
 const FUNCTION: &str = "function";
 
-/// `"none"`, `"auto"`, `"required"`, or `{"type": "function", "function": {"name": ...}}`.
+/// A function that the model may call.
+#[derive(Serialize)]
+pub(crate) struct Signature<'a> {
+    pub(crate) name: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) description: Option<&'a str>,
+    /// A JSON schema.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) parameters: Option<&'a RawValue>,
+    /// Whether arguments must follow the schema.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) strict: Option<bool>,
+}
+
+/// A tool in the shape of chat completions, which is what templates and the coordinator read.
+#[derive(Serialize)]
+struct Tool<'a> {
+    r#type: &'static str,
+    function: Signature<'a>,
+}
+
+/// `tools_json` of a request; empty without functions.
+///
+/// # Errors
+/// `InvalidArgument` for what cannot be JSON.
+pub(crate) fn to_json(functions: Vec<Signature<'_>>) -> Result<String, RpcError> {
+    if functions.is_empty() {
+        return Ok(String::new());
+    }
+    let tools = functions.into_iter().map(|function| Tool {
+        r#type: FUNCTION,
+        function,
+    });
+    serde_json::to_string(&tools.collect::<Vec<_>>())
+        .map_err(|error| RpcError::invalid("tools", error.to_string()))
+}
+
+/// `"none"`, `"auto"`, `"required"`, or `{"type": "function", "function": {"name": ...}}`, which Responses write
+/// `{"type": "function", "name": ...}`.
 #[derive(Debug)]
-pub(super) struct ToolChoice(pub(super) v1::ToolChoice);
+pub(crate) struct ToolChoice(pub(crate) v1::ToolChoice);
 
 #[derive(Deserialize)]
 struct Named {
     r#type: Option<String>,
+    name: Option<String>,
     function: Option<Object<Function>>,
 }
 
@@ -55,6 +97,7 @@ impl<'de> Deserialize<'de> for ToolChoice {
                     ));
                 }
                 let name = named.function.and_then(|Object(function)| function.name);
+                let name = name.or(named.name);
                 let name = name.ok_or_else(|| A::Error::custom("function.name is needed"))?;
                 Ok(choice(Mode::Named, name))
             }
@@ -157,8 +200,6 @@ impl<'a> ReplyCall<'a> {
 
 #[cfg(test)]
 mod tests {
-    use phalanx_proto::RpcError;
-
     use super::{super::body::parse, *};
 
     #[derive(Debug, Deserialize)]
@@ -183,6 +224,7 @@ mod tests {
                 Mode::Named,
                 "f",
             ),
+            (r#"{"type": "function", "name": "f"}"#, Mode::Named, "f"),
         ] {
             let choice = parsed(json).expect(json);
             assert_eq!(

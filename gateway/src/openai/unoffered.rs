@@ -38,6 +38,15 @@ const CHAT: &[Field] = &[
 
 const COMPLETIONS: &[Field] = &[("prompt_embeds", &["[]"]), ("suffix", &[r#""""#])];
 
+const RESPONSES: &[Field] = &[
+    ("conversation", &[]),
+    ("enable_response_messages", &["false"]),
+    ("media_io_kwargs", &["{}"]),
+    ("mm_processor_kwargs", &["{}"]),
+    ("previous_input_messages", &["[]"]),
+    ("prompt", &[]),
+];
+
 /// Of `/inference/v1/generate`, beside its `sampling_params`.
 const TOKENS: &[Field] = &[("features", &[]), ("kv_transfer_params", &[])];
 
@@ -53,6 +62,7 @@ trait Lists {
 
 enum Chat {}
 enum Completions {}
+enum Responses {}
 enum Tokens {}
 enum Sampling {}
 enum Tokenize {}
@@ -63,6 +73,10 @@ impl Lists for Chat {
 
 impl Lists for Completions {
     const LISTS: [&'static [Field]; 2] = [BOTH, COMPLETIONS];
+}
+
+impl Lists for Responses {
+    const LISTS: [&'static [Field]; 2] = [BOTH, RESPONSES];
 }
 
 impl Lists for Tokens {
@@ -87,6 +101,12 @@ pub(super) fn refuse_for_chat(body: &[u8]) -> Result<(), RpcError> {
 /// `InvalidArgument` naming the first field of a completions request that is not offered.
 pub(super) fn refuse_for_completions(body: &[u8]) -> Result<(), RpcError> {
     refuse::<Completions>(body)
+}
+
+/// # Errors
+/// `InvalidArgument` naming the first field of a request for a response that is not offered.
+pub(crate) fn refuse_for_responses(body: &[u8]) -> Result<(), RpcError> {
+    refuse::<Responses>(body)
 }
 
 /// # Errors

@@ -15,6 +15,7 @@ use crate::{
         chat::ChatFields, completions::CompletionFields, output::OutputFields, params::Params,
         structured::StructuredFields,
     },
+    responses::ResponsesFields,
     routes::Route,
     tgi,
     tokenizer::{DetokenizeBody, TokenizeBody},
@@ -77,11 +78,9 @@ impl Operation {
         set("summary", self.summary.into());
         set("tags", json!([self.tag]));
         set("security", security(route.access));
-        if !self.query.is_empty() {
-            let parameters = self.query.iter().map(property).map(|(name, schema)| {
-                json!({"name": name, "in": "query", "description": schema["description"], "schema": schema})
-            });
-            set("parameters", parameters.collect());
+        let parameters = parameters(route.path, self.query);
+        if !parameters.is_empty() {
+            set("parameters", parameters.into());
         }
         if let Some(body) = self.schemas.first() {
             let content = json!({JSON: {"schema": reference(body.name)}});
@@ -103,6 +102,19 @@ impl Operation {
         );
         operation.into()
     }
+}
+
+/// What is in the path in braces, and in the query.
+fn parameters(path: &str, query: &[Field]) -> Vec<Value> {
+    let in_path = path
+        .split(['{', '}'])
+        .skip(1)
+        .step_by(2)
+        .map(|name| json!({"name": name, "in": "path", "required": true, "schema": {"type": "string"}}));
+    let in_query = query.iter().map(property).map(|(name, schema)| {
+        json!({"name": name, "in": "query", "description": schema["description"], "schema": schema})
+    });
+    in_path.chain(in_query).collect()
 }
 
 fn reference(name: &str) -> Value {
@@ -145,6 +157,7 @@ pub(crate) fn chat() -> Operation {
                 schemas::CHAT,
                 schemas::TEXT_OPTIONS,
                 schemas::OUTPUT,
+                schemas::CHOICES,
                 schemas::SAMPLING,
                 schemas::STRUCTURED,
                 schemas::PLACE,
@@ -173,6 +186,7 @@ pub(crate) fn completions() -> Operation {
                 schemas::TEXT_OPTIONS,
                 schemas::OUTPUT,
                 schemas::COMPLETIONS,
+                schemas::CHOICES,
                 schemas::SAMPLING,
                 schemas::STRUCTURED,
                 schemas::PLACE,
@@ -184,6 +198,43 @@ pub(crate) fn completions() -> Operation {
 
 pub(crate) fn models() -> Operation {
     Operation::new("OpenAI", "The served model names.")
+}
+
+pub(crate) fn responses() -> Operation {
+    Operation::new("OpenAI", "Answers a conversation with items.")
+        .reads(Schema {
+            name: "CreateResponse",
+            accepted: || {
+                let mut names = [
+                    fields::of::<Params>(),
+                    fields::of::<StructuredFields>(),
+                    fields::of::<ResponsesFields>(),
+                ]
+                .concat();
+                // Read only to be refused.
+                names.retain(|name| *name != "n");
+                names
+            },
+            required: &["input"],
+            tables: &[
+                schemas::RESPONSES,
+                schemas::SAMPLING,
+                schemas::STRUCTURED,
+                schemas::PLACE,
+                schemas::USER,
+            ],
+        })
+        .replies(&[JSON, EVENTS])
+}
+
+pub(crate) fn response() -> Operation {
+    Operation::new("OpenAI", "A response that is stored.")
+        .query(schemas::RESPONSE)
+        .replies(&[JSON, EVENTS])
+}
+
+pub(crate) fn cancel_response() -> Operation {
+    Operation::new("OpenAI", "Ends a response that is made in the background.")
 }
 
 pub(crate) fn messages() -> Operation {
@@ -259,7 +310,12 @@ pub(crate) fn generate_tokens() -> Operation {
                 names
             },
             required: &[],
-            tables: &[schemas::COMPLETIONS, schemas::SAMPLING, schemas::STRUCTURED],
+            tables: &[
+                schemas::COMPLETIONS,
+                schemas::CHOICES,
+                schemas::SAMPLING,
+                schemas::STRUCTURED,
+            ],
         })
         .replies(&[JSON, EVENTS])
 }
@@ -313,6 +369,7 @@ const INVOCATION: Schema = Schema {
         schemas::PROMPT,
         schemas::TEXT_OPTIONS,
         schemas::OUTPUT,
+        schemas::CHOICES,
         schemas::SAMPLING,
         schemas::STRUCTURED,
         schemas::PLACE,

@@ -120,9 +120,14 @@ pub(super) const USER: &[Field] = &[(
     "Names the session of a request without `X-Session-Id`.",
 )];
 
+pub(super) const CHOICES: &[Field] = &[(
+    "n",
+    r#"{"type": ["integer", "null"], "minimum": 1, "maximum": 128}"#,
+    "Completions of each prompt.",
+)];
+
 #[rustfmt::skip]
 pub(super) const SAMPLING: &[Field] = &[
-    ("n", r#"{"type": ["integer", "null"], "minimum": 1, "maximum": 128}"#, "Completions of each prompt."),
     ("temperature", r#"{"type": ["number", "null"], "minimum": 0}"#, "0: greedy."),
     ("top_p", SHARE, "Draw from the most probable tokens that have this share together."),
     ("top_k", r#"{"type": ["integer", "null"], "minimum": -1, "maximum": 4294967295}"#,
@@ -177,6 +182,41 @@ pub(super) const CHAT: &[Field] = &[
     ("parallel_tool_calls", FLAG, "Whether there may be several calls; the default."),
     ("include_reasoning", FLAG, "Whether the model's reasoning is told; the default."),
     ("reasoning_effort", TEXT, "The template's variable of this name."),
+];
+
+#[rustfmt::skip]
+pub(super) const RESPONSES: &[Field] = &[
+    ("input", r#"{"type": ["string", "array"], "minItems": 1, "items": {"type": "object"}}"#,
+        "A text, or items: messages, reasoning, function calls and their outputs."),
+    ("instructions", TEXT, "The system prompt; not carried over to responses that go on from this one."),
+    ("previous_response_id", TEXT, "Goes on from a stored response."),
+    ("max_output_tokens", COUNT, "Most tokens of the answer; without it, as many as fit."),
+    ("include", r#"{"type": ["array", "null"], "items": {"type": "string"}, "maxItems": 32}"#,
+        "`message.output_text.logprobs`; the other names of OpenAI's add nothing."),
+    ("top_logprobs", COUNT, "Alternatives reported for each token; needs the log-probabilities in `include`."),
+    ("text", OBJECT, "`format` is what the answer's text must look like."),
+    ("tools", LIST, "Functions that the model may call."),
+    ("tool_choice", r#"{"type": ["string", "object", "null"]}"#, "`none`, `auto`, `required`, or the function to call."),
+    ("parallel_tool_calls", FLAG, "Whether there may be several calls; the default."),
+    ("max_tool_calls", COUNT, "Of tools that the server runs, of which there are none."),
+    ("reasoning", OBJECT, "`effort` is the template's variable `reasoning_effort`; `summary` adds nothing."),
+    ("include_reasoning", FLAG, "Whether the model's reasoning is told; the default."),
+    ("truncation", r#"{"enum": ["auto", "disabled", null]}"#, "`auto`: of a prompt that is too long the beginning is left out."),
+    ("store", FLAG, "Keep the response, on a server that stores any; the default."),
+    ("background", FLAG, "Answer at once, and make the response whoever listens; on a server that stores responses."),
+    ("metadata", r#"{"type": ["object", "null"], "additionalProperties": {"type": "string"}}"#, "Repeated in the response, as are the next two."),
+    ("prompt_cache_key", TEXT, "Not looked at."),
+    ("safety_identifier", TEXT, "Not looked at."),
+    ("service_tier", TEXT, "Not looked at."),
+    ("request_id", TEXT, "The response's id, instead of one made here."),
+    ("chat_template_kwargs", OBJECT, "More variables for the template."),
+];
+
+/// Of the query of a response that is stored.
+#[rustfmt::skip]
+pub(super) const RESPONSE: &[Field] = &[
+    ("stream", r#"{"type": "boolean", "default": false}"#, "The events of one that was created with `background` and `stream`."),
+    ("starting_after", r#"{"type": "integer", "minimum": 0}"#, "Only the events after this sequence number."),
 ];
 
 #[rustfmt::skip]

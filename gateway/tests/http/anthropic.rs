@@ -49,17 +49,7 @@ async fn a_stream_has_named_events_in_order() {
     let (_coordinator, server) = pair(Script::Hello).await;
     let body = ASK.replacen('{', r#"{"stream": true, "#, 1);
     let reply = post(server.address, MESSAGES, &body).await;
-    let events: Vec<(String, Value)> = reply
-        .text()
-        .trim_end()
-        .split("\n\n")
-        .map(|event| {
-            let (name, data) = event.split_once('\n').expect("two lines");
-            let name = name.strip_prefix("event: ").expect("a name").to_owned();
-            let data = data.strip_prefix("data: ").expect("data");
-            (name, serde_json::from_str(data).expect("JSON"))
-        })
-        .collect();
+    let events = reply.named_events();
     assert!(events.iter().all(|(name, data)| data["type"] == name.as_str()));
     let names: Vec<&str> = events.iter().map(|(name, _)| name.as_str()).collect();
     assert_eq!(

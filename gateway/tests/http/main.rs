@@ -12,6 +12,7 @@ mod errors;
 mod inference;
 mod operator;
 mod outputs;
+mod responses;
 mod router;
 mod shapes;
 mod shutdown;

@@ -40,6 +40,19 @@ impl Reply {
             .collect()
     }
 
+    /// Name and data of every event of a stream whose events have names.
+    pub(crate) fn named_events(&self) -> Vec<(String, Value)> {
+        let events = self.text().trim_end().split("\n\n");
+        events
+            .map(|event| {
+                let (name, data) = event.split_once('\n').expect("two lines");
+                let name = name.strip_prefix("event: ").expect("a name").to_owned();
+                let data = data.strip_prefix("data: ").expect("data");
+                (name, serde_json::from_str(data).expect("JSON"))
+            })
+            .collect()
+    }
+
     fn parse(bytes: &[u8]) -> Self {
         let end = bytes.windows(4).position(|window| window == b"\r\n\r\n");
         let end = end.unwrap_or_else(|| panic!("no head in {:?}", String::from_utf8_lossy(bytes)));
