@@ -13,7 +13,7 @@ use super::batch::CpuBatch;
 use super::buffer::CpuBuffer;
 use super::exec::{Exec, check};
 use super::memory::{Pages, Region};
-use super::simd::{LANES, Simd};
+use super::simd::{LANES, Pair, Simd};
 use crate::{E4m3, Heads, KernelError, KvSpec, Result};
 
 /// K and V of one layer.
@@ -29,7 +29,7 @@ pub struct CpuKvCache {
 pub(crate) unsafe trait KvElement: Copy + Send + Sync {
     fn load<S: Simd>(simd: S, from: &[Self; LANES]) -> S::F32;
     #[inline(always)]
-    fn load_pair<S: Simd>(simd: S, first: &[Self; LANES], second: &[Self; LANES]) -> S::Pair {
+    fn load_pair<S: Simd>(simd: S, first: &[Self; LANES], second: &[Self; LANES]) -> Pair<S> {
         simd.join(Self::load(simd, first), Self::load(simd, second))
     }
     /// Rounds to nearest, ties to even; E4M3 saturates. Slices of equal length. Returns what the elements are to be
@@ -60,7 +60,7 @@ unsafe impl KvElement for f16 {
         simd.load_f16(from)
     }
     #[inline(always)]
-    fn load_pair<S: Simd>(simd: S, first: &[f16; LANES], second: &[f16; LANES]) -> S::Pair {
+    fn load_pair<S: Simd>(simd: S, first: &[f16; LANES], second: &[f16; LANES]) -> Pair<S> {
         simd.load_f16_pair(first, second)
     }
     fn convert(from: &[f32], to: &mut [f16]) -> f32 {
