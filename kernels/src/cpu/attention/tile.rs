@@ -251,7 +251,7 @@ impl<E: KvElement> Tile<'_, E> {
         &self,
         simd: S,
         sums: &mut [[f32; LANES]],
-        weights: &[[f32; TILE]],
+        weights: &Scores<M>,
         positions: Range<usize>,
     ) {
         if positions.is_empty() {
@@ -285,7 +285,7 @@ impl<E: KvElement> Tile<'_, E> {
         &self,
         simd: S,
         sums: &mut [[f32; LANES]],
-        weights: &[[f32; TILE]],
+        weights: &Scores<M>,
         (positions, column): (Range<usize>, &mut usize),
     ) {
         let (n, wide) = (self.v_vectors, simd.wide());
@@ -300,17 +300,13 @@ impl<E: KvElement> Tile<'_, E> {
             for group in positions.start / LANES..positions.end.div_ceil(LANES) {
                 let first = group * LANES;
                 let within = positions.start.max(first) - first..positions.end.min(first + LANES) - first;
-                let mut of_group = [[0.0; LANES]; M];
-                for m in 0..M {
-                    of_group[m] = weights[m].as_chunks::<LANES>().0[group];
-                }
                 let rows = self.groups[group].v.chunks_exact(n);
                 for (p, row) in rows.enumerate().take(within.end).skip(within.start) {
-                    let row = &row[*column..][..2 * W];
+                    let (row, position) = (&row[*column..][..2 * W], first + p);
                     for w in 0..W {
                         let v = E::load_pair(simd, &row[2 * w], &row[2 * w + 1]);
                         for m in 0..M {
-                            acc[m][w] = wide.fma(wide.splat(of_group[m][p]), v, acc[m][w]);
+                            acc[m][w] = wide.fma(wide.splat(weights[m][position]), v, acc[m][w]);
                         }
                     }
                 }
