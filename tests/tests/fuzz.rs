@@ -37,6 +37,9 @@ fn no_request_of_the_document_is_answered_by_a_server_error() {
         server.log_text()
     );
     server.wait_idle();
-    assert_eq!(http::get(&server.address, "/health").expect("answers").status, 200);
+    assert_eq!(
+        http::get(&server.address, "/health").expect("answers").status,
+        200
+    );
     assert!(server.stop().success());
 }
