@@ -5,27 +5,33 @@ usage: frameworks.py BASE_URL        e.g. http://127.0.0.1:8000/v1
 The model is too small to be right; what is checked is what a server decides: shapes, streams, and that constraints hold.
 """
 
+import os
 import re
 import sys
 from typing import Literal
+
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # Nothing is fetched from elsewhere.
 
 import litellm
 import openai
 import outlines
 from langchain_openai import ChatOpenAI
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 QUESTION = "Which colour is the sky?"
 
 
 class Answer(BaseModel):
+    # Else the schema allows further properties, of which the model can find many.
+    model_config = ConfigDict(extra="forbid")
+
     colour: Literal["red", "green", "blue"]
     sure: bool
 
 
 def langchain(base_url, model):
     chat = ChatOpenAI(
-        base_url=base_url, api_key="none", model=model, temperature=0, max_tokens=48, max_retries=0, stream_usage=True
+        base_url=base_url, api_key="none", model=model, temperature=0, max_tokens=96, max_retries=0, stream_usage=True
     )
     reply = chat.invoke(QUESTION)
     assert reply.content and reply.usage_metadata["output_tokens"] > 0, reply

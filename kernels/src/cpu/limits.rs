@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use super::linear;
 use super::memory::{Pages, Region};
 use super::pool::Pool;
-use super::simd::{Isa, Kernel, LANES, Simd};
+use super::simd::{Arithmetic, Isa, Kernel, LANES, Simd};
 use crate::Result;
 
 /// Memory that is read in one pass. It need not exceed the caches (see [`evict`]), and first touching it takes longest.
@@ -171,15 +171,16 @@ struct Fma {
 impl Fma {
     #[inline(always)]
     fn chains<S: Simd, const CHAINS: usize>(&self, simd: S) -> u64 {
-        let one = simd.splat_pair(black_box(1.0));
-        let mut sums = [simd.splat_pair(0.0); CHAINS];
+        let wide = simd.wide();
+        let one = wide.splat(black_box(1.0));
+        let mut sums = [wide.splat(0.0); CHAINS];
         for sum in &mut sums {
             // Different values for all the compiler knows: equal chains would be computed once.
-            *sum = simd.splat_pair(black_box(0.0));
+            *sum = wide.splat(black_box(0.0));
         }
         for _ in 0..self.rounds {
             for sum in &mut sums {
-                *sum = simd.fma_pair(*sum, one, one);
+                *sum = wide.fma(*sum, one, one);
             }
         }
         let mut products = 0;

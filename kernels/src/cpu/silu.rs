@@ -3,7 +3,7 @@
 use super::buffer::{CpuBuffer, RowWriter};
 use super::exec::{Exec, check};
 use super::math::exp;
-use super::simd::{Kernel, LANES, Simd};
+use super::simd::{Arithmetic, Kernel, LANES, Simd};
 use crate::Result;
 
 /// `out[:, start..] = silu(gate) * up` where a row of `gate_up` is `[gate | up]`.
@@ -48,6 +48,13 @@ impl Kernel for SiluAndMul<'_> {
         let (gates, gate_tail) = self.gate.as_chunks::<LANES>();
         let (ups, up_tail) = self.up.as_chunks::<LANES>();
         let (outs, out_tail) = self.out.as_chunks_mut::<LANES>();
+        let (gate_pairs, gates) = gates.as_chunks::<2>();
+        let (up_pairs, ups) = ups.as_chunks::<2>();
+        let (out_pairs, outs) = outs.as_chunks_mut::<2>();
+        for ((out, gate), up) in out_pairs.iter_mut().zip(gate_pairs).zip(up_pairs) {
+            let product = silu_mul(simd.wide(), simd.load_pair(gate), simd.load_pair(up));
+            simd.store_pair(out, product);
+        }
         for ((out, gate), up) in outs.iter_mut().zip(gates).zip(ups) {
             simd.store(out, silu_mul(simd, simd.load(gate), simd.load(up)));
         }
@@ -57,7 +64,7 @@ impl Kernel for SiluAndMul<'_> {
 }
 
 #[inline(always)]
-fn silu_mul<S: Simd>(simd: S, gate: S::F32, up: S::F32) -> S::F32 {
+fn silu_mul<A: Arithmetic>(simd: A, gate: A::F32, up: A::F32) -> A::F32 {
     let one = simd.splat(1.0);
     let denominator = simd.add(one, exp(simd, simd.sub(simd.splat(0.0), gate)));
     simd.mul(simd.div(gate, denominator), up)

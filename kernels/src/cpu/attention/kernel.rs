@@ -86,8 +86,11 @@ impl<E: KvElement> Kernel for TileRows<'_, E> {
         }
         match self.task.part {
             Some(part) => self.parts.put(part, &mut scratch.state),
-            None if segments.len() > 1 => self.finish(&scratch.total),
-            None => self.finish(&scratch.state),
+            None => self.finish(if segments.len() > 1 {
+                &scratch.total
+            } else {
+                &scratch.state
+            }),
         }
         SCRATCH.set(scratch);
     }
@@ -176,9 +179,9 @@ impl<'a, E: KvElement> TileRows<'a, E> {
                 let vector = i * group + j;
                 let (first, block) = place::<S>(vector, vectors);
                 let query = &qkv.row(row)[head * head_dim..][..head_dim];
-                let packed = scratch.queries[first * head_dim + vector - first..].iter_mut();
-                for (packed, q) in packed.step_by(block).zip(query) {
-                    *packed = q * scale;
+                let packed = scratch.queries[first * head_dim..].chunks_exact_mut(block);
+                for (packed, q) in packed.zip(query) {
+                    packed[vector - first] = q * scale;
                 }
             }
         }
@@ -205,6 +208,7 @@ impl<'a, E: KvElement> TileRows<'a, E> {
     }
 
     /// Divides by the sums of weights and writes the rows.
+    #[inline(always)]
     fn finish(&self, state: &State) {
         let head_dim = self.attention.heads.head_dim;
         let first = self.out.start + self.task.q_heads.start * head_dim;

@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use super::super::kv_cache::{KvElement, KvGroup};
 use super::super::math::exp;
-use super::super::simd::{LANES, Simd};
+use super::super::simd::{Arithmetic, LANES, Simd};
 use super::state::State;
 
 /// Positions of a tile.
@@ -168,7 +168,8 @@ impl<E: KvElement> Tile<'_, E> {
         group: usize,
         scores: &mut Scores<M>,
     ) {
-        let mut sums = [[simd.splat_pair(0.0); W]; M];
+        let wide = simd.wide();
+        let mut sums = [[wide.splat(0.0); W]; M];
         let mut keys = [[&[][..]; 2]; W];
         for (w, keys) in keys.iter_mut().enumerate() {
             let first = group + 2 * w;
@@ -182,7 +183,7 @@ impl<E: KvElement> Tile<'_, E> {
             for w in 0..W {
                 let k = E::load_pair(simd, &keys[w][0][d], &keys[w][1][d]);
                 for m in 0..M {
-                    sums[m][w] = simd.fma_pair(simd.splat_pair(query[m]), k, sums[m][w]);
+                    sums[m][w] = wide.fma(wide.splat(query[m]), k, sums[m][w]);
                 }
             }
         }
@@ -250,7 +251,7 @@ impl<E: KvElement> Tile<'_, E> {
         &self,
         simd: S,
         sums: &mut [[f32; LANES]],
-        weights: &[[f32; TILE]],
+        weights: &Scores<M>,
         positions: Range<usize>,
     ) {
         if positions.is_empty() {
@@ -284,12 +285,12 @@ impl<E: KvElement> Tile<'_, E> {
         &self,
         simd: S,
         sums: &mut [[f32; LANES]],
-        weights: &[[f32; TILE]],
+        weights: &Scores<M>,
         (positions, column): (Range<usize>, &mut usize),
     ) {
-        let n = self.v_vectors;
+        let (n, wide) = (self.v_vectors, simd.wide());
         while *column + 2 * W <= n {
-            let mut acc = [[simd.splat_pair(0.0); W]; M];
+            let mut acc = [[wide.splat(0.0); W]; M];
             for m in 0..M {
                 let from = &sums[m * n + *column..][..2 * W];
                 for w in 0..W {
@@ -299,17 +300,13 @@ impl<E: KvElement> Tile<'_, E> {
             for group in positions.start / LANES..positions.end.div_ceil(LANES) {
                 let first = group * LANES;
                 let within = positions.start.max(first) - first..positions.end.min(first + LANES) - first;
-                let mut of_group = [[0.0; LANES]; M];
-                for m in 0..M {
-                    of_group[m] = weights[m].as_chunks::<LANES>().0[group];
-                }
                 let rows = self.groups[group].v.chunks_exact(n);
                 for (p, row) in rows.enumerate().take(within.end).skip(within.start) {
-                    let row = &row[*column..][..2 * W];
+                    let (row, position) = (&row[*column..][..2 * W], first + p);
                     for w in 0..W {
                         let v = E::load_pair(simd, &row[2 * w], &row[2 * w + 1]);
                         for m in 0..M {
-                            acc[m][w] = simd.fma_pair(simd.splat_pair(of_group[m][p]), v, acc[m][w]);
+                            acc[m][w] = wide.fma(wide.splat(weights[m][position]), v, acc[m][w]);
                         }
                     }
                 }
@@ -356,13 +353,23 @@ fn softmax<S: Simd, const M: usize>(
         simd.store(decline, factor);
     }
     let factors = std::array::from_fn(|m| decline[m / LANES][m % LANES]);
+    let wide = simd.wide();
     for m in 0..M {
-        let largest = simd.splat(max[m]);
         let mut sum = simd.splat(0.0);
-        for s in &mut scores[m].as_chunks_mut::<LANES>().0[groups.clone()] {
-            let of_positions = exp(simd, simd.sub(simd.load(s), largest));
-            sum = simd.add(sum, of_positions);
+        let scores = &mut scores[m].as_chunks_mut::<LANES>().0[groups.clone()];
+        let (pairs, last) = scores.as_chunks_mut::<2>();
+        for s in pairs {
+            let of_positions = exp(wide, wide.sub(simd.load_pair(s), wide.splat(max[m])));
+            simd.store_pair(s, of_positions);
+            // One after the other, for the same sum as without pairs.
+            for of_positions in simd.split(of_positions) {
+                sum = simd.add(sum, of_positions);
+            }
+        }
+        for s in last {
+            let of_positions = exp(simd, simd.sub(simd.load(s), simd.splat(max[m])));
             simd.store(s, of_positions);
+            sum = simd.add(sum, of_positions);
         }
         weight[m] = weight[m] * decline[m / LANES][m % LANES] + simd.sum(sum);
     }

@@ -1,19 +1,19 @@
-//! K and V of one layer in blocks, and the op that writes them.
+//! K and V of one layer in blocks.
 //!
 //! Attention multiplies eight positions at a time with one value of a query, so a block keeps the K of eight positions
 //! interleaved: `[kv head][block_size / 8][head_dim][8 positions]`. V is weighted by position and summed by dimension:
 //! `[kv head][block_size][head_dim, padded to 8]`. All K blocks come first, then all V blocks, then the scales of element
 //! types that have them: `[block][kv head][K, V][block_size]`.
 
+mod store;
+
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
-use phalanx_model::KvDtype;
 
-use super::batch::CpuBatch;
-use super::buffer::CpuBuffer;
-use super::exec::{Exec, check};
+pub(crate) use self::store::reshape_and_cache;
+use super::exec::check;
 use super::memory::{Pages, Region};
-use super::simd::{LANES, Simd};
+use super::simd::{LANES, Pair, Simd};
 use crate::{E4m3, Heads, KernelError, KvSpec, Result};
 
 /// K and V of one layer.
@@ -29,7 +29,7 @@ pub struct CpuKvCache {
 pub(crate) unsafe trait KvElement: Copy + Send + Sync {
     fn load<S: Simd>(simd: S, from: &[Self; LANES]) -> S::F32;
     #[inline(always)]
-    fn load_pair<S: Simd>(simd: S, first: &[Self; LANES], second: &[Self; LANES]) -> S::Pair {
+    fn load_pair<S: Simd>(simd: S, first: &[Self; LANES], second: &[Self; LANES]) -> Pair<S> {
         simd.join(Self::load(simd, first), Self::load(simd, second))
     }
     /// Rounds to nearest, ties to even; E4M3 saturates. Slices of equal length. Returns what the elements are to be
@@ -46,6 +46,7 @@ unsafe impl KvElement for f32 {
     fn load<S: Simd>(simd: S, from: &[f32; LANES]) -> S::F32 {
         simd.load(from)
     }
+    #[inline(always)]
     fn convert(from: &[f32], to: &mut [f32]) -> f32 {
         to.copy_from_slice(from);
         1.0
@@ -60,9 +61,10 @@ unsafe impl KvElement for f16 {
         simd.load_f16(from)
     }
     #[inline(always)]
-    fn load_pair<S: Simd>(simd: S, first: &[f16; LANES], second: &[f16; LANES]) -> S::Pair {
+    fn load_pair<S: Simd>(simd: S, first: &[f16; LANES], second: &[f16; LANES]) -> Pair<S> {
         simd.load_f16_pair(first, second)
     }
+    #[inline(always)]
     fn convert(from: &[f32], to: &mut [f16]) -> f32 {
         to.convert_from_f32_slice(from);
         1.0
@@ -76,6 +78,7 @@ unsafe impl KvElement for bf16 {
     fn load<S: Simd>(simd: S, from: &[bf16; LANES]) -> S::F32 {
         simd.load_bf16(from)
     }
+    #[inline(always)]
     fn convert(from: &[f32], to: &mut [bf16]) -> f32 {
         to.convert_from_f32_slice(from);
         1.0
@@ -89,6 +92,7 @@ unsafe impl KvElement for E4m3 {
     fn load<S: Simd>(simd: S, from: &[E4m3; LANES]) -> S::F32 {
         simd.load_e4m3(from)
     }
+    #[inline(always)]
     fn convert(from: &[f32], to: &mut [E4m3]) -> f32 {
         for (to, &value) in to.iter_mut().zip(from) {
             *to = E4m3::from_f32(value);
@@ -105,8 +109,9 @@ unsafe impl KvElement for i8 {
         simd.load_i8(from)
     }
     /// The largest magnitude becomes 127.
+    #[inline(always)]
     fn convert(from: &[f32], to: &mut [i8]) -> f32 {
-        let largest = from.iter().fold(0.0f32, |largest, x| largest.max(x.abs()));
+        let largest = largest_magnitude(from);
         let factor = if largest > 0.0 { 127.0 / largest } else { 0.0 };
         for (to, &value) in to.iter_mut().zip(from) {
             *to = (value * factor).round_ties_even() as i8;
@@ -115,6 +120,23 @@ unsafe impl KvElement for i8 {
     }
     const ZERO: i8 = 0;
     const SCALED: bool = true;
+}
+
+/// Lane by lane, so that comparisons need not wait for each other.
+#[inline(always)]
+fn largest_magnitude(values: &[f32]) -> f32 {
+    let (vectors, tail) = values.as_chunks::<LANES>();
+    let mut lanes = [0.0f32; LANES];
+    for vector in vectors {
+        for (largest, x) in lanes.iter_mut().zip(vector) {
+            *largest = largest.max(x.abs());
+        }
+    }
+    let mut largest = 0.0f32;
+    for x in lanes.iter().chain(tail) {
+        largest = largest.max(x.abs());
+    }
+    largest
 }
 
 /// Where a cache's elements are.
@@ -296,121 +318,5 @@ impl<'a, E: KvElement> Elements<'a, E> {
             k_scales: scales(false),
             v_scales: scales(true),
         }
-    }
-}
-
-/// Writes the k and v heads of `qkv` to the batch's slots.
-pub(crate) fn reshape_and_cache(
-    exec: Exec<'_>,
-    kv: &mut CpuKvCache,
-    qkv: &CpuBuffer,
-    heads: &Heads,
-    batch: &CpuBatch,
-) -> Result<()> {
-    const OP: &str = "reshape_and_cache";
-    let slots = &batch.input().slot_mapping;
-    kv.check_heads(OP, heads)?;
-    qkv.check(OP, slots.len(), heads.qkv_width())?;
-    batch
-        .checked()
-        .check_slots(OP, kv.spec.num_blocks * kv.spec.block_size)?;
-    let layout = kv.layout();
-    let store = Store {
-        qkv,
-        heads,
-        slots,
-        layout,
-    };
-    let memory = kv.memory.as_mut_slice().as_mut_ptr();
-    match kv.spec.dtype {
-        KvDtype::F32 => store.run::<f32>(exec, memory),
-        KvDtype::F16 => store.run::<f16>(exec, memory),
-        KvDtype::BF16 => store.run::<bf16>(exec, memory),
-        KvDtype::E4M3 => store.run::<E4m3>(exec, memory),
-        KvDtype::INT8 => store.run::<i8>(exec, memory),
-    }
-    Ok(())
-}
-
-struct Store<'a> {
-    qkv: &'a CpuBuffer,
-    heads: &'a Heads,
-    slots: &'a [u32],
-    layout: KvLayout,
-}
-
-struct SendPtr<E>(*mut E);
-// SAFETY: the tasks of `Store::run` write disjoint elements through it.
-unsafe impl<E: Send> Sync for SendPtr<E> {}
-
-impl<E> SendPtr<E> {
-    fn at(&self, index: usize) -> *mut E {
-        self.0.wrapping_add(index)
-    }
-}
-
-impl Store<'_> {
-    /// One task per head of K and per head of V: their elements are disjoint whatever the slots are.
-    fn run<E: KvElement>(&self, exec: Exec<'_>, memory: *mut u8) {
-        let scales = SendPtr(
-            memory
-                .wrapping_add(self.layout.len().unwrap_or(0) * size_of::<E>())
-                .cast::<f32>(),
-        );
-        let memory = SendPtr(memory.cast::<E>());
-        let Heads {
-            num_q,
-            num_kv,
-            head_dim,
-            ..
-        } = *self.heads;
-        exec.pool.run(2 * num_kv, |task| {
-            let mut converted = vec![E::ZERO; head_dim];
-            for (row, &slot) in self.slots.iter().enumerate() {
-                let slot = slot as usize;
-                let scale = E::convert(
-                    &self.qkv.row(row)[(num_q + task) * head_dim..][..head_dim],
-                    &mut converted,
-                );
-                let (head, of_v) = (task % num_kv, task >= num_kv);
-                if of_v {
-                    self.store_v(&memory, head, slot, &converted);
-                } else {
-                    self.store_k(&memory, head, slot, &converted);
-                }
-                if E::SCALED {
-                    let block_size = self.layout.spec.block_size;
-                    let at = self.layout.scales(slot / block_size, head, of_v) + slot % block_size;
-                    // SAFETY: the slot is within the cache (`check_slots`), behind whose elements lie the scales; only
-                    // this task writes those of its head's K or V.
-                    unsafe { scales.at(at).write(scale) };
-                }
-            }
-        });
-    }
-
-    fn store_k<E: KvElement>(&self, memory: &SendPtr<E>, head: usize, slot: usize, values: &[E]) {
-        let block_size = self.layout.spec.block_size;
-        let (block, offset) = (slot / block_size, slot % block_size);
-        let first = self.layout.k_group(block, head, offset / LANES) + offset % LANES;
-        for (d, &value) in values.iter().enumerate() {
-            // SAFETY: the slot is within the cache (`check_slots`), so this is an element of `head`'s K, which only
-            // this task writes.
-            unsafe { memory.at(first + d * LANES).write(value) };
-        }
-    }
-
-    fn store_v<E: KvElement>(&self, memory: &SendPtr<E>, head: usize, slot: usize, values: &[E]) {
-        let block_size = self.layout.spec.block_size;
-        let (block, offset) = (slot / block_size, slot % block_size);
-        let first = self.layout.v_group(block, head, offset / LANES)
-            + offset % LANES * self.layout.v_vectors() * LANES;
-        // SAFETY: the slot is within the cache (`check_slots`), so this is a row of `head`'s V, which only this task
-        // writes; `values` lies elsewhere.
-        unsafe {
-            memory
-                .at(first)
-                .copy_from_nonoverlapping(values.as_ptr(), values.len())
-        };
     }
 }
