@@ -78,9 +78,9 @@ fn song(server: &Server) -> Vec<u64> {
         (tokens, choice)
     };
     let (endless, _) = sing(json!({}));
-    let circles = json!({"max_pattern_size": 20, "min_pattern_size": 2, "min_count": 3});
+    let circles = json!({"max_pattern_size": 60, "min_pattern_size": 2, "min_count": 3});
     let repeats = |tokens: &[u64]| {
-        (2..=20).any(|size| {
+        (2..=60).any(|size| {
             let pattern = tokens
                 .len()
                 .checked_sub(size)
@@ -94,7 +94,7 @@ fn song(server: &Server) -> Vec<u64> {
             .find(|&length| repeats(&endless[..length]))
             .expect("circles")
     };
-    for min_tokens in [0, 50] {
+    for min_tokens in [0, 150] {
         let (tokens, choice) = sing(json!({"repetition_detection": circles, "min_tokens": min_tokens}));
         assert_eq!(choice["finish_reason"], "repetition", "{choice}");
         assert_eq!(choice["stop_reason"], "repetition_detected");

@@ -110,7 +110,7 @@ async fn repetition_is_an_end_in_every_dialect() {
         response.await,
         [Some(json!("incomplete")), Some(json!("repetition"))]
     );
-    let anthropic = json!({"messages": messages, "max_tokens": 9});
+    let anthropic = json!({"model": "scripted", "messages": messages, "max_tokens": 9});
     let anthropic = end("/v1/messages", anthropic, &["/stop_reason"]).await;
     assert_eq!(anthropic, [Some(json!("end_turn"))]);
     let tgi = json!({"inputs": "sing", "parameters": {"details": true}});

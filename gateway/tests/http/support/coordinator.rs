@@ -178,7 +178,9 @@ impl Scripted {
         let mut chunks = chunks.into_iter().map(Ok);
         let first = chunks.next().expect("never empty");
         match &self.script {
-            Script::Hello | Script::Call => Ok(stream::iter([first].into_iter().chain(chunks)).boxed()),
+            Script::Hello | Script::Call | Script::Repeat => {
+                Ok(stream::iter([first].into_iter().chain(chunks)).boxed())
+            }
             Script::Refuse(error) => Err(error.clone().into()),
             Script::Break(error) => Ok(stream::iter([first, Err(error.clone().into())]).boxed()),
             Script::EndEarly => Ok(stream::iter([first]).boxed()),
