@@ -529,6 +529,7 @@ async fn warm_up(engine: &EngineHandle) -> Result<(), RpcError> {
             max_tokens: 1,
             min_tokens: 0,
             stop_token_ids: Vec::new(),
+            repetition: None,
         },
         constraint: Constraint::default(),
         priority: 0,

@@ -174,6 +174,10 @@ struct Shared {
 
 /// What the thread finds in its inbox. The channel has no bound of its own, but needs none: there is one `Submit` for
 /// each admission ticket and one `Finish` for each submission, and operators wait for the answer to a `Control`.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "few wait in the inbox, which is bounded"
+)]
 enum Message {
     Submit(Box<(EngineRequest, Stream, Lifecycle)>),
     Finish(SequenceId, FinishReason),

@@ -232,6 +232,7 @@ impl Metrics {
         let reason = match stats.reason {
             FinishReason::Stop => "stop",
             FinishReason::Length => "length",
+            FinishReason::Repetition => "repetition",
             FinishReason::Abort => "abort",
             FinishReason::NotFinite => {
                 m.corrupted.inc();

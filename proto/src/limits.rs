@@ -14,6 +14,11 @@ pub const MAX_ALLOWED_TOKEN_IDS: usize = 262_144;
 /// Entries of `bad_words`, and bytes of each.
 pub const MAX_BAD_WORDS: usize = 128;
 pub const MAX_BAD_WORD_BYTES: usize = 256;
+/// Tokens of a pattern that `repetition_detection` looks for, and how often it may have to stand there.
+pub const MAX_PATTERN_SIZE: u32 = 512;
+pub const MAX_PATTERN_COUNT: u32 = 1024;
+/// What vLLM calls the end of a text that repeats itself, beside its finish reason.
+pub const REPETITION_DETECTED: &str = "repetition_detected";
 /// Bytes of a JSON schema, a grammar or a structural tag.
 pub const MAX_GRAMMAR_BYTES: usize = 256 << 10;
 /// Bytes of a regular expression.

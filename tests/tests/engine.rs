@@ -44,6 +44,113 @@ fn requests() -> Vec<Value> {
 }
 
 #[test]
+fn circles_and_thoughts_have_an_end() {
+    let arguments = ["--max-model-len", "2048", "--reasoning-parser", "deepseek_r1"];
+    let guesses = r#"{"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 4}"#;
+    let servers = [
+        Server::start(&arguments),
+        Server::start(&[&arguments[..], &["-tp", "2", "--speculative-config", guesses]].concat()),
+    ];
+    let mut sung = Vec::new();
+    for server in &servers {
+        sung.push(song(server));
+        thoughts(server);
+        let ended = server.metric_where("vllm:request_success_total", "finished_reason=\"repetition\"");
+        assert_eq!(ended, Some(2.0));
+    }
+    assert_eq!(sung[0], sung[1]);
+    for server in servers {
+        server.wait_idle();
+        assert!(server.stop().success());
+    }
+}
+
+/// The tokens of a text that goes round in circles, checked to end where it has done so for the third time.
+fn song(server: &Server) -> Vec<u64> {
+    let sing = |fields: Value| {
+        let mut body = json!({"prompt": "la la la la la la la la", "temperature": 0, "max_tokens": 200,
+            "ignore_eos": true, "return_token_ids": true});
+        body.as_object_mut()
+            .expect("an object")
+            .extend(fields.as_object().expect("an object").clone());
+        let choice = complete(server, &body)[0].clone();
+        let tokens: Vec<u64> = serde_json::from_value(choice["token_ids"].clone()).expect("token ids");
+        (tokens, choice)
+    };
+    let (endless, _) = sing(json!({}));
+    let circles = json!({"max_pattern_size": 60, "min_pattern_size": 2, "min_count": 3});
+    let repeats = |tokens: &[u64]| {
+        (2..=60).any(|size| {
+            let pattern = tokens
+                .len()
+                .checked_sub(size)
+                .map(|first| tokens[first..].repeat(3));
+            pattern.is_some_and(|pattern| tokens.ends_with(&pattern))
+        })
+    };
+    let ends = |min_tokens: usize| {
+        let mut lengths = min_tokens.max(1)..=endless.len();
+        lengths
+            .find(|&length| repeats(&endless[..length]))
+            .expect("circles")
+    };
+    for min_tokens in [0, 150] {
+        let (tokens, choice) = sing(json!({"repetition_detection": circles, "min_tokens": min_tokens}));
+        assert_eq!(choice["finish_reason"], "repetition", "{choice}");
+        assert_eq!(choice["stop_reason"], "repetition_detected");
+        assert_eq!(tokens, endless[..ends(min_tokens)]);
+    }
+    let (free, choice) = sing(json!({"repetition_detection": {"max_pattern_size": 0}}));
+    assert_eq!(
+        (free, choice["finish_reason"].as_str()),
+        (endless.clone(), Some("length"))
+    );
+    let body = json!({"prompt": "la", "repetition_detection": {"max_pattern_size": 513, "min_count": 2}});
+    let reply = http::post(&server.address, COMPLETIONS, &body).expect("a reply");
+    assert_eq!(reply.status, 400);
+    assert_eq!(
+        reply.json()["error"]["param"],
+        "repetition_detection.max_pattern_size"
+    );
+    endless
+}
+
+/// The model does not reason of its own accord, but it is told that it has begun to.
+fn thoughts(server: &Server) {
+    let think = |fields: Value| {
+        let mut body = json!({"messages": [{"role": "user", "content": "Why is the sky blue?"},
+            {"role": "assistant", "content": "<think>\nWell,"}], "temperature": 0, "max_tokens": 60,
+            "ignore_eos": true, "add_generation_prompt": false, "continue_final_message": true});
+        body.as_object_mut()
+            .expect("an object")
+            .extend(fields.as_object().expect("an object").clone());
+        let reply = http::post(&server.address, "/v1/chat/completions", &body).expect("a reply");
+        assert_eq!(reply.status, 200, "{}", reply.text());
+        let message = reply.json()["choices"][0]["message"].clone();
+        let text = |field: &str| message[field].as_str().unwrap_or_default().to_owned();
+        (text("reasoning"), text("content"))
+    };
+    let (endless, nothing) = think(json!({}));
+    assert_eq!(nothing, "", "{endless}");
+    for budget in [0, 1, 12] {
+        let (reasoning, content) = think(json!({"thinking_token_budget": budget}));
+        assert!(
+            endless.starts_with(&reasoning) && !content.is_empty(),
+            "{reasoning}|{content}"
+        );
+        let body = json!({"prompt": reasoning, "add_special_tokens": false});
+        let counted = http::post(&server.address, "/tokenize", &body).expect("a reply");
+        assert_eq!(counted.json()["count"], budget, "{reasoning}");
+    }
+    let (reasoning, answer) = think(json!({"thinking_token_budget": 6, "guided_regex": "(yes|no)"}));
+    assert!(
+        endless.starts_with(&reasoning) && ["yes", "no"].contains(&answer.as_str()),
+        "{answer}"
+    );
+    assert_eq!(think(json!({"thinking_token_budget": -1})), (endless, nothing));
+}
+
+#[test]
 fn guesses_change_nothing_but_the_number_of_steps() {
     let answers = |extra: &[&str]| {
         let arguments = [

@@ -171,6 +171,7 @@ impl ChoiceAssembler {
                 FinishReason::Stop if !self.generates => v1::FinishReason::Length,
                 FinishReason::Stop => v1::FinishReason::Stop,
                 FinishReason::Length => v1::FinishReason::Length,
+                FinishReason::Repetition => v1::FinishReason::Repetition,
                 FinishReason::Abort => v1::FinishReason::Abort,
                 FinishReason::NotFinite => v1::FinishReason::Error,
             });

@@ -110,6 +110,7 @@ impl Observation {
             _ if self.error.is_some() => "error",
             FinishReason::Stop => "stop",
             FinishReason::Length => "length",
+            FinishReason::Repetition => "repetition",
             FinishReason::ToolCalls => "tool_calls",
             FinishReason::Error => "error",
             FinishReason::Abort | FinishReason::Unspecified => "abort",

@@ -93,8 +93,8 @@ impl Constraint {
             }
         }
         if allowed.vocab_size() != vocab_size || allowed.is_empty() {
-            let message =
-                "no token is allowed by structured_outputs, allowed_token_ids and bad_words together";
+            let message = "no token is allowed by structured_outputs, thinking_token_budget, allowed_token_ids and \
+                           bad_words together";
             return Err(ConstraintError(message.into()));
         }
         let mut preferred = allowed.clone();

@@ -204,6 +204,7 @@ mod tests {
                 max_tokens: 4,
                 min_tokens: 0,
                 stop_token_ids: vec![],
+                repetition: None,
             },
             constraint: Box::default(),
             priority: 0,

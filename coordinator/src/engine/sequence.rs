@@ -7,6 +7,7 @@ use phalanx_proto::step::{BlockId, PromptLogprobs, RowSampling, SequenceId, Step
 use super::{
     Constraint, ConstraintError, EngineConfig, EngineRequest, FinishReason, GrammarStatus, NgramSpeculation,
     SamplingParams, StopRules, TenantId, kv_cache_manager::SequenceKv, ngram::NgramIndex,
+    repetition::RepetitionDetector,
 };
 
 /// Order of service: the smallest runs first and gives way last. No two sequences are equal.
@@ -34,6 +35,7 @@ pub(super) struct Sequence {
     pub(super) kv: SequenceKv,
     sampling: SamplingParams,
     stop: StopRules,
+    repetition: Option<RepetitionDetector>,
     constraint: Constraint,
     /// Why the last mask allows nothing.
     masked_out: Option<ConstraintError>,
@@ -68,6 +70,7 @@ impl Sequence {
             }),
             tokens: request.prompt,
             sampling: request.sampling,
+            repetition: request.stop.repetition.map(RepetitionDetector::new),
             stop: request.stop,
             constraint: *request.constraint,
             masked_out: None,
@@ -263,7 +266,12 @@ impl Sequence {
             history.push_output(token);
         }
         self.tokens.push(token);
-        match self.stop.end_after(self.num_output_tokens(), token) {
+        let output = &self.tokens[self.num_prompt_tokens..];
+        let repeats = self
+            .repetition
+            .as_mut()
+            .is_some_and(|detector| detector.push(output));
+        match self.stop.end_after(output.len(), token, repeats) {
             Some(FinishReason::Stop) => Ok(Some(FinishReason::Stop)),
             // The end of a grammar is an end, whatever else was asked for: no token can follow.
             end => Ok(match self.constraint.accept(token)? {

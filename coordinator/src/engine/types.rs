@@ -6,7 +6,7 @@ use phalanx_proto::step::{
     Penalties, SampledToken, ScoredToken, SequenceId, StepMasks, StepOutput, StepPlan,
 };
 
-use super::{Constraint, ConstraintError, pause::PauseMode, request::RequestError};
+use super::{Constraint, ConstraintError, RepetitionDetection, pause::PauseMode, request::RequestError};
 
 /// Time since the engine's start.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
@@ -116,15 +116,21 @@ pub struct StopRules {
     pub min_tokens: u32,
     /// End-of-sequence and other stop tokens; empty for ignore_eos without stop tokens.
     pub stop_token_ids: Vec<u32>,
+    /// Repetition that ends the sequence, no earlier than a stop token would; none: it may repeat itself.
+    pub repetition: Option<RepetitionDetection>,
 }
 
 impl StopRules {
-    /// Why a sequence ends after `num_output` tokens, the last of which is `last`; none if it goes on.
-    pub fn end_after(&self, num_output: usize, last: u32) -> Option<FinishReason> {
-        if num_output >= self.min_tokens as usize && self.stop_token_ids.contains(&last) {
+    /// Why a sequence ends after `num_output` tokens, the last of which is `last`; none if it goes on. `repeats`: they
+    /// end as [`Self::repetition`] says.
+    pub(super) fn end_after(&self, num_output: usize, last: u32, repeats: bool) -> Option<FinishReason> {
+        let may_end = num_output >= self.min_tokens as usize;
+        if may_end && self.stop_token_ids.contains(&last) {
             Some(FinishReason::Stop)
         } else if num_output >= self.max_tokens as usize {
             Some(FinishReason::Length)
+        } else if may_end && repeats {
+            Some(FinishReason::Repetition)
         } else {
             None
         }
@@ -132,7 +138,8 @@ impl StopRules {
 
     /// The same for output that was made elsewhere.
     pub fn end_of(&self, output: &[u32]) -> Option<FinishReason> {
-        self.end_after(output.len(), *output.last()?)
+        let repeats = self.repetition.is_some_and(|rule| rule.is_at_end_of(output));
+        self.end_after(output.len(), *output.last()?, repeats)
     }
 }
 
@@ -163,6 +170,8 @@ pub enum FinishReason {
     /// A stop token, which is the last token of the sequence, a stop string, or the end of a grammar.
     Stop,
     Length,
+    /// The output ended with a pattern as often as its request lets it.
+    Repetition,
     Abort,
     /// The logits held a NaN or an infinity.
     NotFinite,

@@ -74,6 +74,7 @@ fn sequence(prompt: Vec<u32>, max_tokens: u32) -> NewSequence {
             max_tokens,
             min_tokens: 0,
             stop_token_ids: vec![],
+            repetition: None,
         },
         constraint: Constraint::default(),
         priority: 0,

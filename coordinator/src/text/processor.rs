@@ -20,6 +20,7 @@ use super::{
     constraint,
     sampling::{self, CheckedParams, Rules},
     structured::GrammarCompiler,
+    thinking::{self, ThinkingEnd},
     tokenize, tools,
 };
 use crate::{
@@ -101,6 +102,7 @@ pub struct TextProcessor {
     max_model_len: AtomicU32,
     seed: Option<u64>,
     grammars: GrammarCompiler,
+    thinking_end: ThinkingEnd,
     pub(super) pool: TextPool,
     pub(super) tokenizer_info: String,
 }
@@ -144,6 +146,8 @@ impl TextProcessor {
         let template = options.chat_template.or(model.chat_template);
         let tokenizer_info = tokenize::info(model.tokenizer_config, template.as_deref());
         let templates = (template.as_deref(), tool_template.as_deref());
+        let parser = options.chat.reasoning_parser;
+        let thinking_end = ThinkingEnd::new(parser, &model.tokenizer, options.limits.vocab_size);
         let chat = ChatSide::new(templates, &model.tokenizer, options.chat)?;
         let threads = options
             .threads
@@ -151,6 +155,7 @@ impl TextProcessor {
         let (table, special) = (model.tokenizer.table().clone(), special.clone());
         Ok(Self {
             grammars: GrammarCompiler::new(table, special, options.limits.vocab_size, threads),
+            thinking_end,
             chat: Arc::new(chat),
             tokenizer: Arc::new(model.tokenizer),
             defaults: model.defaults,
@@ -182,9 +187,9 @@ impl TextProcessor {
     pub async fn prepare(&self, mut request: v1::GenerateRequest) -> Result<PreparedRequest, RpcError> {
         let output = request.output.take().unwrap_or_default();
         let place = Place::checked(request.priority, request.cache_salt.take())?;
-        let params = self
-            .checked(request.sampling.take().unwrap_or_default(), &output)
-            .await?;
+        let sampling = request.sampling.take().unwrap_or_default();
+        let limit = self.thinking_end.limit(&sampling)?;
+        let mut params = self.checked(sampling, &output).await?;
         let cut = Cut::checked(request.truncate_prompt_tokens, &params, &self.limits())?;
         let resume = mem::take(&mut request.resume);
         let add_special_tokens = request.add_special_tokens.unwrap_or(true);
@@ -211,6 +216,7 @@ impl TextProcessor {
         if cut.apply(&mut prompt) && output.echo {
             echo = Some(self.tokenizer.decode(&prompt, params.skip_special_tokens));
         }
+        thinking::limit(&mut params.constraint, limit, &prompt, (&self.grammars, false));
         self.assemble(params, prompt, place, (echo, output))?
             .resume(resume)
     }
@@ -222,6 +228,7 @@ impl TextProcessor {
         output.echo = false;
         let place = Place::checked(request.priority, request.cache_salt.take())?;
         let mut sampling = request.sampling.take().unwrap_or_default();
+        let limit = self.thinking_end.limit(&sampling)?;
         let mut params = self.check(&sampling, &output)?;
         let cut = Cut::checked(request.truncate_prompt_tokens, &params, &self.limits())?;
         let resume = mem::take(&mut request.resume);
@@ -232,6 +239,7 @@ impl TextProcessor {
         }
         let thinks = rendered.plan.begins_with_reasoning();
         params.constraint = self.constraint(sampling, thinks).await?;
+        thinking::limit(&mut params.constraint, limit, &prompt, (&self.grammars, thinks));
         let prepared = self.assemble(params, prompt, place, (rendered.echo, output))?;
         let plan = rendered.plan;
         PreparedRequest { plan, ..prepared }.resume(resume)

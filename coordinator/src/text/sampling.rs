@@ -9,8 +9,8 @@ use phalanx_proto::{
     v1,
 };
 
-use super::{GenerationDefaults, StopMatcher, tokenizer::SpecialTokens};
-use crate::engine::{Constraint, SamplingParams, StopRules};
+use super::{GenerationDefaults, StopMatcher, repetition, tokenizer::SpecialTokens};
+use crate::engine::{Constraint, RepetitionDetection, SamplingParams, StopRules};
 
 /// Smaller temperatures than this are raised to it, as in vLLM: dividing logits by less overflows.
 const MIN_TEMPERATURE: f32 = 0.01;
@@ -51,6 +51,7 @@ pub(crate) struct CheckedParams {
     default_max_tokens: Option<u32>,
     min_tokens: u32,
     stop_token_ids: Vec<u32>,
+    repetition: Option<RepetitionDetection>,
 }
 
 /// Errors: a default that no request might ask for.
@@ -108,6 +109,7 @@ pub(crate) fn check(
         default_max_tokens: rules.defaults.max_new_tokens,
         min_tokens,
         stop_token_ids: stop_token_ids(params, rules)?,
+        repetition: repetition::detection(params.repetition_detection)?,
     })
 }
 
@@ -153,6 +155,7 @@ impl CheckedParams {
             max_tokens,
             min_tokens: self.min_tokens,
             stop_token_ids: self.stop_token_ids.clone(),
+            repetition: self.repetition,
         })
     }
 

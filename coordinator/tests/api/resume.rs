@@ -2,7 +2,10 @@
 
 use phalanx_proto::{
     ErrorKind, RpcError,
-    v1::{self, Choice, FinishReason, ResumedChoice, SamplingParams, Usage, choice::StopReason},
+    v1::{
+        self, Choice, FinishReason, RepetitionDetection, ResumedChoice, SamplingParams, Usage,
+        choice::StopReason,
+    },
 };
 
 use crate::{
@@ -110,6 +113,15 @@ async fn a_stop_string_is_found_across_the_seam() {
     assert_eq!(whole.stop_reason, Some(StopReason::StopString("o wor".into())));
 }
 
+/// Of any one token.
+fn twice() -> RepetitionDetection {
+    RepetitionDetection {
+        max_pattern_size: 1,
+        min_pattern_size: 0,
+        min_count: 2,
+    }
+}
+
 #[tokio::test]
 async fn limits_count_from_the_first_token() {
     let newline = tokens("\n")[0];
@@ -120,6 +132,11 @@ async fn limits_count_from_the_first_token() {
     };
     let whole = assert_seamless(&lines, stop).await;
     assert_eq!(whole.stop_reason, Some(StopReason::StopTokenId(newline)));
+    let song = tokens("so la la la la");
+    let circles = |sampling: &mut SamplingParams| sampling.repetition_detection = Some(twice());
+    let whole = assert_seamless(&song, circles).await;
+    assert_eq!(whole.finish_reason(), FinishReason::Repetition);
+    assert_eq!(whole.text, "so la la");
     let whole = assert_seamless(&lines, |sampling| sampling.max_tokens = Some(5)).await;
     assert_eq!(
         (whole.token_ids.len(), whole.finish_reason()),
@@ -129,7 +146,10 @@ async fn limits_count_from_the_first_token() {
 
 #[tokio::test]
 async fn an_end_that_was_not_told_is_told_without_a_step() {
-    let (setup, ask) = asking(&[], |sampling| sampling.max_tokens = Some(3));
+    let (setup, ask) = asking(&[], |sampling| {
+        sampling.max_tokens = Some(3);
+        sampling.repetition_detection = Some(twice());
+    });
     let server = Server::start(setup);
     let mut client = server.inference().await;
     let mut end = async |token_ids: &[u32]| {
@@ -141,7 +161,8 @@ async fn an_end_that_was_not_told_is_told_without_a_step() {
         (whole.finish_reason(), usage.expect("asked for").completion_tokens)
     };
     assert_eq!(end(&[905, EOS]).await, (FinishReason::Stop, 2));
-    assert_eq!(end(&[905, 905, 905]).await, (FinishReason::Length, 3));
+    assert_eq!(end(&[905, 904, 905]).await, (FinishReason::Length, 3));
+    assert_eq!(end(&[905, 905]).await, (FinishReason::Repetition, 2));
     assert_eq!(server.engine.status().snapshot.num_steps, 0);
 }
 

@@ -3,11 +3,14 @@
 use std::sync::Arc;
 
 use phalanx_coordinator::text::{ChatOptions, ModelLimits, TextOptions, TextProcessor};
-use phalanx_proto::v1::{self, FinishReason};
+use phalanx_proto::{
+    RpcError,
+    v1::{self, FinishReason},
+};
 
 use crate::{
     ranks::{PROMPT, Permit},
-    server::{MAX_MODEL_LEN, Server, Setup, next, tokens},
+    server::{MAX_MODEL_LEN, Server, Setup, next, request, tokens},
     support::demo_model,
 };
 
@@ -195,4 +198,45 @@ async fn calls_and_reasoning_go_on_where_another_server_was_lost() {
         };
         assert_eq!(told(&play(vec![resumed]).await), told(rest), "after {cut} pieces");
     }
+}
+
+#[tokio::test]
+async fn reasoning_ends_when_its_budget_is_spent() {
+    let server = Server::free(says(
+        "<think>I could think about this for a very long time.</think>Done.",
+    ));
+    let mut client = server.inference().await;
+    let mut think = async |budget: Option<u32>| {
+        let mut asked = ask("");
+        let sampling = asked.sampling.as_mut().expect("given");
+        (sampling.thinking_token_budget, sampling.max_tokens) = (budget, Some(30));
+        let reply = client.chat(asked).await.expect("a reply").into_inner();
+        let choice = reply.choices.into_iter().next().expect("a choice");
+        (choice.reasoning.expect("told"), choice.text)
+    };
+    let (whole, text) = think(None).await;
+    assert_eq!(
+        (whole.as_str(), text.as_str()),
+        ("I could think about this for a very long time.", "Done.")
+    );
+    for budget in [0, 1, 4] {
+        let (reasoning, text) = think(Some(budget)).await;
+        assert!(
+            whole.starts_with(&reasoning) && !text.is_empty(),
+            "{reasoning}: {text}"
+        );
+        assert_eq!(tokens(&reasoning).len(), budget as usize, "{reasoning}");
+    }
+    assert_eq!(think(Some(100)).await.0, whole);
+    server.idle().await;
+}
+
+#[tokio::test]
+async fn a_budget_needs_a_reasoning_parser() {
+    let server = Server::free(Setup::default());
+    let mut client = server.inference().await;
+    let asked = request(1, |sampling| sampling.thinking_token_budget = Some(5));
+    let error = RpcError::from(&client.generate(asked).await.expect_err("refused"));
+    assert_eq!(error.param.as_deref(), Some("thinking_token_budget"));
+    assert!(error.message.contains("--reasoning-parser"), "{error}");
 }

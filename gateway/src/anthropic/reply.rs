@@ -134,7 +134,7 @@ impl<'a> Stop<'a> {
             (FinishReason::Stop, Some(StopReason::StopString(text))) => {
                 ("stop_sequence", Some(text.as_str()))
             }
-            (FinishReason::Stop, _) => ("end_turn", None),
+            (FinishReason::Stop | FinishReason::Repetition, _) => ("end_turn", None),
             (FinishReason::Abort, _) => {
                 return Err(RpcError::new(ErrorKind::Cancelled, "the request was aborted"));
             }

@@ -5,7 +5,7 @@ use std::fmt;
 use phalanx_proto::{
     RpcError,
     limits::{MAX_N, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS},
-    v1::{OutputOptions, SamplingParams},
+    v1::{OutputOptions, RepetitionDetection, SamplingParams},
 };
 use serde::{
     Deserialize, Deserializer,
@@ -41,6 +41,9 @@ pub(crate) struct Params {
     include_stop_str_in_output: Option<bool>,
     skip_special_tokens: Option<bool>,
     logit_bias: Option<LogitBias>,
+    repetition_detection: Option<Object<RepetitionFields>>,
+    /// -1: none.
+    thinking_token_budget: Option<i64>,
     priority: Option<i32>,
     pub(crate) cache_salt: Option<String>,
     /// Seconds that the client waits.
@@ -53,6 +56,15 @@ pub(crate) struct Params {
 struct StreamOptions {
     include_usage: Option<bool>,
     continuous_usage_stats: Option<bool>,
+}
+
+/// What is left out is 0.
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[serde(default)]
+struct RepetitionFields {
+    max_pattern_size: u32,
+    min_pattern_size: u32,
+    min_count: u32,
 }
 
 impl Params {
@@ -107,6 +119,12 @@ impl Params {
             include_stop_str_in_output: self.include_stop_str_in_output.unwrap_or(false),
             skip_special_tokens: self.skip_special_tokens,
             logit_bias: self.logit_bias.take().unwrap_or_default().0,
+            repetition_detection: self.repetition_detection.as_ref().map(repetition_detection),
+            thinking_token_budget: self
+                .thinking_token_budget
+                .map(thinking_token_budget)
+                .transpose()?
+                .flatten(),
             ..SamplingParams::default()
         })
     }
@@ -160,6 +178,26 @@ pub(crate) fn top_k(value: i64) -> Result<u32, RpcError> {
                 format!("top_k must be -1 (off) or positive, not {value}"),
             )
         }),
+    }
+}
+
+fn repetition_detection(Object(fields): &Object<RepetitionFields>) -> RepetitionDetection {
+    RepetitionDetection {
+        max_pattern_size: fields.max_pattern_size,
+        min_pattern_size: fields.min_pattern_size,
+        min_count: fields.min_count,
+    }
+}
+
+/// None for -1. More than gRPC can carry is more than any context has.
+fn thinking_token_budget(value: i64) -> Result<Option<u32>, RpcError> {
+    match value {
+        -1 => Ok(None),
+        0.. => Ok(Some(u32::try_from(value).unwrap_or(u32::MAX))),
+        _ => Err(RpcError::invalid(
+            "thinking_token_budget",
+            format!("thinking_token_budget must be -1 (none) or at least 0, not {value}"),
+        )),
     }
 }
 
@@ -234,7 +272,8 @@ mod tests {
         let body = r#"{"n": 2, "temperature": 1, "top_p": 0.5, "top_k": -1, "min_p": 0.1, "presence_penalty": -2,
             "frequency_penalty": 0.25, "repetition_penalty": 1.5, "seed": -1, "min_tokens": 3, "stop": "a",
             "stop_token_ids": [5], "ignore_eos": true, "include_stop_str_in_output": true,
-            "skip_special_tokens": false, "logit_bias": {"7": -100, "50256": 0.5}}"#;
+            "skip_special_tokens": false, "logit_bias": {"7": -100, "50256": 0.5},
+            "repetition_detection": {"max_pattern_size": 8, "min_count": 3}, "thinking_token_budget": 9}"#;
         let expected = SamplingParams {
             n: Some(2),
             temperature: Some(1.0),
@@ -253,6 +292,12 @@ mod tests {
             include_stop_str_in_output: true,
             skip_special_tokens: Some(false),
             logit_bias: [(7, -100.0), (50_256, 0.5)].into(),
+            repetition_detection: Some(RepetitionDetection {
+                max_pattern_size: 8,
+                min_pattern_size: 0,
+                min_count: 3,
+            }),
+            thinking_token_budget: Some(9),
             ..SamplingParams::default()
         };
         assert_eq!(sampling(body).expect("valid"), expected);
@@ -263,6 +308,8 @@ mod tests {
         let nulls =
             r#"{"n": null, "temperature": null, "top_k": null, "seed": null, "stop": null, "stream": null}"#;
         assert_eq!(sampling(nulls).expect("valid"), sampling("{}").expect("valid"));
+        let none = r#"{"repetition_detection": null, "thinking_token_budget": -1}"#;
+        assert_eq!(sampling(none).expect("valid"), sampling("{}").expect("valid"));
     }
 
     #[test]
@@ -279,6 +326,13 @@ mod tests {
             (r#"{"stop": ["a", 3]}"#, "stop[1]"),
             (r#"{"stop_token_ids": [-1]}"#, "stop_token_ids[0]"),
             (r#"{"min_tokens": true}"#, "min_tokens"),
+            (r#"{"repetition_detection": [8, 1, 3]}"#, "repetition_detection"),
+            (
+                r#"{"repetition_detection": {"max_pattern_size": -1}}"#,
+                "repetition_detection.max_pattern_size",
+            ),
+            (r#"{"thinking_token_budget": -2}"#, "thinking_token_budget"),
+            (r#"{"thinking_token_budget": 1.5}"#, "thinking_token_budget"),
             (r#"{"logit_bias": [1]}"#, "logit_bias"),
             (r#"{"logit_bias": {"the": 1}}"#, "logit_bias"),
             (r#"{"logit_bias": {"-1": 1}}"#, "logit_bias"),

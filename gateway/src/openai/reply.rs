@@ -2,6 +2,7 @@
 
 use phalanx_proto::{
     ErrorKind, RpcError,
+    limits::REPETITION_DETECTED,
     v1::{self, Choice, FinishReason, GenerateResponse, PromptOutput, choice::StopReason},
 };
 use serde::Serialize;
@@ -56,7 +57,7 @@ impl<'a, C: Serialize> Reply<'a, C> {
     }
 }
 
-/// The string or the token id that ended a choice (vLLM's extension).
+/// The string or the token id that ended a choice, or a word for what did (vLLM's extension).
 #[derive(Serialize)]
 #[serde(untagged)]
 pub(crate) enum Stop<'a> {
@@ -65,6 +66,9 @@ pub(crate) enum Stop<'a> {
 }
 
 pub(crate) fn stop_reason(choice: &Choice) -> Option<Stop<'_>> {
+    if choice.finish_reason() == FinishReason::Repetition {
+        return Some(Stop::Text(REPETITION_DETECTED));
+    }
     choice.stop_reason.as_ref().map(|reason| match reason {
         StopReason::StopString(text) => Stop::Text(text),
         StopReason::StopTokenId(id) => Stop::TokenId(*id),
@@ -80,6 +84,7 @@ pub(crate) fn finish_reason(choice: &Choice) -> Result<Option<&'static str>, Rpc
         FinishReason::Unspecified => Ok(None),
         FinishReason::Stop => Ok(Some("stop")),
         FinishReason::Length => Ok(Some("length")),
+        FinishReason::Repetition => Ok(Some("repetition")),
         FinishReason::ToolCalls => Ok(Some("tool_calls")),
         FinishReason::Abort => Ok(Some("abort")),
         FinishReason::Error => Err(RpcError::new(ErrorKind::Internal, "the generation failed")),

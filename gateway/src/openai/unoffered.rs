@@ -23,6 +23,7 @@ const BOTH: &[Field] = &[
     ("best_of", &["1"]),
     ("kv_transfer_params", &[]),
     ("logits_processors", &["[]"]),
+    ("logprob_token_ids", &["[]"]),
     ("use_beam_search", &["false"]),
 ];
 
@@ -32,7 +33,6 @@ const CHAT: &[Field] = &[
     ("functions", &["[]"]),
     ("mm_processor_kwargs", &["{}"]),
     ("modalities", &[r#"["text"]"#]),
-    ("thinking_token_budget", &[]),
     ("web_search_options", &[]),
 ];
 

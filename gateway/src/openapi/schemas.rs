@@ -99,6 +99,10 @@ const IDS: &str =
     r#"{"type": ["array", "null"], "items": {"type": "integer", "minimum": 0, "maximum": 4294967295}}"#;
 const LIST: &str = r#"{"type": ["array", "null"], "items": {"type": "object"}}"#;
 const OBJECT: &str = r#"{"type": ["object", "null"]}"#;
+const REPETITION: &str = r#"{"type": ["object", "null"], "properties": {
+    "max_pattern_size": {"type": "integer", "minimum": 0, "maximum": 512},
+    "min_pattern_size": {"type": "integer", "minimum": 0, "maximum": 512},
+    "min_count": {"type": "integer", "minimum": 0, "maximum": 1024}}}"#;
 const MESSAGES: &str =
     r##"{"type": "array", "minItems": 1, "items": {"$ref": "#/components/schemas/Message"}}"##;
 
@@ -147,6 +151,10 @@ pub(super) const SAMPLING: &[Field] = &[
     ("skip_special_tokens", FLAG, "Leave control tokens out of the text; the default."),
     ("logit_bias", r#"{"type": ["object", "null"], "additionalProperties": {"type": "number"}, "maxProperties": 512}"#,
         "Added to the logits of token ids, -100 to 100."),
+    ("repetition_detection", REPETITION,
+        "Ends the completion once it ends with some pattern of tokens `min_count` times in a row."),
+    ("thinking_token_budget", r#"{"type": ["integer", "null"], "minimum": -1, "maximum": 9223372036854775807}"#,
+        "Most tokens of reasoning; -1: no limit. Needs a server with `--reasoning-parser`."),
 ];
 
 /// What a completion is held to.

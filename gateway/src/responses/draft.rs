@@ -130,8 +130,11 @@ impl Draft {
             FinishReason::Unspecified => {
                 return Err(broken_reply("the stream ended before its choice did"));
             }
-            FinishReason::Length => {
-                let reason = "max_output_tokens";
+            FinishReason::Length | FinishReason::Repetition => {
+                let reason = match self.finish {
+                    FinishReason::Repetition => "repetition",
+                    _ => "max_output_tokens",
+                };
                 self.reply.incomplete_details = Some(Incomplete { reason });
                 self.reply.status = Status::Incomplete;
                 "response.incomplete"
@@ -169,7 +172,7 @@ impl Draft {
             self.turn_to(sink, Kind::Message, None);
         }
         let status = match self.finish {
-            FinishReason::Length => Status::Incomplete,
+            FinishReason::Length | FinishReason::Repetition => Status::Incomplete,
             _ => Status::Completed,
         };
         self.close(sink, status);
@@ -450,14 +453,16 @@ mod tests {
 
     #[test]
     fn an_answer_that_is_cut_off_is_incomplete() {
-        let (reply, events) = told(vec![last(text("So"), FinishReason::Length)]);
-        assert_eq!(reply["status"], "incomplete");
-        assert_eq!(
-            reply["incomplete_details"],
-            json!({"reason": "max_output_tokens"})
-        );
-        assert_eq!(reply["output"][0]["status"], "incomplete");
-        assert_eq!(names(&events).last(), Some(&"incomplete"));
+        for (finish, reason) in [
+            (FinishReason::Length, "max_output_tokens"),
+            (FinishReason::Repetition, "repetition"),
+        ] {
+            let (reply, events) = told(vec![last(text("So"), finish)]);
+            assert_eq!(reply["status"], "incomplete");
+            assert_eq!(reply["incomplete_details"], json!({"reason": reason}));
+            assert_eq!(reply["output"][0]["status"], "incomplete");
+            assert_eq!(names(&events).last(), Some(&"incomplete"));
+        }
     }
 
     #[test]

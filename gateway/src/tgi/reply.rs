@@ -84,7 +84,7 @@ pub(super) fn finish_reason(choice: &Choice) -> Result<&'static str, RpcError> {
     match (choice.finish_reason(), &choice.stop_reason) {
         (FinishReason::Length, _) => Ok("length"),
         (FinishReason::Stop, Some(StopReason::StopString(_))) => Ok("stop_sequence"),
-        (FinishReason::Stop | FinishReason::ToolCalls, _) => Ok("eos_token"),
+        (FinishReason::Stop | FinishReason::ToolCalls | FinishReason::Repetition, _) => Ok("eos_token"),
         (FinishReason::Abort, _) => Err(RpcError::new(ErrorKind::Cancelled, "the request was aborted")),
         (FinishReason::Error | FinishReason::Unspecified, _) => {
             Err(RpcError::new(ErrorKind::Internal, "the generation failed"))

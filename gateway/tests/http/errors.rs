@@ -72,6 +72,26 @@ async fn bad_bodies_are_refused_with_the_field_named() {
             Some("parallel_tool_calls"),
         ),
         (CHAT, chat(r#""documents": "none""#), Some("documents")),
+        (
+            CHAT,
+            chat(r#""logprob_token_ids": [5]"#),
+            Some("logprob_token_ids"),
+        ),
+        (
+            CHAT,
+            chat(r#""thinking_token_budget": -2"#),
+            Some("thinking_token_budget"),
+        ),
+        (
+            COMPLETIONS,
+            complete(r#""logprob_token_ids": [5]"#),
+            Some("logprob_token_ids"),
+        ),
+        (
+            COMPLETIONS,
+            complete(r#""repetition_detection": {"min_count": "many"}"#),
+            Some("repetition_detection.min_count"),
+        ),
         (CHAT, chat(r#""functions": [{"name": "f"}]"#), Some("functions")),
         (
             CHAT,

@@ -1,6 +1,8 @@
 //! Whole replies, and what the coordinator was asked.
 
-use phalanx_proto::v1::{ChatMessage, OutputOptions, SamplingParams, TokenIds, generate_request::Prompt};
+use phalanx_proto::v1::{
+    ChatMessage, OutputOptions, RepetitionDetection, SamplingParams, TokenIds, generate_request::Prompt,
+};
 use serde_json::json;
 
 use crate::support::{Script, Server, config, get, pair, post, post_with};
@@ -57,13 +59,21 @@ async fn the_fields_of_a_chat_reach_the_coordinator() {
     let (mut coordinator, server) = pair(Script::Hello).await;
     let body = r#"{"messages": [{"role": "user", "content": "hi"}], "max_tokens": 9, "max_completion_tokens": 8,
         "logprobs": true, "top_logprobs": 2, "add_generation_prompt": false,
-        "chat_template_kwargs": {"thinking": true}, "stop": ["a", "b"], "seed": 7, "user": "somebody"}"#;
+        "repetition_detection": {"max_pattern_size": 20, "min_pattern_size": 3, "min_count": 4},
+        "thinking_token_budget": 32, "chat_template_kwargs": {"thinking": true}, "stop": ["a", "b"], "seed": 7, "user": "somebody"}"#;
     let reply = post(server.address, CHAT, body).await;
     assert_eq!(reply.status, 200, "{}", reply.text());
     let asked = coordinator.chat().await;
     let sampling = asked.sampling.expect("always sent");
     assert_eq!((sampling.max_tokens, sampling.seed), (Some(8), Some(7)));
     assert_eq!(sampling.stop, ["a", "b"]);
+    let repetition = RepetitionDetection {
+        max_pattern_size: 20,
+        min_pattern_size: 3,
+        min_count: 4,
+    };
+    assert_eq!(sampling.repetition_detection, Some(repetition));
+    assert_eq!(sampling.thinking_token_budget, Some(32));
     assert_eq!(asked.output.expect("always sent").logprobs, Some(2));
     assert_eq!(asked.add_generation_prompt, Some(false));
     assert_eq!(asked.template_kwargs_json, r#"{"thinking": true}"#);
@@ -71,6 +81,41 @@ async fn the_fields_of_a_chat_reach_the_coordinator() {
     let token = json!({"token": "Hello", "logprob": -0.25, "bytes": [72, 101, 108, 108, 111]});
     assert_eq!(logprobs[0]["top_logprobs"], json!([token]));
     assert_eq!(logprobs[1]["token"], " world");
+}
+
+#[tokio::test]
+async fn repetition_is_an_end_in_every_dialect() {
+    let (mut coordinator, server) = pair(Script::Repeat).await;
+    let messages = json!([{"role": "user", "content": "sing"}]);
+    let mut end = async |path: &str, mut body: serde_json::Value, of: &[&str]| {
+        body["repetition_detection"] = json!({"max_pattern_size": 2, "min_count": 2});
+        let reply = post(server.address, path, &body.to_string()).await;
+        assert_eq!(reply.status, 200, "{path}: {}", reply.text());
+        let _asked = coordinator.received.recv().await;
+        let reply = reply.json();
+        of.iter().map(|at| reply.pointer(at).cloned()).collect::<Vec<_>>()
+    };
+    let openai = ["/choices/0/finish_reason", "/choices/0/stop_reason"];
+    let repetition = [Some(json!("repetition")), Some(json!("repetition_detected"))];
+    let chat = end(CHAT, json!({"messages": messages}), &openai).await;
+    assert_eq!(chat, repetition);
+    let completion = end(COMPLETIONS, json!({"prompt": "sing"}), &openai).await;
+    assert_eq!(completion, repetition);
+    let response = end(
+        "/v1/responses",
+        json!({"input": "sing"}),
+        &["/status", "/incomplete_details/reason"],
+    );
+    assert_eq!(
+        response.await,
+        [Some(json!("incomplete")), Some(json!("repetition"))]
+    );
+    let anthropic = json!({"model": "scripted", "messages": messages, "max_tokens": 9});
+    let anthropic = end("/v1/messages", anthropic, &["/stop_reason"]).await;
+    assert_eq!(anthropic, [Some(json!("end_turn"))]);
+    let tgi = json!({"inputs": "sing", "parameters": {"details": true}});
+    let tgi = end("/generate", tgi, &["/details/finish_reason"]).await;
+    assert_eq!(tgi, [Some(json!("eos_token"))]);
 }
 
 #[tokio::test]

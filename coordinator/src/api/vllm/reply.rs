@@ -2,6 +2,7 @@
 
 use phalanx_proto::{
     ErrorKind, RpcError,
+    limits::REPETITION_DETECTED,
     v1::{self, choice},
     vllm::{
         CandidateTokenInfo, FinishInfo, GenerateResponse, PromptInfo, SequenceOutput,
@@ -132,7 +133,9 @@ fn finish_info(choice: &v1::Choice, told: Told, cached: u32) -> Result<Option<Fi
     let reason = match choice.finish_reason() {
         v1::FinishReason::Unspecified => return Ok(None),
         // A request of vLLM's has no tools to call.
-        v1::FinishReason::Stop | v1::FinishReason::ToolCalls => FinishReason::Stop,
+        v1::FinishReason::Stop | v1::FinishReason::ToolCalls | v1::FinishReason::Repetition => {
+            FinishReason::Stop
+        }
         v1::FinishReason::Length => FinishReason::Length,
         v1::FinishReason::Abort => FinishReason::Aborted,
         v1::FinishReason::Error => {
@@ -140,6 +143,10 @@ fn finish_info(choice: &v1::Choice, told: Told, cached: u32) -> Result<Option<Fi
         }
     };
     let stop_reason = match &choice.stop_reason {
+        // vLLM's message has no finish reason for it.
+        _ if choice.finish_reason() == v1::FinishReason::Repetition => {
+            Some(StopReason::StopString(REPETITION_DETECTED.to_owned()))
+        }
         Some(choice::StopReason::StopString(text)) => Some(StopReason::StopString(text.clone())),
         Some(choice::StopReason::StopTokenId(id)) => Some(StopReason::StopTokenId(*id)),
         // Ours does not tell of the end-of-sequence token; it is the last one.

@@ -36,7 +36,7 @@ pub(super) fn to_native(request: GenerateRequest) -> Result<(v1::GenerateRequest
         decoding,
         v1::SamplingParams {
             skip_special_tokens: response.skip_special_tokens,
-            ..stop_params(stopping)
+            ..stop_params(stopping)?
         },
     );
     let native = v1::GenerateRequest {
@@ -72,13 +72,6 @@ fn refuse_unoffered(request: &GenerateRequest) -> Result<(), RpcError> {
         ("lora_name", !request.lora_name.is_empty()),
         ("watermarking", request.watermarking == Some(true)),
         ("engine_reasoning_gate", request.engine_reasoning_gate.is_some()),
-        (
-            "stopping.thinking_token_budget",
-            request
-                .stopping
-                .as_ref()
-                .is_some_and(|it| it.thinking_token_budget.is_some()),
-        ),
         (
             "kv.kv_transfer_params",
             kv.is_some_and(|it| it.kv_transfer_params.is_some()),
@@ -173,8 +166,10 @@ fn structured_outputs(given: StructuredOutput) -> Option<v1::StructuredOutputs> 
     })
 }
 
-fn stop_params(stopping: StoppingCriteria) -> v1::SamplingParams {
-    v1::SamplingParams {
+fn stop_params(stopping: StoppingCriteria) -> Result<v1::SamplingParams, RpcError> {
+    let budget = stopping.thinking_token_budget.map(thinking_token_budget);
+    Ok(v1::SamplingParams {
+        thinking_token_budget: budget.transpose()?.flatten(),
         max_tokens: (stopping.max_new_tokens > 0).then_some(stopping.max_new_tokens),
         min_tokens: (stopping.min_new_tokens > 0).then_some(stopping.min_new_tokens),
         stop: stopping.stop_strings,
@@ -182,6 +177,19 @@ fn stop_params(stopping: StoppingCriteria) -> v1::SamplingParams {
         ignore_eos: stopping.ignore_eos,
         include_stop_str_in_output: stopping.include_stop_strings,
         ..v1::SamplingParams::default()
+    })
+}
+
+/// None for -1, which asks for none.
+fn thinking_token_budget(given: i64) -> Result<Option<u32>, RpcError> {
+    match given {
+        -1 => Ok(None),
+        0.. => Ok(Some(u32::try_from(given).unwrap_or(u32::MAX))),
+        _ => {
+            const PARAM: &str = "stopping.thinking_token_budget";
+            let message = format!("{PARAM} must be -1 (none) or at least 0, got {given}.");
+            Err(RpcError::invalid(PARAM, message))
+        }
     }
 }
 
@@ -239,6 +247,7 @@ mod tests {
             }),
             stopping: Some(StoppingCriteria {
                 max_new_tokens: 7,
+                thinking_token_budget: Some(1 << 40),
                 stop_strings: vec!["x".into()],
                 include_stop_strings: true,
                 ..StoppingCriteria::default()
@@ -261,6 +270,7 @@ mod tests {
         assert_eq!((sampling.temperature, sampling.n), (Some(0.0), Some(2)));
         assert_eq!((sampling.top_k, sampling.seed), (Some(0), Some(u64::MAX)));
         assert_eq!((sampling.max_tokens, sampling.min_tokens), (Some(7), None));
+        assert_eq!(sampling.thinking_token_budget, Some(u32::MAX));
         assert!(sampling.presence_penalty.is_some_and(f32::is_nan));
         assert_eq!(sampling.allowed_token_ids, [1, 2]);
         assert_eq!(sampling.bad_words_token_ids, [v1::TokenIds { ids: vec![3, 4] }]);
@@ -289,6 +299,16 @@ mod tests {
             }),
             "response.output_candidates"
         );
+        let budget = |tokens| GenerateRequest {
+            stopping: Some(StoppingCriteria {
+                thinking_token_budget: Some(tokens),
+                ..StoppingCriteria::default()
+            }),
+            ..request()
+        };
+        assert_eq!(refused(budget(-2)), "stopping.thinking_token_budget");
+        let (none, _) = to_native(budget(-1)).expect("asks for nothing");
+        assert_eq!(none.sampling.expect("sampling").thinking_token_budget, None);
         let hints = GenerateRequest {
             session_id: Some("s".into()),
             ..request()

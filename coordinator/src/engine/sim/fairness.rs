@@ -29,6 +29,7 @@ fn requests(prng: &mut Prng) -> Vec<EngineRequest> {
                 max_tokens: prng.range(1, [4, 30, 12][tenant as usize]),
                 min_tokens: 0,
                 stop_token_ids: Vec::new(),
+                repetition: None,
             },
             constraint: Box::default(),
             priority: 0,

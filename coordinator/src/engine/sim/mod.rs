@@ -16,7 +16,7 @@ use std::collections::BTreeSet;
 
 use phalanx_proto::step::{RowSampling, ScoredToken, SequenceId, TokenSet};
 
-use super::{Constraint, EngineRequest, FinishReason, GrammarStatus};
+use super::{Constraint, EngineRequest, FinishReason, GrammarStatus, RepetitionDetection};
 
 /// Large enough that a wrong context seldom draws the right token, small enough that stop tokens are met.
 pub(crate) const VOCAB_SIZE: u32 = 257;
@@ -186,7 +186,22 @@ pub(crate) fn oracle(request: &EngineRequest) -> (Vec<u32>, End) {
         if num_output + 1 == request.stop.max_tokens as usize {
             return (output(&tokens), End::Finished(FinishReason::Length));
         }
+        if late && naively_repeats(&tokens[num_prompt..], request.stop.repetition) {
+            return (output(&tokens), End::Finished(FinishReason::Repetition));
+        }
     }
+}
+
+/// Whether `output` ends with copies of one of its tails.
+fn naively_repeats(output: &[u32], rule: Option<RepetitionDetection>) -> bool {
+    let Some(rule) = rule else { return false };
+    let mut sizes = rule.min_pattern_size as usize..=rule.max_pattern_size as usize;
+    sizes.any(|size| {
+        let Some(first) = output.len().checked_sub(size) else {
+            return false;
+        };
+        output.ends_with(&output[first..].repeat(rule.min_count as usize))
+    })
 }
 
 /// What may follow `output`, token by token; none if nothing may, or the grammar fails.

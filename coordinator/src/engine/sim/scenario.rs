@@ -13,7 +13,8 @@ use super::{
 };
 use crate::engine::{
     Clock, Command, EngineConfig, EngineCore, EngineRequest, Event, FinishReason, Instant, NgramSpeculation,
-    PrefixHashAlgo, Progress, SamplingParams, SchedulingPolicy, Snapshot, StopRules, TenantId,
+    PrefixHashAlgo, Progress, RepetitionDetection, SamplingParams, SchedulingPolicy, Snapshot, StopRules,
+    TenantId,
 };
 
 /// Time passes with every look at it.
@@ -191,6 +192,7 @@ impl Scenario {
                         match reason {
                             FinishReason::Stop => "stop",
                             FinishReason::Length => "length",
+                            FinishReason::Repetition => "repetition",
                             _ => "not finite",
                         }
                     }
@@ -292,6 +294,19 @@ fn config(prng: &mut Prng) -> EngineConfig {
     config
 }
 
+/// Of sizes that the simulated model goes round in, as long as it has not seen itself too often.
+fn repetition(prng: &mut Prng) -> Option<RepetitionDetection> {
+    if !prng.one_in(3) {
+        return None;
+    }
+    let min_pattern_size = prng.range(1, 3);
+    Some(RepetitionDetection {
+        min_pattern_size,
+        max_pattern_size: min_pattern_size + prng.range(0, 4),
+        min_count: prng.range(2, 3),
+    })
+}
+
 fn request(id: SequenceId, shared: &[u32], config: &EngineConfig, prng: &mut Prng) -> EngineRequest {
     let mut prompt = Vec::new();
     if !prng.one_in(3) {
@@ -330,6 +345,7 @@ fn request(id: SequenceId, shared: &[u32], config: &EngineConfig, prng: &mut Prn
             max_tokens: max_tokens + oversized,
             min_tokens: prng.range(0, max_tokens),
             stop_token_ids,
+            repetition: repetition(prng),
         },
         constraint: Box::new(grammar::constraint(prng)),
         priority: prng.range(0, 3) as i32,

@@ -30,7 +30,15 @@ fn play_seeds(first: u64, count: u64, with_faults: bool) {
             .into_iter()
             .for_each(|(end, n)| *ends.entry(end).or_default() += n);
     }
-    for end in ["stop", "length", "abort", "not finite", "rejected", "failed"] {
+    for end in [
+        "stop",
+        "length",
+        "repetition",
+        "abort",
+        "not finite",
+        "rejected",
+        "failed",
+    ] {
         assert!(ends[end] > count / 20, "{end} is not covered: {ends:?}");
     }
     assert!(
@@ -73,6 +81,7 @@ pub(super) fn request(id: u64, prompt: Vec<u32>, max_tokens: u32) -> EngineReque
             max_tokens,
             min_tokens: 0,
             stop_token_ids: vec![],
+            repetition: None,
         },
         constraint: Box::default(),
         priority: 0,

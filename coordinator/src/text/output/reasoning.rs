@@ -25,6 +25,8 @@ impl ReasoningParser {
 
     /// Tokens that must reach the parser even if special tokens are not shown.
     pub(crate) const MARKERS: &[&str] = &[OPEN, CLOSE];
+    /// What reasoning begins with, unless the prompt has begun it.
+    pub(crate) const START: &str = OPEN;
     /// What every reasoning ends with.
     pub(crate) const END: &str = CLOSE;
 

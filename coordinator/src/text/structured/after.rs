@@ -4,19 +4,18 @@ use std::{fmt, sync::Arc};
 
 use phalanx_proto::step::TokenSet;
 
+use super::mark::MarkFinder;
 use crate::{
     engine::{ConstraintError, Grammar, GrammarStatus},
     text::{ReasoningParser, TokenTable},
 };
 
-const END: &[u8] = ReasoningParser::END.as_bytes();
-
 /// Anything up to the mark that ends the reasoning, which may be one token or several, and then a text of the language.
 pub(super) struct AfterReasoning {
     table: Arc<TokenTable>,
     vocab_size: u32,
-    /// As much of the mark as the text ends with; none once the mark has come.
-    matched: Option<usize>,
+    /// None once the mark has come.
+    end: Option<MarkFinder>,
     grammar: Box<dyn Grammar>,
 }
 
@@ -25,15 +24,14 @@ impl AfterReasoning {
         Self {
             table,
             vocab_size,
-            matched: Some(0),
+            end: Some(MarkFinder::new(ReasoningParser::END)),
             grammar,
         }
     }
 
     /// Whether a token with the mark's end in it has more behind it, which the grammar would not see.
-    fn overshoots(&self, matched: usize, token: u32) -> bool {
+    fn overshoots(&self, missing: &[u8], token: u32) -> bool {
         let bytes = self.table.bytes(token);
-        let missing = &END[matched..];
         bytes.len() > missing.len() && bytes.starts_with(missing)
     }
 }
@@ -41,7 +39,7 @@ impl AfterReasoning {
 impl fmt::Debug for AfterReasoning {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("AfterReasoning")
-            .field("matched", &self.matched)
+            .field("end", &self.end)
             .field("grammar", &self.grammar)
             .finish_non_exhaustive()
     }
@@ -49,36 +47,26 @@ impl fmt::Debug for AfterReasoning {
 
 impl Grammar for AfterReasoning {
     fn allowed(&mut self) -> Result<TokenSet, ConstraintError> {
-        let Some(matched) = self.matched else {
+        let Some(end) = self.end else {
             return self.grammar.allowed();
         };
         let mut all = TokenSet::full(self.vocab_size);
         // The vocabulary is only gone through where the mark has begun.
-        if matched > 0 {
+        if end.has_begun() {
             (0..self.vocab_size)
-                .filter(|&id| self.overshoots(matched, id))
+                .filter(|&id| self.overshoots(end.missing(), id))
                 .for_each(|id| all.remove(id));
         }
         Ok(all)
     }
 
     fn accept(&mut self, token: u32) -> Result<GrammarStatus, ConstraintError> {
-        let Some(mut matched) = self.matched else {
+        let Some(end) = &mut self.end else {
             return self.grammar.accept(token);
         };
-        for &byte in self.table.bytes(token) {
-            // The mark's first byte occurs nowhere else in it.
-            matched = match byte {
-                _ if byte == END[matched] => matched + 1,
-                _ if byte == END[0] => 1,
-                _ => 0,
-            };
-            if matched == END.len() {
-                self.matched = None;
-                return Ok(GrammarStatus::Open);
-            }
+        if self.table.bytes(token).iter().any(|&byte| end.push(byte)) {
+            self.end = None;
         }
-        self.matched = Some(matched);
         Ok(GrammarStatus::Open)
     }
 
@@ -86,7 +74,7 @@ impl Grammar for AfterReasoning {
         Box::new(Self {
             table: Arc::clone(&self.table),
             vocab_size: self.vocab_size,
-            matched: self.matched,
+            end: self.end,
             grammar: self.grammar.fork(),
         })
     }

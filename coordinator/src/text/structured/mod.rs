@@ -4,10 +4,12 @@
 //! kept for the next request that brings the same. The engine steps a copy of it (`engine::Grammar`).
 
 mod after;
+mod budget;
 mod cache;
 mod ebnf;
 mod json_schema;
 mod lark;
+mod mark;
 mod source;
 mod state;
 mod structural_tag;
@@ -30,7 +32,8 @@ use llguidance::{
 };
 use phalanx_proto::{ErrorKind, RpcError, v1};
 
-use self::{after::AfterReasoning, cache::GrammarCache, state::LlGrammar};
+pub(crate) use self::budget::ThinkingLimit;
+use self::{after::AfterReasoning, budget::ThinkingBudget, cache::GrammarCache, state::LlGrammar};
 use super::{SpecialTokens, TokenTable};
 use crate::engine::Grammar;
 
@@ -141,6 +144,19 @@ impl GrammarCompiler {
     pub(crate) fn after_reasoning(&self, grammar: Box<dyn Grammar>) -> Box<dyn Grammar> {
         let (table, vocab_size) = (Arc::clone(&self.shared.table), self.shared.vocab_size);
         Box::new(AfterReasoning::new(table, vocab_size, grammar))
+    }
+
+    /// The same language, or any text, for completions of `prompt` that reason within a limit.
+    pub(crate) fn limit_thinking(
+        &self,
+        limit: ThinkingLimit,
+        prompt: &[u32],
+        grammar: Option<Box<dyn Grammar>>,
+    ) -> Box<dyn Grammar> {
+        let (table, vocab_size) = (Arc::clone(&self.shared.table), self.shared.vocab_size);
+        let has_begun = ThinkingLimit::has_begun_in(prompt, &table);
+        let limit = ThinkingLimit { has_begun, ..limit };
+        Box::new(ThinkingBudget::new(table, vocab_size, limit, grammar))
     }
 }
 

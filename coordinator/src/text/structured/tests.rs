@@ -2,7 +2,10 @@
 
 use std::time::Instant;
 
-use phalanx_proto::v1::structured_outputs::{Choices, Constraint};
+use phalanx_proto::{
+    step::TokenSet,
+    v1::structured_outputs::{Choices, Constraint},
+};
 
 use super::*;
 use crate::{
@@ -17,7 +20,11 @@ const EOS: u32 = 256;
 const TOOL: u32 = 257;
 const VOCAB_SIZE: u32 = 300;
 /// From [`EOS`] on.
-const WORDS: [&str; 8] = ["<end>", "<tool>", "true", "\"name\"", "ab", "{\"", "  ", ">a"];
+const WORDS: [&str; 10] = [
+    "<end>", "<tool>", "true", "\"name\"", "ab", "{\"", "  ", ">a", "<think>", "</think>",
+];
+const THINK: u32 = 264;
+const END_THINK: u32 = 265;
 
 /// Printable ASCII by its codes, then an end token, a special token, and words; the rest has no tokens.
 fn compiler() -> GrammarCompiler {
@@ -283,6 +290,89 @@ fn a_grammar_may_begin_behind_the_reasoning() {
     assert_eq!(grammar.accept(b'>'.into()), Ok(GrammarStatus::Open));
     let allowed = grammar.allowed().expect("a choice");
     assert!(allowed.contains(b'a'.into()) && !allowed.contains(b'b'.into()) && !allowed.contains(EOS));
+    assert_eq!(grammar.accept(b'a'.into()), Ok(GrammarStatus::Open));
+    assert_eq!(grammar.accept(b'b'.into()), Ok(GrammarStatus::Complete));
+}
+
+/// Reasoning of at most `budget` tokens, ended by `end`, behind a prompt of bytes.
+fn thinking(budget: u32, end: &[u32], prompt: &str, grammar: Option<Box<dyn Grammar>>) -> Box<dyn Grammar> {
+    let limit = ThinkingLimit {
+        budget,
+        end_tokens: end.into(),
+        has_begun: false,
+    };
+    let prompt: Vec<u32> = prompt.bytes().map(u32::from).collect();
+    compiler().limit_thinking(limit, &prompt, grammar)
+}
+
+/// Goes on by `tokens`, each of which must be allowed and not the only one.
+#[track_caller]
+fn go_freely(grammar: &mut Box<dyn Grammar>, tokens: &[u32]) {
+    for &token in tokens {
+        let allowed = grammar.allowed().expect("anything");
+        assert!(allowed.contains(token) && allowed.contains(EOS), "{token}");
+        assert_eq!(grammar.accept(token), Ok(GrammarStatus::Open));
+    }
+}
+
+/// Goes on by `tokens`, each of which must be the only one that is allowed.
+#[track_caller]
+fn go_forced(grammar: &mut Box<dyn Grammar>, tokens: &[u32]) {
+    for &token in tokens {
+        let mut only = TokenSet::empty(VOCAB_SIZE);
+        only.insert(token);
+        assert_eq!(grammar.allowed(), Ok(only), "{token}");
+        assert_eq!(grammar.accept(token), Ok(GrammarStatus::Open));
+    }
+}
+
+#[test]
+fn thinking_ends_when_its_budget_is_spent() {
+    let (a, end) = (u32::from(b'a'), [END_THINK]);
+    let mut begun = thinking(3, &end, "<think></think><think>\n", None);
+    go_freely(&mut begun, &[a, a, THINK]);
+    let mut other = begun.fork();
+    go_forced(&mut other, &end);
+    go_freely(&mut other, &[a, THINK, a, a, a, a, a]);
+
+    let mut none = thinking(0, &end, "<think>", None);
+    go_forced(&mut none, &end);
+
+    let mut later = thinking(2, &end, "<think></think>", None);
+    go_freely(&mut later, &[a, a, a, a, THINK, a, a]);
+    go_forced(&mut later, &end);
+
+    let mut own_end = thinking(2, &end, "<think>", None);
+    go_freely(&mut own_end, &[a, END_THINK, a, a, a, THINK, a, a, a]);
+}
+
+#[test]
+fn a_mark_of_several_tokens_goes_on_where_it_has_begun() {
+    let spelled: Vec<u32> = "</think>".bytes().map(u32::from).collect();
+    let mut cut = thinking(2, &spelled, "<think>", None);
+    go_freely(&mut cut, &[b'a'.into(), b'<'.into()]);
+    go_forced(&mut cut, &spelled[1..]);
+    go_freely(&mut cut, &spelled);
+    let mut whole = thinking(1, &spelled, "<think>", None);
+    go_freely(&mut whole, &[b'a'.into()]);
+    go_forced(&mut whole, &spelled);
+    // Its tokens are not cut where the text is.
+    let mut anew = thinking(1, &[END_THINK], "<think>", None);
+    go_freely(&mut anew, &[b'<'.into()]);
+    go_forced(&mut anew, &[END_THINK]);
+    go_freely(&mut anew, &[b'a'.into(); 3]);
+}
+
+#[test]
+fn a_grammar_begins_where_the_budget_ends() {
+    let compiler = compiler();
+    let grammar = compiler.compile(&spec(choice(&["ab"]))).expect("a choice");
+    let grammar = compiler.after_reasoning(grammar);
+    let mut grammar = thinking(2, &[END_THINK], "<think>", Some(grammar));
+    go_freely(&mut grammar, &[b'x'.into(), b'y'.into()]);
+    go_forced(&mut grammar, &[END_THINK]);
+    let allowed = grammar.allowed().expect("a choice");
+    assert!(allowed.contains(b'a'.into()) && !allowed.contains(b'x'.into()) && !allowed.contains(EOS));
     assert_eq!(grammar.accept(b'a'.into()), Ok(GrammarStatus::Open));
     assert_eq!(grammar.accept(b'b'.into()), Ok(GrammarStatus::Complete));
 }

@@ -31,6 +31,8 @@ pub(crate) const CREATED: i64 = 1_700_000_000;
 pub(crate) enum Script {
     /// Every choice says "Hello" and " world", one chunk each, and stops at the string "!".
     Hello,
+    /// Every choice says "la la", one chunk, and ends because it repeats itself.
+    Repeat,
     /// Every choice thinks "Hm.", calls `f` with `{}`, one chunk for each brace, and stops.
     Call,
     /// An error instead of a stream.
@@ -170,12 +172,15 @@ impl Scripted {
         let n = sampling.n.unwrap_or(1);
         let chunks = match self.script {
             Script::Call => call(n, output),
+            Script::Repeat => repeat(n, output),
             _ => hello(n, output),
         };
         let mut chunks = chunks.into_iter().map(Ok);
         let first = chunks.next().expect("never empty");
         match &self.script {
-            Script::Hello | Script::Call => Ok(stream::iter([first].into_iter().chain(chunks)).boxed()),
+            Script::Hello | Script::Call | Script::Repeat => {
+                Ok(stream::iter([first].into_iter().chain(chunks)).boxed())
+            }
             Script::Refuse(error) => Err(error.clone().into()),
             Script::Break(error) => Ok(stream::iter([first, Err(error.clone().into())]).boxed()),
             Script::EndEarly => Ok(stream::iter([first]).boxed()),
@@ -277,6 +282,29 @@ fn chunk(choice: Choice) -> GenerateChunk {
         usage: None,
         prompt: None,
     }
+}
+
+/// A text that repeats itself of every choice, and the usage if it is asked for.
+fn repeat(n: u32, output: &OutputOptions) -> Vec<GenerateChunk> {
+    let said = |index| {
+        let mut choice = Choice {
+            index,
+            text: "la la".to_owned(),
+            token_ids: vec![3, 3],
+            ..Choice::default()
+        };
+        choice.set_finish_reason(FinishReason::Repetition);
+        chunk(choice)
+    };
+    let mut chunks: Vec<GenerateChunk> = (0..n).map(said).collect();
+    if output.include_usage {
+        chunks.push(GenerateChunk {
+            choice: None,
+            usage: Some(usage(2 * n)),
+            ..chunk(Choice::default())
+        });
+    }
+    chunks
 }
 
 /// A thought and a call in two pieces of every choice, and the usage if it is asked for.
