@@ -47,6 +47,12 @@ pub fn get(address: &str, path: &str) -> io::Result<Reply> {
     send(address, ("GET", path), "", None)?.finish()
 }
 
+/// The same with a bearer token.
+pub fn get_keyed(address: &str, path: &str, key: &str) -> io::Result<Reply> {
+    let header = format!("authorization: Bearer {key}\r\n");
+    send(address, ("GET", path), &header, None)?.finish()
+}
+
 pub fn post(address: &str, path: &str, body: &Value) -> io::Result<Reply> {
     open(address, path, body)?.finish()
 }

@@ -28,6 +28,8 @@ pub struct Server {
     pub address: String,
     /// All output of all processes.
     pub log: PathBuf,
+    /// What `/metrics` asks for.
+    key: Option<String>,
     _directory: tempfile::TempDir,
 }
 
@@ -85,6 +87,10 @@ impl Server {
             child,
             address: format!("127.0.0.1:{port}"),
             log,
+            key: extra
+                .windows(2)
+                .find(|pair| pair[0] == "--api-key")
+                .map(|pair| pair[1].to_owned()),
             _directory: directory,
         }
     }
@@ -171,7 +177,11 @@ impl Server {
 
     /// The same over the label sets that hold `label`.
     pub fn metric_where(&self, name: &str, label: &str) -> Option<f64> {
-        let text = http::get(&self.address, "/metrics").expect("metrics").text();
+        let reply = match &self.key {
+            Some(key) => http::get_keyed(&self.address, "/metrics", key),
+            None => http::get(&self.address, "/metrics"),
+        };
+        let text = reply.expect("metrics").text();
         let values = text.lines().filter(|line| {
             line.contains(label)
                 && line
