@@ -1,8 +1,11 @@
 //! Graphs by stream capture: the operations in the order of their calls, run again by each launch.
 
-use std::sync::{
-    Arc, Mutex, Weak,
-    atomic::{AtomicBool, Ordering},
+use std::{
+    sync::{
+        Arc, Mutex, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::{self, ThreadId},
 };
 
 use libc::{c_char, c_int, c_ulonglong};
@@ -41,9 +44,15 @@ pub(crate) struct Capture {
     joined: Mutex<Vec<Weak<Stream>>>,
     invalid: AtomicBool,
     strict: bool,
+    /// The thread that began it.
+    owner: ThreadId,
 }
 
 impl Capture {
+    pub(crate) fn is_of_this_thread(&self) -> bool {
+        self.owner == thread::current().id()
+    }
+
     /// A call that a capture cannot hold: the capture yields no graph.
     pub(crate) fn invalidate(&self) {
         self.invalid.store(true, Ordering::Relaxed);
@@ -87,6 +96,7 @@ extern "C" fn cuStreamBeginCapture_v2(stream: usize, mode: c_int) -> Status {
         joined: Mutex::default(),
         invalid: AtomicBool::new(false),
         strict,
+        owner: thread::current().id(),
     });
     new.join(&stream);
     *capture = Some(new);

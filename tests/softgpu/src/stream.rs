@@ -227,8 +227,11 @@ pub(crate) fn refuse_in_capture() -> Result<(), Status> {
     if STRICT_CAPTURES.get() == 0 {
         return Ok(());
     }
+    // What other threads capture goes on.
     for stream in STREAMS.all() {
-        if let Some(capture) = &*lock(&stream.capture) {
+        if let Some(capture) = &*lock(&stream.capture)
+            && capture.is_of_this_thread()
+        {
             capture.invalidate();
         }
     }
