@@ -153,6 +153,13 @@ impl Stream {
         sticky()
     }
 
+    /// Whether another thread is capturing it.
+    fn is_captured_elsewhere(&self) -> bool {
+        lock(&self.capture)
+            .as_ref()
+            .is_some_and(|capture| !capture.is_of_this_thread())
+    }
+
     fn close(&self) {
         lock(&self.queue).closed = true;
         self.changed.notify_all();
@@ -209,6 +216,11 @@ pub(crate) fn enqueue(handle: usize, kind: Kind, op: Op) -> Status {
 pub(crate) fn synchronize_all() -> Status {
     let all: Vec<_> = lock(&RUNNING).iter().filter_map(Weak::upgrade).collect();
     for stream in all {
+        if stream.is_captured_elsewhere() {
+            // Only what was enqueued before can run; the capture is its thread's business.
+            stream.wait(stream.enqueued());
+            continue;
+        }
         let status = stream.synchronize();
         if status != SUCCESS {
             return status;
