@@ -23,7 +23,7 @@ pub enum ErrorKind {
     Unavailable,
     /// A rank died while the request was running.
     WorkerLost,
-    /// The request's own deadline passed.
+    /// The deadline that the caller gave its request passed: no fault of the server, so no 5xx over HTTP.
     DeadlineExceeded,
     /// The caller went away or asked for an abort.
     Cancelled,
@@ -65,7 +65,7 @@ const TABLE: &[Row] = &[
     row(ErrorKind::QueueFull,             "queue_full",              Code::ResourceExhausted, 429, "RateLimitError"),
     row(ErrorKind::Unavailable,           "unavailable",             Code::Unavailable,       503, "ServiceUnavailableError"),
     row(ErrorKind::WorkerLost,            "worker_lost",             Code::Unavailable,       503, "ServiceUnavailableError"),
-    row(ErrorKind::DeadlineExceeded,      "deadline_exceeded",       Code::DeadlineExceeded,  504, "GatewayTimeoutError"),
+    row(ErrorKind::DeadlineExceeded,      "deadline_exceeded",       Code::DeadlineExceeded,  408, "RequestTimeoutError"),
     row(ErrorKind::Cancelled,             "cancelled",               Code::Cancelled,         499, "ClientClosedRequest"),
     row(ErrorKind::Unimplemented,         "unimplemented",           Code::Unimplemented,     501, "NotImplementedError"),
     row(ErrorKind::Internal,              "internal",                Code::Internal,          500, "InternalServerError"),

@@ -257,7 +257,7 @@ fn a_deadline_ends_what_waits(server: &Server, short: &Value) {
     hurried["timeout"] = 0.2.into();
     let asked = Instant::now();
     let late = http::post(&server.address, COMPLETIONS, &hurried).expect("a reply");
-    assert_eq!(late.status, 504, "{}", late.text());
+    assert_eq!(late.status, 408, "{}", late.text());
     assert!(asked.elapsed() < Duration::from_secs(2), "{:?}", asked.elapsed());
     assert_eq!(late.json()["error"]["code"], "deadline_exceeded");
     let waits = || server.metric("vllm:num_requests_waiting") == Some(0.0);

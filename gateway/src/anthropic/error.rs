@@ -64,7 +64,7 @@ fn kind(status: StatusCode) -> &'static str {
         413 => "request_too_large",
         429 => "rate_limit_error",
         503 => "overloaded_error",
-        504 => "timeout_error",
+        408 => "timeout_error",
         400..500 => "invalid_request_error",
         _ => "api_error",
     }

@@ -144,7 +144,7 @@ async fn the_coordinators_errors_keep_their_kind() {
         (ErrorKind::QueueFull, 429, true),
         (ErrorKind::Unavailable, 503, true),
         (ErrorKind::WorkerLost, 503, true),
-        (ErrorKind::DeadlineExceeded, 504, false),
+        (ErrorKind::DeadlineExceeded, 408, false),
         (ErrorKind::Internal, 500, false),
     ];
     for (kind, status, retry) in cases {
