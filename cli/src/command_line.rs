@@ -4,7 +4,7 @@ use std::ffi::OsString;
 
 use clap::{Command, CommandFactory};
 
-use crate::{args::Cli, config_file, vllm, vllm::Notice};
+use crate::{args::Cli, config_file, dotted, vllm, vllm::Notice};
 
 /// What clap parses, and what it must not see.
 pub(crate) struct CommandLine {
@@ -20,6 +20,7 @@ impl CommandLine {
     pub(crate) fn read(arguments: Vec<OsString>) -> anyhow::Result<Self> {
         let command = Cli::command();
         let arguments = arguments.into_iter().map(spell).collect();
+        let arguments = dotted::join(arguments, |name| vllm::offers_anywhere(&command, name))?;
         let (arguments, mut notices) = vllm::strip(&command, arguments)?;
         let command = config_file::apply(command, &arguments, &mut notices)?;
         let command = vllm::make_negatable(command);
@@ -45,7 +46,11 @@ fn spell(argument: OsString) -> OsString {
     };
     let name = match name {
         "-tp" => "--tensor-parallel-size".to_owned(),
-        name if name.starts_with("--") && name.contains('_') => name.replace('_', "-"),
+        name if name.starts_with("--") && name.contains('_') => {
+            // The keys of a JSON flag keep theirs.
+            let flag = name.find('.').unwrap_or(name.len());
+            name[..flag].replace('_', "-") + &name[flag..]
+        }
         _ => return argument,
     };
     match value {

@@ -6,6 +6,7 @@ mod bench;
 mod chat_args;
 mod command_line;
 mod config_file;
+mod dotted;
 mod gateway;
 mod keys;
 mod kv_events;

@@ -117,7 +117,7 @@ async fn supervise(
     let drain = if outcome.is_ok() { drain } else { Duration::ZERO };
     tokio::select! {
         () = stop(&coordinator, gateway.as_mut(), drain) => {}
-        name = signals.next() => {
+        name = signals.again() => {
             tracing::warn!("{name} again: ending now");
             if let Some(gateway) = &mut gateway {
                 gateway.end(GATEWAY_HURRY).await;

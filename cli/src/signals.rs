@@ -1,8 +1,16 @@
 //! SIGINT, SIGTERM and SIGHUP: the first asks for an orderly end, the second for an end now.
 
-use std::{fs, future::pending, io};
+use std::{
+    fs,
+    future::pending,
+    io,
+    time::{Duration, Instant},
+};
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
+
+/// Within this time after the first signal, another one is the same.
+const ECHO: Duration = Duration::from_millis(500);
 
 pub(crate) struct Signals {
     interrupt: Signal,
@@ -21,6 +29,17 @@ impl Signals {
             terminate: signal(SignalKind::terminate())?,
             hangup: if ignored { None } else { Some(signal(hangup)?) },
         })
+    }
+
+    /// The next one that is not the first one's echo: a supervisor that signals a process and then its group sends two.
+    pub(crate) async fn again(&mut self) -> &'static str {
+        let echoes = Instant::now() + ECHO;
+        loop {
+            let name = self.next().await;
+            if Instant::now() >= echoes {
+                return name;
+            }
+        }
     }
 
     /// Waits for one of them; returns its name.

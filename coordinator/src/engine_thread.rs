@@ -227,6 +227,7 @@ pub fn spawn_engine(
         admission: Arc::new(AdmissionQueue::new(
             config.max_num_queued_reqs,
             config.max_num_queued_tokens,
+            config.engine.max_num_seqs as usize,
         )),
         metrics,
         next_id: AtomicU64::new(0),

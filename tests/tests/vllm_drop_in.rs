@@ -3,11 +3,13 @@
 use std::{net::SocketAddr, time::Duration};
 
 use phalanx_tests::{
-    http,
+    demo_model, http,
     processes::listening,
     python,
     server::{Server, free_port},
 };
+
+use serde_json::json;
 
 #[test]
 fn a_grpc_client_of_vllm_generates_aborts_and_shuts_down() {
@@ -109,5 +111,57 @@ fn only_http_is_reached_from_elsewhere_and_only_with_a_key() {
     }
     let reply = http::get(&server.address, "/pause").expect("a reply");
     assert_eq!(reply.status, 403, "without --admin-api-key no key would help");
+    assert!(server.stop().success());
+}
+
+#[test]
+fn vllms_variable_for_a_key_closes_the_door_and_dotted_flags_are_json() {
+    let flags = [
+        "--max-model-len",
+        "512",
+        "--speculative-config.method",
+        "ngram",
+        "--speculative-config.num_speculative_tokens=3",
+        "--override-generation-config.temperature",
+        "0.0",
+    ];
+    let key = [("VLLM_API_KEY", "of vllm".as_ref())];
+    let model = demo_model();
+    let server = Server::launch_in(&model.to_string_lossy(), &flags, &key);
+    server.wait_ready();
+    assert_eq!(
+        http::get(&server.address, "/v1/models").expect("a reply").status,
+        401
+    );
+    let log = server.log_text();
+    assert!(!log.contains("accepted and ignored"), "{log}");
+    let metrics = http::get_keyed(&server.address, "/metrics", "of vllm").expect("a reply");
+    assert_eq!(metrics.status, 200, "the key admits");
+    let text = metrics.text();
+    assert!(text.contains("vllm:spec_decode_num_draft_tokens_total"), "{text}");
+    assert!(server.stop().success());
+}
+
+/// The burst that fits the seats and the queue is admitted, whatever the queue's own bound.
+#[test]
+fn the_bound_of_the_queue_is_for_those_that_wait() {
+    let server = Server::start(&[
+        "--max-num-queued-reqs",
+        "1",
+        "--max-num-seqs",
+        "8",
+        "--max-model-len",
+        "512",
+    ]);
+    for _ in 0..3 {
+        let body = json!({"prompt": "x", "n": 8, "seed": 1, "max_tokens": 2});
+        let reply = http::post(&server.address, "/v1/completions", &body).expect("a reply");
+        assert_eq!(reply.status, 200, "{}", reply.text());
+        server.wait_idle();
+    }
+    let body = json!({"prompt": "x", "n": 10, "seed": 1, "max_tokens": 2});
+    let reply = http::post(&server.address, "/v1/completions", &body).expect("a reply");
+    assert_eq!(reply.status, 429, "{}", reply.text());
+    server.wait_idle();
     assert!(server.stop().success());
 }

@@ -284,6 +284,11 @@ fn find(
     })
 }
 
+/// Whether the program has the flag, in any of its subcommands.
+pub(crate) fn offers_anywhere(command: &Command, name: &str) -> bool {
+    offers(command, name) || command.get_subcommands().any(|sub| offers(sub, name))
+}
+
 /// Whether the command has the flag in `args.rs`, under this name or as an alias.
 fn offers(command: &Command, name: &str) -> bool {
     let long = name.trim_start_matches('-');

@@ -1,4 +1,4 @@
-//! The bound of the queue: a ticket for every sequence that waits for its first step.
+//! The bound of the queue: a ticket for every sequence that has not begun its first step.
 
 use std::sync::{
     Arc,
@@ -12,6 +12,8 @@ use phalanx_proto::{ErrorKind, RpcError};
 pub(super) struct AdmissionQueue {
     num_reqs: AtomicUsize,
     num_tokens: AtomicUsize,
+    /// Sequences that need not wait: so many may come beside those that may.
+    free_seats: AtomicUsize,
     max_reqs: usize,
     max_tokens: usize,
 }
@@ -39,17 +41,26 @@ pub(super) struct Ticket {
 }
 
 impl AdmissionQueue {
-    pub(super) fn new(max_reqs: usize, max_tokens: usize) -> Self {
+    pub(super) fn new(max_reqs: usize, max_tokens: usize, free_seats: usize) -> Self {
         Self {
             num_reqs: AtomicUsize::new(0),
             num_tokens: AtomicUsize::new(0),
+            free_seats: AtomicUsize::new(free_seats),
             max_reqs,
             max_tokens,
         }
     }
 
+    /// How many sequences more would run at once.
+    pub(super) fn set_free_seats(&self, free_seats: usize) {
+        self.free_seats.store(free_seats, Ordering::Relaxed);
+    }
+
     pub(super) fn take(self: &Arc<Self>, num_tokens: usize) -> Result<Ticket, QueueFull> {
-        let one_more = |queued: usize| (queued < self.max_reqs).then_some(queued + 1);
+        let max_reqs = self
+            .max_reqs
+            .saturating_add(self.free_seats.load(Ordering::Relaxed));
+        let one_more = |queued: usize| (queued < max_reqs).then_some(queued + 1);
         add(&self.num_reqs, one_more).map_err(|queued| QueueFull {
             limit: "max_num_queued_reqs",
             queued,
@@ -93,7 +104,7 @@ mod tests {
 
     #[test]
     fn both_limits_hold_and_tickets_come_back() {
-        let queue = Arc::new(AdmissionQueue::new(2, 10));
+        let queue = Arc::new(AdmissionQueue::new(2, 10, 0));
         let limit = |taken: Result<Ticket, QueueFull>| taken.err().map(|full| full.limit);
         let alone = queue.take(50).expect("may be longer than the limit");
         assert_eq!(limit(queue.take(1)), Some("max_num_queued_tokens"));
@@ -103,5 +114,8 @@ mod tests {
         drop(b);
         assert_eq!(limit(queue.take(7)), Some("max_num_queued_tokens"));
         assert_eq!(limit(queue.take(6)), None);
+        let (_b, _) = (queue.take(1), queue.set_free_seats(1));
+        let _c = queue.take(1).expect("need not wait");
+        assert_eq!(limit(queue.take(0)), Some("max_num_queued_reqs"));
     }
 }

@@ -86,6 +86,8 @@ impl<E: Executor> EngineThread<E> {
                 Some((epoch, cause)) => self.core.rank_lost(epoch, cause, &mut self.events),
                 None => self.core.step(self.commands.drain(..), &mut self.events),
             };
+            // Before those that have begun leave the queue.
+            self.shared.admission.set_free_seats(self.free_seats());
             self.route_events(began);
             self.publish_kv_events();
             self.publish(&progress);
@@ -219,6 +221,16 @@ impl<E: Executor> EngineThread<E> {
                 Event::Paused | Event::Resumed | Event::PrefixCacheReset => self.waiters.note(event),
             }
         }
+    }
+
+    /// Where somebody waits, it is not for a seat, or there is none.
+    fn free_seats(&self) -> usize {
+        let now = self.core.snapshot();
+        if now.num_waiting > 0 || now.paused {
+            return 0;
+        }
+        let seats = self.shared.config.engine.max_num_seqs as usize;
+        seats.saturating_sub(now.num_running)
     }
 
     fn publish_kv_events(&mut self) {

@@ -278,7 +278,8 @@ async fn a_slow_reader_loses_its_own_stream_only() {
 #[tokio::test]
 async fn a_full_queue_refuses_at_once_and_recovers() {
     let mut config = config();
-    config.max_num_queued_reqs = 2;
+    config.max_num_queued_reqs = 1;
+    config.engine.max_num_seqs = 1;
     let engine = start(config, Faults::default());
     let submit = || engine.handle.submit(sequence(vec![1], 2));
     let (mut a, mut b) = (submit().expect("room"), submit().expect("room"));

@@ -64,7 +64,7 @@ impl<'a> Message<'a> {
     pub(super) fn whole(head: &'a Head, choice: &'a Choice, usage: v1::Usage) -> Result<Self, RpcError> {
         Ok(Self {
             content: blocks(choice),
-            stop: Stop::of(choice)?,
+            stop: Stop::of(choice, !choice.tool_calls.is_empty())?,
             ..Self::begun(head, usage)
         })
     }
@@ -125,12 +125,15 @@ impl<'a> Block<'a> {
 }
 
 impl<'a> Stop<'a> {
+    /// `calls`: the message holds calls. OpenAI's reason for one that was asked for by name is that of a text.
+    ///
     /// # Errors
     /// `Internal` for a generation that failed, `Cancelled` for one that was aborted: Anthropic has no name for those.
-    pub(super) fn of(choice: &'a Choice) -> Result<Self, RpcError> {
+    pub(super) fn of(choice: &'a Choice, calls: bool) -> Result<Self, RpcError> {
         let (reason, sequence) = match (choice.finish_reason(), &choice.stop_reason) {
             (FinishReason::Length, _) => ("max_tokens", None),
             (FinishReason::ToolCalls, _) => ("tool_use", None),
+            (FinishReason::Stop, _) if calls => ("tool_use", None),
             (FinishReason::Stop, Some(StopReason::StopString(text))) => {
                 ("stop_sequence", Some(text.as_str()))
             }
@@ -186,5 +189,19 @@ mod tests {
         assert_eq!(json, expected);
         let silent = serde_json::to_value(blocks(&Choice::default())).expect("plain data");
         assert_eq!(silent, json!([{"type": "text", "text": ""}]));
+    }
+
+    #[test]
+    fn a_message_with_calls_stopped_for_them() {
+        let reason = |finish: FinishReason, calls| {
+            let choice = Choice {
+                finish_reason: finish.into(),
+                ..Choice::default()
+            };
+            Stop::of(&choice, calls).expect("an end").stop_reason
+        };
+        assert_eq!(reason(FinishReason::Stop, true), Some("tool_use"));
+        assert_eq!(reason(FinishReason::Stop, false), Some("end_turn"));
+        assert_eq!(reason(FinishReason::Length, true), Some("max_tokens"));
     }
 }

@@ -69,6 +69,8 @@ pub(super) struct MessageEvents {
     open: Option<Kind>,
     /// Number of the open block, or of the next one.
     index: u32,
+    /// Whether there were calls.
+    calls: bool,
 }
 
 impl MessageEvents {
@@ -122,6 +124,7 @@ impl Events for MessageEvents {
             self.delta(out, Delta::Text { text: &choice.text });
         }
         for call in &choice.tool_calls {
+            self.calls = true;
             self.turn_to(out, Kind::Call(call.index), Block::call(call, None));
             if !call.arguments.is_empty() {
                 let partial_json = &call.arguments;
@@ -131,7 +134,7 @@ impl Events for MessageEvents {
         if choice.finish_reason() == FinishReason::Unspecified {
             return Ok(());
         }
-        let delta = Stop::of(choice)?;
+        let delta = Stop::of(choice, self.calls)?;
         if self.open.is_none() && self.index == 0 {
             // Clients look at the first block.
             self.turn_to(out, Kind::Text, Block::Text { text: "" });

@@ -185,6 +185,15 @@ impl Reply {
         }
     }
 
+    /// What was being written stays as it is.
+    pub(super) fn cancel(&mut self) {
+        self.status = Status::Cancelled;
+        let items = self.output.iter_mut().map(Item::status_mut);
+        items
+            .filter(|status| **status == Status::InProgress)
+            .for_each(|status| *status = Status::Incomplete);
+    }
+
     pub(super) fn is_running(&self) -> bool {
         matches!(self.status, Status::Queued | Status::InProgress)
     }

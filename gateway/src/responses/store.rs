@@ -108,7 +108,7 @@ impl Record {
 
     /// Ends it, if it has not ended yet.
     pub(super) fn cancel(&self) {
-        self.update(|state| Arc::make_mut(&mut state.reply).status = Status::Cancelled);
+        self.update(|state| Arc::make_mut(&mut state.reply).cancel());
     }
 
     /// The conversation with this response as its last turn.
