@@ -207,6 +207,12 @@ fn check_output(plan: &StepPlan, output: &StepOutput, vocab_size: u32) -> Result
             plan.step
         ));
     }
+    if !answers_lists(plan, output) {
+        return protocol(format!(
+            "output of step {} does not report the tokens that the plan lists",
+            plan.step
+        ));
+    }
     let known = |token: u32| token < vocab_size;
     match output.sampled.iter().find(|sampled| !known(sampled.token)) {
         Some(sampled) => protocol(format!(
@@ -233,6 +239,16 @@ fn check_masked(masks: &StepMasks, output: &StepOutput) -> Result<(), ExecutorEr
         }
     }
     Ok(())
+}
+
+/// `output` names the plan's sequences.
+fn answers_lists(plan: &StepPlan, output: &StepOutput) -> bool {
+    let asked = plan.rows.iter().filter_map(|row| row.sampling.as_ref());
+    asked.zip(&output.sampled).all(|(sampling, sampled)| {
+        let reported = sampled.top_logprobs.iter().map(|&(id, _)| id);
+        let listed = &sampling.logprob_token_ids;
+        listed.is_empty() || !sampled.finite || reported.eq(listed.iter().copied())
+    })
 }
 
 fn answers_prompts(plan: &StepPlan, output: &StepOutput) -> bool {

@@ -157,6 +157,7 @@ pub(crate) fn chat() -> Operation {
                 schemas::CHAT,
                 schemas::TEXT_OPTIONS,
                 schemas::OUTPUT,
+                schemas::LISTED,
                 schemas::CHOICES,
                 schemas::SAMPLING,
                 schemas::STRUCTURED,
@@ -185,6 +186,7 @@ pub(crate) fn completions() -> Operation {
                 schemas::PROMPT,
                 schemas::TEXT_OPTIONS,
                 schemas::OUTPUT,
+                schemas::LISTED,
                 schemas::COMPLETIONS,
                 schemas::CHOICES,
                 schemas::SAMPLING,
@@ -312,6 +314,7 @@ pub(crate) fn generate_tokens() -> Operation {
             required: &[],
             tables: &[
                 schemas::COMPLETIONS,
+                schemas::LISTED,
                 schemas::CHOICES,
                 schemas::SAMPLING,
                 schemas::STRUCTURED,

@@ -11,7 +11,7 @@ use phalanx_proto::step::{
     decode_masks, decode_plan, encode_masks, encode_plan,
 };
 
-use super::{Prng, VOCAB_SIZE, kv_entry, mix, sample, score};
+use super::{Prng, VOCAB_SIZE, kv_entry, logprob, logprobs_of, mix, sample, score};
 use crate::engine::{EngineConfig, Executor, ExecutorError};
 
 /// What goes wrong, and how often.
@@ -130,9 +130,9 @@ impl SimExecutor {
                     sequence: row.sequence,
                     token,
                     finite,
-                    logprob: None,
-                    rank: None,
-                    top_logprobs: Vec::new(),
+                    logprob: sampling.logprobs.map(|_| logprob(&context, token)),
+                    rank: sampling.logprobs.map(|_| 1),
+                    top_logprobs: logprobs_of(&context, &sampling.logprob_token_ids),
                 });
             }
         }
