@@ -1,15 +1,15 @@
 //! Sampling parameters of a request: defaults filled in, every range checked, with vLLM's wording.
 
-use std::{collections::BTreeSet, ops::RangeInclusive};
+use std::ops::RangeInclusive;
 
 use phalanx_proto::{
     ErrorKind, RpcError,
-    limits::{MAX_LOGIT_BIAS, MAX_LOGPROB_TOKEN_IDS, MAX_N, MAX_STOP_TOKEN_IDS},
+    limits::{MAX_LOGIT_BIAS, MAX_N, MAX_STOP_TOKEN_IDS},
     secret::random_u64,
     v1,
 };
 
-use super::{GenerationDefaults, StopMatcher, repetition, tokenizer::SpecialTokens};
+use super::{GenerationDefaults, StopMatcher, listed, repetition, tokenizer::SpecialTokens};
 use crate::engine::{Constraint, RepetitionDetection, SamplingParams, StopRules};
 
 /// Smaller temperatures than this are raised to it, as in vLLM: dividing logits by less overflows.
@@ -99,7 +99,7 @@ pub(crate) fn check(
             frequency_penalty: numbers.frequency_penalty,
             seed: params.seed.unwrap_or_else(random_u64),
             logprobs: output.logprobs,
-            logprob_token_ids: logprob_token_ids(params, output, rules.limits)?,
+            logprob_token_ids: listed::checked(params, output, rules.limits)?,
             prompt_logprobs: prompt_alternatives(output),
             logit_bias: logit_bias(params, rules.limits)?,
         },
@@ -201,42 +201,6 @@ fn check_alternatives(output: &v1::OutputOptions, limit: u32) -> Result<(), RpcE
         }
     }
     Ok(())
-}
-
-/// The tokens to report in place of the best, each once. Errors: too many, one outside the vocabulary, or log-probabilities
-/// that are not asked for.
-fn logprob_token_ids(
-    params: &v1::SamplingParams,
-    output: &v1::OutputOptions,
-    limits: &ModelLimits,
-) -> Result<Vec<u32>, RpcError> {
-    const PARAM: &str = "logprob_token_ids";
-    let refused = |message: String| Err(RpcError::invalid(PARAM, message));
-    let (ids, vocab_size) = (&params.logprob_token_ids, limits.vocab_size);
-    if ids.is_empty() {
-        return Ok(Vec::new());
-    }
-    if ids.len() > MAX_LOGPROB_TOKEN_IDS {
-        return refused(format!(
-            "{PARAM} has {} ids, at most {MAX_LOGPROB_TOKEN_IDS} are allowed.",
-            ids.len()
-        ));
-    }
-    if let Some(id) = ids.iter().find(|&&id| id >= vocab_size) {
-        return refused(format!(
-            "{PARAM} holds {id}, but token ids are below {vocab_size}."
-        ));
-    }
-    if output.logprobs.is_none() {
-        return refused(format!("{PARAM} needs logprobs."));
-    }
-    if params.max_tokens == Some(0) {
-        return refused(format!(
-            "{PARAM} is of the tokens of the completion, and max_tokens is 0."
-        ));
-    }
-    let mut seen = BTreeSet::new();
-    Ok(ids.iter().copied().filter(|&id| seen.insert(id)).collect())
 }
 
 /// The numeric fields with their defaults.
@@ -473,48 +437,6 @@ mod tests {
             &GenerationDefaults::default(),
         );
         assert_eq!(error.expect_err("over").param.as_deref(), Some("logprobs"));
-    }
-
-    #[test]
-    fn listed_tokens_stay_in_their_order_each_once() {
-        let listed = |ids: &[u32], logprobs: Option<u32>, max_tokens: u32| {
-            let params = v1::SamplingParams {
-                logprob_token_ids: ids.to_vec(),
-                max_tokens: Some(max_tokens),
-                ..Default::default()
-            };
-            let output = v1::OutputOptions {
-                logprobs,
-                echo: true,
-                ..Default::default()
-            };
-            let checked = check_with(&params, &output, &GenerationDefaults::default());
-            checked.map(|checked| checked.sampling.logprob_token_ids)
-        };
-        assert_eq!(listed(&[7, 49, 7, 0], Some(0), 1), Ok(vec![7, 49, 0]));
-        // More than --max-logprobs, which is not about them.
-        let most: Vec<u32> = (0..128).map(|at| at % 50).collect();
-        assert_eq!(
-            listed(&most, Some(0), 1).map(|ids| ids.len()),
-            Ok(LIMITS.vocab_size as usize)
-        );
-        assert_eq!(listed(&[], None, 0), Ok(vec![]));
-        for (refused, message) in [
-            (
-                listed(&[49, 50], Some(0), 1),
-                "holds 50, but token ids are below 50.",
-            ),
-            (
-                listed(&[1; 129], Some(0), 1),
-                "has 129 ids, at most 128 are allowed.",
-            ),
-            (listed(&[1], None, 1), "needs logprobs."),
-            (listed(&[1], Some(0), 0), "max_tokens is 0."),
-        ] {
-            let error = refused.expect_err(message);
-            assert_eq!(error.param.as_deref(), Some("logprob_token_ids"));
-            assert!(error.message.ends_with(message), "{}", error.message);
-        }
     }
 
     #[test]
