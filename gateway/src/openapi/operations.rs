@@ -372,6 +372,7 @@ const INVOCATION: Schema = Schema {
         schemas::PROMPT,
         schemas::TEXT_OPTIONS,
         schemas::OUTPUT,
+        schemas::LISTED,
         schemas::CHOICES,
         schemas::SAMPLING,
         schemas::STRUCTURED,
