@@ -181,8 +181,8 @@ impl<E: Executor, C: Clock> EngineCore<E, C> {
     }
 }
 
-/// The ranks' answer is believed only if it answers this plan: one token for each row that asked, and a score for each
-/// prompt token that was to be scored, in the plan's order.
+/// The ranks' answer is believed only if it answers this plan: one token for each row that asked, with the tokens that it
+/// lists, and a score for each prompt token that was to be scored, in the plan's order.
 fn check_output(plan: &StepPlan, output: &StepOutput, vocab_size: u32) -> Result<(), ExecutorError> {
     let protocol = |message: String| Err(ExecutorError::Protocol(message));
     if (output.epoch, output.step) != (plan.epoch, plan.step) {
@@ -241,7 +241,7 @@ fn check_masked(masks: &StepMasks, output: &StepOutput) -> Result<(), ExecutorEr
     Ok(())
 }
 
-/// `output` names the plan's sequences.
+/// Whether each row's listed tokens are reported, of an `output` that names the plan's sequences.
 fn answers_lists(plan: &StepPlan, output: &StepOutput) -> bool {
     let asked = plan.rows.iter().filter_map(|row| row.sampling.as_ref());
     asked.zip(&output.sampled).all(|(sampling, sampled)| {

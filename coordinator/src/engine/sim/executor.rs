@@ -163,6 +163,7 @@ impl SimExecutor {
             (2, Some(again)) => output.sampled.push(again),
             (3, _) => output.step -= 1,
             (4, _) if output.prompt_logprobs.pop().is_some() => {}
+            (5, Some(first)) if first.finite && output.sampled[0].top_logprobs.pop().is_some() => {}
             _ => output.epoch += 1,
         }
         output
