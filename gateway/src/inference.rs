@@ -9,6 +9,7 @@ use axum::{
 use http::StatusCode;
 use phalanx_proto::{
     RpcError,
+    limits::MAX_LOGPROB_TOKEN_IDS,
     v1::{self, Choice, GenerateRequest, TokenIds, TokenLogprob, generate_request::Prompt},
 };
 use serde::{Deserialize, Serialize};
@@ -20,7 +21,7 @@ use crate::{
     limits::MAX_REQUEST_ID,
     observe::{RequestId, is_usable},
     openai::{
-        body::{self, parse},
+        body::{self, Bounded, parse},
         caller::Caller,
         error::ApiError,
         output::ReplyOptions,
@@ -54,6 +55,7 @@ pub(crate) struct SamplingFields {
     #[serde(default = "default_max_tokens")]
     max_tokens: Option<u32>,
     logprobs: Option<u32>,
+    logprob_token_ids: Option<Bounded<u32, MAX_LOGPROB_TOKEN_IDS>>,
 }
 
 #[expect(clippy::unnecessary_wraps, reason = "serde wants the field's type")]
@@ -128,7 +130,22 @@ fn sampling(json: &[u8]) -> Result<(v1::SamplingParams, Option<u32>), RpcError> 
     if let Some(structured) = &mut sampling.structured_outputs {
         structured.param = format!("{SAMPLING}.{}", structured.param);
     }
-    Ok((sampling, fields.logprobs))
+    sampling.logprob_token_ids = fields.logprob_token_ids.unwrap_or_default().0;
+    let logprobs = alternatives(fields.logprobs, sampling.logprob_token_ids.len())?;
+    Ok((sampling, logprobs))
+}
+
+/// As with vLLM, a list of tokens stands for their number.
+fn alternatives(logprobs: Option<u32>, listed: usize) -> Result<Option<u32>, RpcError> {
+    match logprobs {
+        _ if listed == 0 => Ok(logprobs),
+        None => Ok(Some(0)),
+        Some(count) if count as usize == listed => Ok(logprobs),
+        Some(count) => Err(RpcError::invalid(
+            "logprob_token_ids",
+            format!("logprobs must be the number of logprob_token_ids, which is {listed}, not {count}"),
+        )),
+    }
 }
 
 /// Names a field of the inner object as the client wrote it.
@@ -345,6 +362,35 @@ mod tests {
         let sampling = request.sampling.expect("given");
         assert_eq!((sampling.max_tokens, sampling.temperature), (Some(16), Some(0.0)));
         assert_eq!(request.output.expect("given").logprobs, Some(1));
+    }
+
+    /// As in vLLM, their number is the only one that may be asked for beside them.
+    #[test]
+    fn a_list_of_tokens_asks_for_logprobs_itself() {
+        let asked = |sampling: &str| {
+            let call = call(&format!(
+                r#"{{"token_ids": [1], "sampling_params": {{{sampling}}}}}"#
+            ))?;
+            let listed = call.request.sampling.expect("given").logprob_token_ids;
+            let logprobs = call.request.output.expect("given").logprobs;
+            Ok((call.style.logprobs, logprobs, listed))
+        };
+        let listed = vec![8, 5];
+        assert_eq!(
+            asked(r#""logprob_token_ids": [8, 5]"#),
+            Ok((true, Some(0), listed.clone()))
+        );
+        assert_eq!(
+            asked(r#""logprob_token_ids": [8, 5], "logprobs": 2"#),
+            Ok((true, Some(2), listed))
+        );
+        assert_eq!(asked(r#""logprob_token_ids": []"#), Ok((false, None, vec![])));
+        let refused: RpcError =
+            asked(r#""logprob_token_ids": [8, 5], "logprobs": 1"#).expect_err("another number");
+        assert_eq!(
+            refused.param.as_deref(),
+            Some("sampling_params.logprob_token_ids")
+        );
     }
 
     #[test]

@@ -28,6 +28,8 @@ pub const MAX_CHOICES: usize = 4096;
 /// Alternatives per token that a server may be told to allow (`--max-logprobs`): a step's output has room for as many
 /// of every token.
 pub const MAX_LOGPROBS: u32 = 1024;
+/// Ids of `logprob_token_ids`, as in vLLM; beside, not within, what `--max-logprobs` allows.
+pub const MAX_LOGPROB_TOKEN_IDS: usize = 128;
 /// Bytes of `cache_salt`.
 pub const MAX_CACHE_SALT_BYTES: usize = 256;
 /// Messages of a conversation; each takes some tokens, so more hardly fit any context.

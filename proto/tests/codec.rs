@@ -1,6 +1,6 @@
 //! The step codec: what goes in comes out, and no bytes whatever make it panic or allocate without a bound.
 
-use phalanx_proto::step::*;
+use phalanx_proto::{limits::MAX_LOGPROB_TOKEN_IDS, step::*};
 use proptest::{collection::vec, option, prelude::*};
 
 const LIMITS: StepLimits = StepLimits {
@@ -40,7 +40,7 @@ fn sampling() -> impl Strategy<Value = RowSampling> {
     let bias = (0..1000u32, prop_oneof![Just(f32::NEG_INFINITY), -9.0f32..9.0]);
     (
         numbers,
-        option::of(0..=5u32),
+        option::of((0..=5u32, vec(0..1000u32, 0..=MAX_LOGPROB_TOKEN_IDS))),
         option::of(penalties()),
         vec(bias, 0..=6),
     )
@@ -51,7 +51,8 @@ fn sampling() -> impl Strategy<Value = RowSampling> {
                 top_k,
                 min_p,
                 seed,
-                logprobs,
+                logprobs: logprobs.as_ref().map(|(top, _)| *top),
+                logprob_token_ids: logprobs.map(|(_, ids)| ids).unwrap_or_default(),
                 penalties,
                 bias,
             },
@@ -99,12 +100,12 @@ fn plan() -> impl Strategy<Value = StepPlan> {
     )
 }
 
-fn top_logprobs() -> impl Strategy<Value = Vec<(u32, f32)>> {
-    vec((0..1000u32, -9.0f32..0.0), 0..=5)
+fn top_logprobs(most: usize) -> impl Strategy<Value = Vec<(u32, f32)>> {
+    vec((0..1000u32, -9.0f32..0.0), 0..=most)
 }
 
 fn scored_prompt() -> impl Strategy<Value = ScoredPrompt> {
-    let token = (0..1000u32, -50.0f32..0.0, 1..1000u32, top_logprobs());
+    let token = (0..1000u32, -50.0f32..0.0, 1..1000u32, top_logprobs(5));
     let token = token.prop_map(|(token, logprob, rank, top_logprobs)| ScoredToken {
         token,
         logprob,
@@ -123,7 +124,7 @@ fn output() -> impl Strategy<Value = StepOutput> {
         0..1000u32,
         any::<bool>(),
         option::of((-50.0f32..0.0, 1..1000u32)),
-        top_logprobs(),
+        top_logprobs(MAX_LOGPROB_TOKEN_IDS),
     );
     let sampled = sampled.prop_map(|(sequence, token, finite, scored, top_logprobs)| SampledToken {
         sequence: SequenceId(sequence),
@@ -378,6 +379,29 @@ fn targets_stay_within_their_row() {
     assert_eq!(
         refused(0, vec![1000]),
         "prompt_logprobs.targets is 1000, limit 999"
+    );
+}
+
+/// As many as a request may have, whatever `--max-logprobs` says.
+#[test]
+fn listed_tokens_are_of_the_vocabulary_and_bounded() {
+    let refused = |logprob_token_ids: Vec<u32>| {
+        let row = StepRow {
+            sampling: Some(RowSampling {
+                logprobs: Some(0),
+                logprob_token_ids,
+                ..RowSampling::GREEDY
+            }),
+            ..plain_row()
+        };
+        let mut slot = vec![0; 2 * LIMITS.plan_bytes()];
+        let used = encode_plan(&plan_of(vec![row]), &mut slot).expect("fits");
+        decode_plan(&slot[..used], &LIMITS).unwrap_err().to_string()
+    };
+    assert_eq!(refused(vec![5, 1000]), "logprob_token_ids is 1000, limit 999");
+    assert_eq!(
+        refused(vec![5; MAX_LOGPROB_TOKEN_IDS + 1]),
+        "logprob_token_ids is 129, limit 128"
     );
 }
 

@@ -1,6 +1,9 @@
 //! What comes out of a request: log-probabilities, token ids, echo and usage, through the whole cluster.
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::{Duration, Instant},
+};
 
 use phalanx_tests::{http, python, server::Server};
 use serde_json::{Value, json};
@@ -34,8 +37,27 @@ fn outputs_are_reported_as_asked_for() {
     penalties_reach_back_beyond_a_thousand_tokens(&server);
     bad_requests_are_refused_at_once(&server);
     the_openai_client_reads_it_all(&server);
+    let plain = listed_tokens_are_those_of_the_best(&server);
+    bad_lists_are_refused(&server);
     server.wait_idle();
     assert!(server.stop().success());
+
+    let guesses =
+        r#"{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 2, "prompt_lookup_max": 4}"#;
+    let guessing = Server::start(&[
+        "-tp",
+        "2",
+        "--max-model-len",
+        "1024",
+        "--max-logprobs",
+        "7",
+        "--speculative-config",
+        guesses,
+    ]);
+    assert_eq!(listed_tokens_are_those_of_the_best(&guessing), plain);
+    let accepted = guessing.metric("vllm:spec_decode_num_accepted_tokens_total");
+    assert!(accepted.is_some_and(|accepted| accepted > 0.0), "{accepted:?}");
+    assert!(guessing.stop().success());
 }
 
 fn ask(server: &Server, path: &str, body: &Value) -> Value {
@@ -199,6 +221,182 @@ fn penalties_reach_back_beyond_a_thousand_tokens(server: &Server) {
         first = said;
     }
     panic!("no prompt begins with what follows it");
+}
+
+/// Names and log-probabilities beside each token, in their order.
+type Listed = Vec<Vec<(String, Value)>>;
+
+/// A text that goes round in circles, so that there is something to guess.
+const CIRCLES: &str = "one two three four, one two three four, one two three four, one two three";
+const LISTED_TOKENS: u32 = 12;
+
+/// What is reported of a list that holds whatever is ever among the best. Alike in streams and in whole replies, and of
+/// both routes.
+fn listed_tokens_are_those_of_the_best(server: &Server) -> [Listed; 2] {
+    let fixed = json!({
+        "model": "demo", "max_tokens": LISTED_TOKENS, "temperature": 0, "ignore_eos": true, "repetition_penalty": 1.01,
+        "return_tokens_as_token_ids": true, "return_token_ids": true,
+    });
+    let completion = json!({"prompt": CIRCLES});
+    let chat = json!({"messages": [{"role": "user", "content": CIRCLES}]});
+    let (seven, none) = (json!({"logprobs": 7}), json!({"logprobs": 0}));
+    let chats_seven = json!({"logprobs": true, "top_logprobs": 7});
+    let routes = [
+        (COMPLETIONS, completion, seven, none),
+        (CHAT, chat, chats_seven, json!({"logprobs": true})),
+    ];
+    routes.map(|(path, prompt, best, list)| {
+        let body = with(&with(&fixed, &prompt), &best);
+        let reply = ask(server, path, &body)["choices"][0].take();
+        let (tokens, best) = (ids_of(&reply), reported(path, &reply["logprobs"]));
+        assert_eq!(best.len(), LISTED_TOKENS as usize);
+
+        // From the greatest id to the smallest, and with some that hardly are among the best.
+        let ids = best.iter().flatten().map(|(name, _)| id_of(name));
+        let ids: BTreeSet<u64> = ids.chain([0, 1, 49_151]).collect();
+        let ids: Vec<u64> = ids.into_iter().rev().collect();
+        let body = with(&with(&fixed, &prompt), &list);
+        let body = with(&body, &json!({"logprob_token_ids": ids}));
+        let reply = ask(server, path, &body)["choices"][0].take();
+        assert_eq!(ids_of(&reply), tokens, "a list draws nothing");
+        let listed = reported(path, &reply["logprobs"]);
+        assert_eq!(listed, streamed(server, path, &body), "{path}");
+        for ((best, listed), token) in best.iter().zip(&listed).zip(tokens) {
+            let others = ids.iter().copied().filter(|&id| id != token);
+            let mut expected: Vec<u64> = std::iter::once(token).chain(others).collect();
+            let mut told: Vec<u64> = listed.iter().map(|(name, _)| id_of(name)).collect();
+            if path == COMPLETIONS {
+                // An object, which has no order.
+                expected.sort_unstable();
+                told.sort_unstable();
+            }
+            assert_eq!(told, expected);
+            assert_agrees(best, listed);
+        }
+        listed
+    })
+}
+
+/// To the digit where a token is among the best; the others are less likely than all of these.
+fn assert_agrees(best: &[(String, Value)], listed: &[(String, Value)]) {
+    let best: BTreeMap<&str, &Value> = best.iter().map(|(name, value)| (name.as_str(), value)).collect();
+    let least = best.values().filter_map(|value| value.as_f64());
+    let least = least.fold(0.0, f64::min);
+    for (name, value) in listed {
+        match best.get(name.as_str()) {
+            Some(expected) => assert_eq!(value, *expected, "{name}"),
+            None => assert!(
+                value.as_f64().is_some_and(|value| value <= least),
+                "{name}: {value}"
+            ),
+        }
+    }
+}
+
+/// `body` with more fields.
+fn with(body: &Value, fields: &Value) -> Value {
+    let mut body = body.clone();
+    let fields = fields.as_object().expect("fields").clone();
+    body.as_object_mut().expect("an object").extend(fields);
+    body
+}
+
+fn ids_of(choice: &Value) -> Vec<u64> {
+    let ids = choice["token_ids"].as_array().expect("token ids");
+    ids.iter().filter_map(Value::as_u64).collect()
+}
+
+fn id_of(name: &str) -> u64 {
+    let id = name.strip_prefix("token_id:").expect("named by its id");
+    id.parse().expect("a number")
+}
+
+/// What a reply's `logprobs` say beside each token.
+fn reported(path: &str, logprobs: &Value) -> Listed {
+    if path == COMPLETIONS {
+        let tops = logprobs["top_logprobs"].as_array().expect("a list");
+        let entries = |top: &Value| top.as_object().expect("an object").clone().into_iter().collect();
+        return tops.iter().map(entries).collect();
+    }
+    let content = logprobs["content"].as_array().expect("a list");
+    let entry = |entry: &Value| {
+        let name = entry["token"].as_str().expect("a name");
+        (name.to_owned(), entry["logprob"].clone())
+    };
+    let tops = content
+        .iter()
+        .map(|token| token["top_logprobs"].as_array().expect("a list"));
+    tops.map(|top| top.iter().map(entry).collect()).collect()
+}
+
+/// The same of a stream's pieces, put together.
+fn streamed(server: &Server, path: &str, body: &Value) -> Listed {
+    let mut body = body.clone();
+    body["stream"] = true.into();
+    let mut stream = http::open(&server.address, path, &body).expect("a stream");
+    let mut all = Vec::new();
+    while let Some(data) = stream.next_event().expect("an event") {
+        if data == "[DONE]" {
+            break;
+        }
+        let event: Value = serde_json::from_str(&data).expect("JSON");
+        let logprobs = &event["choices"][0]["logprobs"];
+        if !logprobs.is_null() {
+            all.extend(reported(path, logprobs));
+        }
+    }
+    all
+}
+
+fn bad_lists_are_refused(server: &Server) {
+    let refused = |path: &str, body: Value| {
+        let reply = http::post(&server.address, path, &body).expect("a reply");
+        assert_eq!(reply.status, 400, "{}", reply.text());
+        let error = reply.json()["error"].take();
+        assert!(error["code"].is_string(), "{error}");
+        let text = |field: &str| error[field].as_str().expect("a text").to_owned();
+        (text("param"), text("message"))
+    };
+    let completion = json!({"model": "demo", "prompt": "hi", "max_tokens": 2});
+    let chat = json!({"model": "demo", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2});
+    for (path, body, on) in [(COMPLETIONS, completion, json!(0)), (CHAT, chat, json!(true))] {
+        for (fields, param, part) in [
+            (
+                json!({"logprobs": on, "logprob_token_ids": [5, 49_152]}),
+                "logprob_token_ids",
+                "49152",
+            ),
+            (
+                json!({"logprobs": on, "logprob_token_ids": vec![5; 129]}),
+                "logprob_token_ids",
+                "128",
+            ),
+            (
+                json!({"logprobs": on, "logprob_token_ids": [5, "a"]}),
+                "logprob_token_ids[1]",
+                "",
+            ),
+            (json!({"logprob_token_ids": [5]}), "logprob_token_ids", "logprobs"),
+        ] {
+            let (named, message) = refused(path, with(&body, &fields));
+            assert_eq!(named, param, "{message}");
+            assert!(message.contains(part), "{message}");
+        }
+        let nothing = with(&body, &json!({"logprob_token_ids": []}));
+        assert!(ask(server, path, &nothing)["choices"][0]["logprobs"].is_null());
+    }
+    let tokens =
+        json!({"token_ids": [5, 6], "sampling_params": {"logprob_token_ids": [7, 5], "max_tokens": 2}});
+    let reply = ask(server, "/inference/v1/generate", &tokens);
+    let content = reply["choices"][0]["logprobs"]["content"]
+        .as_array()
+        .expect("a list");
+    assert!(
+        content.len() == 2
+            && content
+                .iter()
+                .all(|token| token["top_logprobs"][1]["token"] == "token_id:7")
+    );
 }
 
 fn bad_requests_are_refused_at_once(server: &Server) {

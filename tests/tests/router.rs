@@ -67,7 +67,9 @@ fn request(index: usize) -> (&'static str, Value) {
         0 => edit(json!({})),
         1 => edit(json!({"temperature": 0.9, "seed": index})),
         2 => edit(json!({"logprobs": true, "top_logprobs": 2})),
-        3 => edit(json!({"temperature": 1, "seed": index, "n": 2, "logprobs": 1})),
+        3 => edit(
+            json!({"temperature": 1, "seed": index, "n": 2, "logprobs": 1, "logprob_token_ids": [260, 5, 28]}),
+        ),
         4 => edit(json!({"stop": [" and", "."], "min_tokens": 20, "ignore_eos": false})),
         5 => {
             edit(json!({"repetition_penalty": 1.3, "frequency_penalty": 0.5, "temperature": 0.7, "seed": 5}))

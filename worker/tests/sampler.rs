@@ -302,6 +302,53 @@ fn logprobs_are_of_the_raw_logits() {
     assert!(token.top_logprobs.iter().all(|&(id, got)| close(got, id)));
 }
 
+/// Whatever the row draws from: bans, penalties and temperature are none of their business.
+#[test]
+fn listed_tokens_are_reported_in_their_order_in_place_of_the_best() {
+    let logits = model_like(8);
+    let worst = (0..VOCAB as u32)
+        .min_by(|&a, &b| logits[a as usize].total_cmp(&logits[b as usize]))
+        .unwrap();
+    // Of the ends of the vocabulary, of one rank and of several, and one of them twice.
+    for listed in [
+        vec![1299, 0, worst, 700, 0],
+        vec![3],
+        (0..128).map(|at| at * 10).collect(),
+    ] {
+        let case = RowSampling {
+            logprobs: Some(5),
+            logprob_token_ids: listed.clone(),
+            bias: vec![(17, 30.0), (0, f32::NEG_INFINITY)],
+            top_k: 3,
+            ..sampled(0.5)
+        };
+        let plain = RowSampling {
+            logprob_token_ids: Vec::new(),
+            ..case.clone()
+        };
+        for world_size in 1..=3 {
+            let tokens = draw(world_size, &logits, &[plain.clone(), case.clone()], &[4, 4]);
+            let [plain, token] = &tokens[..] else {
+                panic!("two rows")
+            };
+            assert_eq!(token.token, 17);
+            assert_eq!((token.logprob, token.rank), (plain.logprob, plain.rank));
+            assert_eq!(plain.top_logprobs.len(), 5);
+            assert!(
+                token
+                    .top_logprobs
+                    .iter()
+                    .map(|entry| entry.0)
+                    .eq(listed.iter().copied())
+            );
+            for &(id, got) in &token.top_logprobs {
+                let want = log_softmax(&logits, id);
+                assert!((f64::from(got) - want).abs() < 1e-4, "{id}: {got}, not {want}");
+            }
+        }
+    }
+}
+
 #[test]
 fn what_cannot_be_drawn_is_not_finite() {
     let strategies = [
@@ -309,6 +356,8 @@ fn what_cannot_be_drawn_is_not_finite() {
         sampled(1.0),
         RowSampling {
             top_p: 0.5,
+            logprobs: Some(0),
+            logprob_token_ids: vec![5, 700],
             ..sampled(1.0)
         },
     ];
@@ -370,6 +419,7 @@ fn any_sampling() -> impl Strategy<Value = RowSampling> {
         history: history.into_iter().collect(),
     });
     let bias = prop::collection::vec((0..VOCAB as u32, -3.0f32..3.0), 0..4);
+    let listed = prop::collection::vec(0..VOCAB as u32, 0..=20);
     let off = |some: BoxedStrategy<f32>, none: f32| prop_oneof![some, Just(none)];
     (
         prop_oneof![Just(0.0f32), 0.1f32..3.0],
@@ -377,7 +427,7 @@ fn any_sampling() -> impl Strategy<Value = RowSampling> {
         prop_oneof![Just(0u32), 1..2000u32],
         off((0.001f32..0.5).boxed(), 0.0),
         any::<u64>(),
-        prop::option::of(0..=5u32),
+        prop::option::of((0..=5u32, listed)),
         prop::option::of(penalties),
         bias,
     )
@@ -388,7 +438,8 @@ fn any_sampling() -> impl Strategy<Value = RowSampling> {
                 top_k,
                 min_p,
                 seed,
-                logprobs,
+                logprobs: logprobs.as_ref().map(|(top, _)| *top),
+                logprob_token_ids: logprobs.map(|(_, ids)| ids).unwrap_or_default(),
                 penalties,
                 bias,
             },
@@ -419,6 +470,36 @@ proptest! {
         prop_assert_eq!(&masked, &draw(ranks, &logits, &banned, &positions));
         prop_assert!(masked.iter().all(|token| token.finite != allowed.is_empty()));
         prop_assert!(masked.iter().all(|token| !token.finite || allowed.contains(&token.token)));
+    }
+
+    /// To the bit what the best tokens' list says of them, and the draw is another's.
+    #[test]
+    fn a_list_changes_nothing_but_what_is_reported(
+        samplings in prop::collection::vec(any_sampling(), 1..6),
+        seed in 0..1000u32,
+        ranks in 1..=3usize,
+    ) {
+        let logits = model_like(seed);
+        let positions: Vec<u64> = (0..samplings.len() as u64).collect();
+        let listing = draw(ranks, &logits, &samplings, &positions);
+        let all: Vec<RowSampling> = samplings.iter().cloned().map(|sampling| RowSampling {
+            logprobs: sampling.logprobs.map(|_| VOCAB as u32),
+            logprob_token_ids: Vec::new(),
+            ..sampling
+        }).collect();
+        let whole = draw(1, &logits, &all, &positions);
+        for (sampling, (token, whole)) in samplings.iter().zip(listing.iter().zip(&whole)) {
+            let drawn = |token: &SampledToken| (token.token, token.logprob, token.rank, token.finite);
+            prop_assert_eq!(drawn(token), drawn(whole));
+            let known: BTreeMap<u32, f32> = whole.top_logprobs.iter().copied().collect();
+            let want: Vec<(u32, f32)> = sampling.logprob_token_ids.iter().map(|id| (*id, known[id])).collect();
+            if want.is_empty() {
+                let most = sampling.logprobs.unwrap_or(0) as usize;
+                prop_assert_eq!(&token.top_logprobs[..], &whole.top_logprobs[..most]);
+            } else {
+                prop_assert_eq!(&token.top_logprobs, &want);
+            }
+        }
     }
 
     /// One rank, two or three: the same bits.

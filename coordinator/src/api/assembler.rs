@@ -23,6 +23,8 @@ pub(super) struct ChoiceAssembler {
     eos: Option<u32>,
     include_stop_in_output: bool,
     logprobs: bool,
+    /// The request lists the tokens that are reported beside the chosen ones.
+    lists: bool,
     /// Whether there is more than the echo.
     generates: bool,
     /// Another server has begun it.
@@ -60,6 +62,7 @@ impl ChoiceAssembler {
             rules,
             eos: tokenizer.special_tokens().eos,
             logprobs: request.output.logprobs.is_some() && !request.plan.hides_tokens(),
+            lists: request.lists_logprobs,
             generates: request.generates,
             resumed: false,
             undecided: None,
@@ -239,11 +242,11 @@ impl ChoiceAssembler {
 
     fn logprobs_of(&self, sampled: &SampledToken) -> Option<v1::TokenLogprobs> {
         let chosen = (sampled.token, sampled.logprob?, sampled.rank?);
-        Some(logprobs::of(
-            &self.table,
-            chosen,
-            &sampled.top_logprobs,
-            self.chars,
-        ))
+        let of = if self.lists {
+            logprobs::of_listed
+        } else {
+            logprobs::of
+        };
+        Some(of(&self.table, chosen, &sampled.top_logprobs, self.chars))
     }
 }

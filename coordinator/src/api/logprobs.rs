@@ -21,6 +21,22 @@ pub(super) fn of(
     }
 }
 
+/// The same beside the tokens that the request lists: the chosen one first, and each once, as with vLLM. Nobody has counted
+/// the others' ranks.
+pub(super) fn of_listed(
+    table: &TokenTable,
+    chosen: (u32, f32, u32),
+    listed: &[(u32, f32)],
+    text_offset: u32,
+) -> v1::TokenLogprobs {
+    let mut told = of(table, chosen, &[], text_offset);
+    let others = listed.iter().filter(|&&(token, _)| token != chosen.0);
+    told.top.extend(told.chosen.clone());
+    told.top
+        .extend(others.map(|&(token, logprob)| entry(table, token, logprob, None)));
+    told
+}
+
 /// The first token of a prompt, which has nothing before it to be likely after.
 pub(super) fn of_first(table: &TokenTable, token: u32) -> v1::TokenLogprobs {
     v1::TokenLogprobs {

@@ -181,8 +181,8 @@ impl<E: Executor, C: Clock> EngineCore<E, C> {
     }
 }
 
-/// The ranks' answer is believed only if it answers this plan: one token for each row that asked, and a score for each
-/// prompt token that was to be scored, in the plan's order.
+/// The ranks' answer is believed only if it answers this plan: one token for each row that asked, with the tokens that it
+/// lists, and a score for each prompt token that was to be scored, in the plan's order.
 fn check_output(plan: &StepPlan, output: &StepOutput, vocab_size: u32) -> Result<(), ExecutorError> {
     let protocol = |message: String| Err(ExecutorError::Protocol(message));
     if (output.epoch, output.step) != (plan.epoch, plan.step) {
@@ -204,6 +204,12 @@ fn check_output(plan: &StepPlan, output: &StepOutput, vocab_size: u32) -> Result
     if !answers_prompts(plan, output) {
         return protocol(format!(
             "output of step {} does not score the plan's prompt tokens",
+            plan.step
+        ));
+    }
+    if !answers_lists(plan, output) {
+        return protocol(format!(
+            "output of step {} does not report the tokens that the plan lists",
             plan.step
         ));
     }
@@ -233,6 +239,16 @@ fn check_masked(masks: &StepMasks, output: &StepOutput) -> Result<(), ExecutorEr
         }
     }
     Ok(())
+}
+
+/// Whether each row's listed tokens are reported, of an `output` that names the plan's sequences.
+fn answers_lists(plan: &StepPlan, output: &StepOutput) -> bool {
+    let asked = plan.rows.iter().filter_map(|row| row.sampling.as_ref());
+    asked.zip(&output.sampled).all(|(sampling, sampled)| {
+        let reported = sampled.top_logprobs.iter().map(|&(id, _)| id);
+        let listed = &sampling.logprob_token_ids;
+        listed.is_empty() || !sampled.finite || reported.eq(listed.iter().copied())
+    })
 }
 
 fn answers_prompts(plan: &StepPlan, output: &StepOutput) -> bool {

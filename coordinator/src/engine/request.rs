@@ -1,5 +1,7 @@
 //! Which requests an engine can run at all. Whatever passes here can be planned without ever leaving the step limits.
 
+use phalanx_proto::limits::MAX_LOGPROB_TOKEN_IDS;
+
 use super::{EngineConfig, EngineRequest, SamplingParams, StopRules};
 
 /// Why a request can never run.
@@ -18,6 +20,11 @@ pub enum RequestError {
         param: &'static str,
         value: f64,
         allowed: &'static str,
+    },
+    #[error("{param} needs {needed}")]
+    Needs {
+        param: &'static str,
+        needed: &'static str,
     },
     #[error("{param} has {count}, limit {limit}")]
     TooMany {
@@ -54,6 +61,7 @@ impl RequestError {
             Self::EmptyPrompt => "prompt",
             Self::UnknownToken { param, .. }
             | Self::OutOfRange { param, .. }
+            | Self::Needs { param, .. }
             | Self::TooMany { param, .. } => param,
             Self::ContextLengthExceeded { .. } | Self::NeverFits { .. } => "max_tokens",
         }
@@ -184,6 +192,20 @@ fn check_sampling(sampling: &SamplingParams, config: &EngineConfig) -> Result<()
     for (param, count) in [("logprobs", s.logprobs), ("prompt_logprobs", s.prompt_logprobs)] {
         check_count(param, count.unwrap_or(0) as usize, config.max_logprobs)?;
     }
+    check_listed(s, config)
+}
+
+fn check_listed(sampling: &SamplingParams, config: &EngineConfig) -> Result<(), RequestError> {
+    const PARAM: &str = "logprob_token_ids";
+    let ids = &sampling.logprob_token_ids;
+    check_count(PARAM, ids.len(), MAX_LOGPROB_TOKEN_IDS as u32)?;
+    check_tokens(PARAM, ids.iter().copied(), config)?;
+    if !ids.is_empty() && sampling.logprobs.is_none() {
+        return Err(RequestError::Needs {
+            param: PARAM,
+            needed: "logprobs",
+        });
+    }
     Ok(())
 }
 
@@ -269,6 +291,15 @@ mod tests {
             "presence_penalty"
         );
         assert_eq!(refused(&|r| r.sampling.logprobs = Some(21)), "logprobs");
+        let listed = |logprobs: Option<u32>, ids: Vec<u32>| {
+            refused(&|r| {
+                r.sampling.logprobs = logprobs;
+                r.sampling.logprob_token_ids = ids.clone();
+            })
+        };
+        assert_eq!(listed(None, vec![1]), "logprob_token_ids");
+        assert_eq!(listed(Some(0), vec![1, 100]), "logprob_token_ids");
+        assert_eq!(listed(Some(0), vec![1; 129]), "logprob_token_ids");
         assert_eq!(
             refused(&|r| r.sampling.prompt_logprobs = Some(21)),
             "prompt_logprobs"

@@ -198,6 +198,7 @@ impl Sequence {
             min_p: s.min_p,
             seed: s.seed,
             logprobs: s.logprobs,
+            logprob_token_ids: s.logprob_token_ids.clone(),
             penalties: s.penalties(history),
             bias: self.bias(self.num_output_tokens() + num_drafts),
         }

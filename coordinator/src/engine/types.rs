@@ -75,6 +75,7 @@ pub struct SamplingParams {
     pub frequency_penalty: f32,
     pub seed: u64,
     pub logprobs: Option<u32>,
+    pub logprob_token_ids: Vec<u32>,
     /// Score every prompt token after the first, and report so many of the best tokens beside each.
     pub prompt_logprobs: Option<u32>,
     pub logit_bias: Vec<(u32, f32)>,
@@ -91,6 +92,7 @@ impl SamplingParams {
         frequency_penalty: 0.0,
         seed: 0,
         logprobs: None,
+        logprob_token_ids: Vec::new(),
         prompt_logprobs: None,
         logit_bias: Vec::new(),
     };

@@ -32,15 +32,19 @@ impl PacedExecutor {
     }
 
     fn sample(&self, row: &StepRow) -> Option<SampledToken> {
-        row.sampling.as_ref()?;
+        let sampling = row.sampling.as_ref()?;
         let known = row.num_computed_tokens as usize + row.token_ids.len();
+        let token = self.text[known % self.text.len()];
+        // The text is certain.
+        let logprob = |id: u32| if id == token { 0.0 } else { f32::NEG_INFINITY };
+        let listed = sampling.logprob_token_ids.iter();
         Some(SampledToken {
             sequence: row.sequence,
-            token: self.text[known % self.text.len()],
+            token,
             finite: true,
-            logprob: None,
-            rank: None,
-            top_logprobs: Vec::new(),
+            logprob: sampling.logprobs.map(|_| logprob(token)),
+            rank: sampling.logprobs.map(|_| 1),
+            top_logprobs: listed.map(|&id| (id, logprob(id))).collect(),
         })
     }
 }

@@ -6,6 +6,7 @@ mod detokenizer;
 mod error;
 mod generation;
 mod json;
+mod listed;
 mod output;
 mod pool;
 mod processor;

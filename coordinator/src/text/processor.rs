@@ -124,6 +124,8 @@ pub struct PreparedRequest {
     pub stop_strings: StopMatcher,
     pub skip_special_tokens: bool,
     pub output: v1::OutputOptions,
+    /// Whether the log-probabilities of listed tokens are reported in place of the best.
+    pub lists_logprobs: bool,
     /// What the completions' texts consist of.
     pub plan: OutputPlan,
 }
@@ -404,6 +406,7 @@ impl TextProcessor {
             stop_strings: params.stop_strings,
             skip_special_tokens: params.skip_special_tokens,
             output,
+            lists_logprobs: !params.sampling.logprob_token_ids.is_empty(),
             plan: OutputPlan::default(),
         })
     }

@@ -9,7 +9,7 @@ use phalanx_proto::{
     v1,
 };
 
-use super::{GenerationDefaults, StopMatcher, repetition, tokenizer::SpecialTokens};
+use super::{GenerationDefaults, StopMatcher, listed, repetition, tokenizer::SpecialTokens};
 use crate::engine::{Constraint, RepetitionDetection, SamplingParams, StopRules};
 
 /// Smaller temperatures than this are raised to it, as in vLLM: dividing logits by less overflows.
@@ -99,6 +99,7 @@ pub(crate) fn check(
             frequency_penalty: numbers.frequency_penalty,
             seed: params.seed.unwrap_or_else(random_u64),
             logprobs: output.logprobs,
+            logprob_token_ids: listed::checked(params, output, rules.limits)?,
             prompt_logprobs: prompt_alternatives(output),
             logit_bias: logit_bias(params, rules.limits)?,
         },

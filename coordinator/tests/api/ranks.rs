@@ -43,7 +43,14 @@ impl ScriptedRanks {
             finite: true,
             logprob: sampling.logprobs.map(|_| -0.5),
             rank: sampling.logprobs.map(|_| 1),
-            top_logprobs: (0..count).map(|at| (token + at, -0.5 - at as f32)).collect(),
+            top_logprobs: if sampling.logprob_token_ids.is_empty() {
+                (0..count).map(|at| (token + at, -0.5 - at as f32)).collect()
+            } else {
+                let listed = sampling.logprob_token_ids.iter();
+                listed
+                    .map(|&id| (id, if id == token { -0.5 } else { -2.5 }))
+                    .collect()
+            },
         })
     }
 }

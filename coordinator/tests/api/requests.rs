@@ -81,6 +81,45 @@ async fn a_stream_carries_text_tokens_logprobs_and_usage() {
     assert_eq!(again.usage, Some(usage(2, 1)), "the second time finds the prefix");
 }
 
+/// The chosen token first and each token once, in streams as in whole replies; only of the chosen one the rank is known.
+#[tokio::test]
+async fn listed_tokens_are_reported_in_place_of_the_best() {
+    let server = Server::free(scripted([(1, vec![FILLER, EOS])]));
+    let mut client = server.inference().await;
+    let mut ask = request(1, |sampling| sampling.logprob_token_ids = vec![9, EOS, 9, FILLER]);
+    ask.output = Some(v1::OutputOptions {
+        logprobs: Some(3),
+        ..Default::default()
+    });
+    let whole = client
+        .generate(ask.clone())
+        .await
+        .expect("a reply")
+        .into_inner()
+        .choices
+        .remove(0);
+    let told = |choice: &v1::Choice| -> Vec<Vec<(u32, f32, Option<u32>)>> {
+        let entry = |entry: &v1::TokenLogprob| (entry.token_id, entry.logprob, entry.rank);
+        let tops = choice.logprobs.iter().map(|token| &token.top);
+        tops.map(|top| top.iter().map(entry).collect()).collect()
+    };
+    let expected = [
+        vec![(FILLER, -0.5, Some(1)), (9, -2.5, None), (EOS, -2.5, None)],
+        vec![(EOS, -0.5, Some(1)), (9, -2.5, None), (FILLER, -2.5, None)],
+    ];
+    assert_eq!(told(&whole), expected);
+    let (streamed, _) = rest(&mut open(&mut client, ask.clone()).await).await;
+    assert_eq!(told(&streamed), expected);
+
+    ask.output = None;
+    let status = client.generate(ask).await.expect_err("nothing to report them in");
+    let refused = RpcError::from(&status);
+    assert_eq!(
+        (refused.kind, refused.param.as_deref()),
+        (ErrorKind::InvalidArgument, Some("logprob_token_ids"))
+    );
+}
+
 #[tokio::test]
 async fn requests_of_one_id_run_beside_each_other_and_end_together() {
     let server = Server::start(Setup::default());

@@ -88,11 +88,12 @@ struct Call {
 fn prepare(body: &[u8], id: &str, service: &Service) -> Result<Call, RpcError> {
     let mut params: Params = parse(body)?;
     let fields: ChatFields = parse(body)?;
-    let outputs: OutputFields = parse(body)?;
+    let mut outputs: OutputFields = parse(body)?;
     unoffered::refuse_for_chat(body)?;
     let logprobs = fields.alternatives()?;
     let mut sampling = params.sampling(fields.max_completion_tokens.or(fields.max_tokens))?;
     structured::restrict(body, &mut sampling)?;
+    outputs.list(&mut sampling);
     let echo = fields.echo.unwrap_or(false);
     let mut output = params.output(logprobs, echo, service.reply.force_include_usage)?;
     outputs.complete(&mut output, params.streams())?;

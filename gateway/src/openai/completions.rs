@@ -66,10 +66,11 @@ struct Call {
 fn prepare(body: &[u8], id: &str, options: ReplyOptions) -> Result<Call, RpcError> {
     let mut params: Params = parse(body)?;
     let fields: CompletionFields = parse(body)?;
-    let outputs: OutputFields = parse(body)?;
+    let mut outputs: OutputFields = parse(body)?;
     unoffered::refuse_for_completions(body)?;
     let mut sampling = params.sampling(fields.max_tokens)?;
     structured::restrict(body, &mut sampling)?;
+    outputs.list(&mut sampling);
     let echo = fields.echo.unwrap_or(false);
     let mut output = params.output(fields.logprobs, echo, options.force_include_usage)?;
     outputs.complete(&mut output, params.streams())?;

@@ -1,7 +1,13 @@
 //! What a reply must contain beside its text: the fields of a request, and the operator's word on them.
 
-use phalanx_proto::{RpcError, v1::OutputOptions};
+use phalanx_proto::{
+    RpcError,
+    limits::MAX_LOGPROB_TOKEN_IDS,
+    v1::{OutputOptions, SamplingParams},
+};
 use serde::Deserialize;
+
+use super::body::Bounded;
 
 /// The operator's settings of replies (vLLM's flags of the same names).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -18,6 +24,7 @@ pub struct ReplyOptions {
 #[derive(Debug, Deserialize)]
 pub(crate) struct OutputFields {
     prompt_logprobs: Option<i64>,
+    logprob_token_ids: Option<Bounded<u32, MAX_LOGPROB_TOKEN_IDS>>,
     return_token_ids: Option<bool>,
     return_tokens_as_token_ids: Option<bool>,
     /// -1: to what leaves room for the completion.
@@ -52,6 +59,11 @@ impl OutputFields {
             }
         }
         Ok(())
+    }
+
+    /// Takes the tokens out whose log-probabilities are reported in place of the best, which is the sampler's business.
+    pub(super) fn list(&mut self, sampling: &mut SamplingParams) {
+        sampling.logprob_token_ids = self.logprob_token_ids.take().unwrap_or_default().0;
     }
 
     /// How the reply to `output` is written.
@@ -108,6 +120,36 @@ mod tests {
         ] {
             let error = complete(body, streams).expect_err(body);
             assert_eq!(error.param.as_deref(), Some("prompt_logprobs"), "{body}");
+        }
+    }
+
+    #[test]
+    fn a_list_is_bounded_and_null_or_empty_asks_for_nothing() {
+        let listed = |body: &str| -> Result<Vec<u32>, RpcError> {
+            let mut fields: OutputFields = parse(body.as_bytes())?;
+            let mut sampling = SamplingParams::default();
+            fields.list(&mut sampling);
+            Ok(sampling.logprob_token_ids)
+        };
+        assert_eq!(listed(r#"{"logprob_token_ids": [7, 5, 7]}"#), Ok(vec![7, 5, 7]));
+        for nothing in [
+            "{}",
+            r#"{"logprob_token_ids": null}"#,
+            r#"{"logprob_token_ids": []}"#,
+        ] {
+            assert_eq!(listed(nothing), Ok(vec![]), "{nothing}");
+        }
+        let many = format!(
+            r#"{{"logprob_token_ids": [{}1]}}"#,
+            "1,".repeat(MAX_LOGPROB_TOKEN_IDS)
+        );
+        for (body, param) in [
+            (many.as_str(), "logprob_token_ids"),
+            (r#"{"logprob_token_ids": 5}"#, "logprob_token_ids"),
+            (r#"{"logprob_token_ids": [5, -1]}"#, "logprob_token_ids[1]"),
+        ] {
+            let error = listed(body).expect_err(body);
+            assert_eq!(error.param.as_deref(), Some(param), "{body}");
         }
     }
 

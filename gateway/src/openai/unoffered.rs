@@ -23,7 +23,6 @@ const BOTH: &[Field] = &[
     ("best_of", &["1"]),
     ("kv_transfer_params", &[]),
     ("logits_processors", &["[]"]),
-    ("logprob_token_ids", &["[]"]),
     ("use_beam_search", &["false"]),
 ];
 
@@ -41,6 +40,7 @@ const COMPLETIONS: &[Field] = &[("prompt_embeds", &["[]"]), ("suffix", &[r#""""#
 const RESPONSES: &[Field] = &[
     ("conversation", &[]),
     ("enable_response_messages", &["false"]),
+    ("logprob_token_ids", &["[]"]),
     ("media_io_kwargs", &["{}"]),
     ("mm_processor_kwargs", &["{}"]),
     ("previous_input_messages", &["[]"]),

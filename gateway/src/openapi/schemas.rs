@@ -257,6 +257,13 @@ pub(super) const COMPLETIONS: &[Field] = &[
     ("logprobs", COUNT, "Alternatives reported for each token."),
 ];
 
+/// Of chats, of completions, and of `sampling_params`.
+#[rustfmt::skip]
+pub(super) const LISTED: &[Field] = &[
+    ("logprob_token_ids", r#"{"type": ["array", "null"], "maxItems": 128, "items": {"type": "integer", "minimum": 0, "maximum": 4294967295}}"#,
+        "Tokens reported beside each token of the completion, in place of the most probable; needs `logprobs`."),
+];
+
 /// What both of Anthropic's routes read.
 #[rustfmt::skip]
 pub(super) const CONVERSATION: &[Field] = &[

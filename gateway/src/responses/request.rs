@@ -503,6 +503,10 @@ pub(super) mod tests {
             ),
             (r#""input": "hi", "include": ["all"]"#.to_owned(), "include[0]"),
             (r#""input": "hi", "top_logprobs": 3"#.to_owned(), "top_logprobs"),
+            (
+                r#""input": "hi", "logprob_token_ids": [5]"#.to_owned(),
+                "logprob_token_ids",
+            ),
             (r#""input": "hi", "truncation": "some""#.to_owned(), "truncation"),
             (r#""input": "hi", "metadata": {"a": 1}"#.to_owned(), "metadata.a"),
             (

@@ -72,10 +72,11 @@ async fn bad_bodies_are_refused_with_the_field_named() {
             Some("parallel_tool_calls"),
         ),
         (CHAT, chat(r#""documents": "none""#), Some("documents")),
+        (CHAT, chat(r#""use_beam_search": true"#), Some("use_beam_search")),
         (
             CHAT,
-            chat(r#""logprob_token_ids": [5]"#),
-            Some("logprob_token_ids"),
+            chat(r#""logprob_token_ids": [5, -1]"#),
+            Some("logprob_token_ids[1]"),
         ),
         (
             CHAT,
@@ -84,7 +85,12 @@ async fn bad_bodies_are_refused_with_the_field_named() {
         ),
         (
             COMPLETIONS,
-            complete(r#""logprob_token_ids": [5]"#),
+            complete(r#""logits_processors": ["a"]"#),
+            Some("logits_processors"),
+        ),
+        (
+            COMPLETIONS,
+            complete(&format!(r#""logprob_token_ids": [{}5]"#, "5,".repeat(128))),
             Some("logprob_token_ids"),
         ),
         (

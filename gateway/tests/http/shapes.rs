@@ -58,7 +58,7 @@ async fn a_chat_completion() {
 async fn the_fields_of_a_chat_reach_the_coordinator() {
     let (mut coordinator, server) = pair(Script::Hello).await;
     let body = r#"{"messages": [{"role": "user", "content": "hi"}], "max_tokens": 9, "max_completion_tokens": 8,
-        "logprobs": true, "top_logprobs": 2, "add_generation_prompt": false,
+        "logprobs": true, "top_logprobs": 2, "logprob_token_ids": [7, 5], "add_generation_prompt": false,
         "repetition_detection": {"max_pattern_size": 20, "min_pattern_size": 3, "min_count": 4},
         "thinking_token_budget": 32, "chat_template_kwargs": {"thinking": true}, "stop": ["a", "b"], "seed": 7, "user": "somebody"}"#;
     let reply = post(server.address, CHAT, body).await;
@@ -67,6 +67,7 @@ async fn the_fields_of_a_chat_reach_the_coordinator() {
     let sampling = asked.sampling.expect("always sent");
     assert_eq!((sampling.max_tokens, sampling.seed), (Some(8), Some(7)));
     assert_eq!(sampling.stop, ["a", "b"]);
+    assert_eq!(sampling.logprob_token_ids, [7, 5]);
     let repetition = RepetitionDetection {
         max_pattern_size: 20,
         min_pattern_size: 3,
@@ -121,7 +122,8 @@ async fn repetition_is_an_end_in_every_dialect() {
 #[tokio::test]
 async fn several_prompts_are_numbered_through() {
     let (mut coordinator, server) = pair(Script::Hello).await;
-    let body = r#"{"prompt": ["a", "b"], "n": 2, "logprobs": 0, "echo": true, "add_special_tokens": false}"#;
+    let body = r#"{"prompt": ["a", "b"], "n": 2, "logprobs": 0, "logprob_token_ids": [3], "echo": true,
+        "add_special_tokens": false}"#;
     let reply = post(server.address, COMPLETIONS, body).await;
     assert_eq!(reply.status, 200, "{}", reply.text());
     let reply = reply.json();
@@ -155,6 +157,7 @@ async fn several_prompts_are_numbered_through() {
         assert_eq!(asked.prompt, Some(Prompt::Text(text.to_owned())));
         let output = asked.output.expect("always sent");
         assert_eq!((output.logprobs, output.echo), (Some(0), true));
+        assert_eq!(asked.sampling.expect("always sent").logprob_token_ids, [3]);
         assert_eq!(asked.add_special_tokens, Some(false));
     }
 }

@@ -7,9 +7,10 @@ use super::{
     BlockId, Penalties, PromptLogprobs, RowSampling, SampledToken, ScoredPrompt, ScoredToken, SequenceId,
     StepLimits, StepMasks, StepOutput, StepPlan, StepRow, TokenMask, TokenSet,
 };
+use crate::limits::MAX_LOGPROB_TOKEN_IDS;
 
 /// Changes with every change of the layout.
-const VERSION: u16 = 2;
+const VERSION: u16 = 3;
 const PLAN: u16 = u16::from_le_bytes(*b"PL");
 const OUTPUT: u16 = u16::from_le_bytes(*b"OU");
 const MASKS: u16 = u16::from_le_bytes(*b"MA");
@@ -188,7 +189,8 @@ impl StepLimits {
             + SAMPLING_BYTES
             + PROMPT_LOGPROBS_BYTES
             + 4 * self.max_blocks_per_row as usize
-            + 8 * self.max_edits_per_row as usize;
+            + 8 * self.max_edits_per_row as usize
+            + 4 * MAX_LOGPROB_TOKEN_IDS;
         // A token, and the target that follows it.
         let tokens = 8 * self.max_tokens as usize;
         HEADER + self.max_rows as usize * row + tokens + 8 * self.max_history() as usize
@@ -203,9 +205,9 @@ impl StepLimits {
     }
     /// Bytes a slot needs to hold any output within these limits.
     pub fn output_bytes(&self) -> usize {
-        let top = 8 * self.max_logprobs as usize;
-        let row = MIN_SAMPLED + 8 + top + MIN_PROMPT;
-        HEADER + self.max_rows as usize * row + self.max_tokens as usize * (MIN_SCORED + top)
+        let [sampled, scored] = [self.max_top_logprobs(), self.max_logprobs].map(|top| 8 * top as usize);
+        let row = MIN_SAMPLED + 8 + sampled + MIN_PROMPT;
+        HEADER + self.max_rows as usize * row + self.max_tokens as usize * (MIN_SCORED + scored)
     }
 }
 
@@ -222,7 +224,7 @@ const MIN_PROMPT: usize = 8 + 4;
 /// Token, log-probability, rank and the count.
 const MIN_SCORED: usize = 4 + 4 + 4 + 4;
 /// A row's sampling without its lists' entries.
-const SAMPLING_BYTES: usize = 4 * 4 + 8 + 1 + 4 + 12 + 4 + 4;
+const SAMPLING_BYTES: usize = 4 * 4 + 8 + 1 + 4 + 4 + 12 + 4 + 4;
 
 struct Writer<'a> {
     slot: &'a mut [u8],
@@ -286,6 +288,7 @@ impl Writer<'_> {
         self.u8(u8::from(s.logprobs.is_some()) | u8::from(s.penalties.is_some()) << 1)?;
         if let Some(n) = s.logprobs {
             self.u32(n)?;
+            self.u32s(s.logprob_token_ids.iter().copied())?;
         }
         if let Some(p) = &s.penalties {
             for v in [p.repetition, p.presence, p.frequency] {
@@ -454,7 +457,7 @@ impl Reader<'_> {
             finite: flags & 1 != 0,
             logprob: scored.map(|(logprob, _)| logprob),
             rank: scored.map(|(_, rank)| rank),
-            top_logprobs: self.top_logprobs(limits)?,
+            top_logprobs: self.top_logprobs(limits, limits.max_top_logprobs())?,
         })
     }
     fn scored(&mut self, limits: &StepLimits) -> Result<ScoredToken> {
@@ -462,12 +465,12 @@ impl Reader<'_> {
             token: self.index("token", limits.vocab_size)?,
             logprob: self.f32("logprob")?,
             rank: self.u32("rank")?,
-            top_logprobs: self.top_logprobs(limits)?,
+            top_logprobs: self.top_logprobs(limits, limits.max_logprobs)?,
         })
     }
-    fn top_logprobs(&mut self, limits: &StepLimits) -> Result<Vec<(u32, f32)>> {
+    fn top_logprobs(&mut self, limits: &StepLimits, most: u32) -> Result<Vec<(u32, f32)>> {
         const FIELD: &str = "top_logprobs";
-        let n = self.count(FIELD, limits.max_logprobs, 8)?;
+        let n = self.count(FIELD, most, 8)?;
         let top = (0..n).map(|_| Ok((self.index(FIELD, limits.vocab_size)?, self.f32(FIELD)?)));
         top.collect()
     }
@@ -477,11 +480,12 @@ impl Reader<'_> {
         let min_p = self.number("min_p", 0.0)?;
         let (top_k, seed) = (self.u32("top_k")?, self.u64("seed")?);
         let flags = self.flags("sampling.flags", 3)?;
-        let logprobs = if flags & 1 != 0 {
-            Some(self.index("logprobs", limits.max_logprobs + 1)?)
-        } else {
-            None
-        };
+        let (mut logprobs, mut logprob_token_ids) = (None, Vec::new());
+        if flags & 1 != 0 {
+            logprobs = Some(self.index("logprobs", limits.max_logprobs + 1)?);
+            let most = MAX_LOGPROB_TOKEN_IDS as u32;
+            logprob_token_ids = self.indices("logprob_token_ids", most, limits.vocab_size)?;
+        }
         let penalties = if flags & 2 != 0 {
             Some(self.penalties(limits, left)?)
         } else {
@@ -497,6 +501,7 @@ impl Reader<'_> {
             min_p,
             seed,
             logprobs,
+            logprob_token_ids,
             penalties,
             bias,
         })

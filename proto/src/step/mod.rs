@@ -11,6 +11,8 @@ pub use codec::{
 };
 pub use mask::{StepMasks, TokenMask, TokenSet};
 
+use crate::limits::MAX_LOGPROB_TOKEN_IDS;
+
 /// Index of a KV block in the pool that every rank lays out alike.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct BlockId(pub u32);
@@ -82,6 +84,8 @@ pub struct RowSampling {
     pub seed: u64,
     /// Report the chosen token's log-probability and this many of the best.
     pub logprobs: Option<u32>,
+    /// If there are any, they are reported in place of the best; only with `logprobs`. At most [`MAX_LOGPROB_TOKEN_IDS`].
+    pub logprob_token_ids: Vec<u32>,
     pub penalties: Option<Penalties>,
     /// Added to single logits; negative infinity bans a token.
     pub bias: Vec<(u32, f32)>,
@@ -96,6 +100,7 @@ impl RowSampling {
         min_p: 0.0,
         seed: 0,
         logprobs: None,
+        logprob_token_ids: Vec::new(),
         penalties: None,
         bias: Vec::new(),
     };
@@ -157,7 +162,8 @@ pub struct SampledToken {
     pub logprob: Option<f32>,
     /// How many tokens are at least as likely, the token among them; there if `logprob` is.
     pub rank: Option<u32>,
-    /// The best tokens by raw log-probability, best first.
+    /// The row's [`RowSampling::logprob_token_ids`] in their order; without any, the best tokens by raw log-probability, best
+    /// first.
     pub top_logprobs: Vec<(u32, f32)>,
 }
 
@@ -178,6 +184,11 @@ pub struct StepLimits {
 const HISTORY_PER_ROW: u32 = 2048;
 
 impl StepLimits {
+    /// Most `top_logprobs` of a sampled token.
+    pub fn max_top_logprobs(&self) -> u32 {
+        self.max_logprobs.max(MAX_LOGPROB_TOKEN_IDS as u32)
+    }
+
     /// Most `history` entries of all rows of a plan together: enough for the whole vocabulary in one row.
     pub fn max_history(&self) -> u32 {
         self.max_rows.saturating_mul(HISTORY_PER_ROW).max(self.vocab_size)

@@ -1,5 +1,7 @@
 //! The decision: which token, given every rank's candidates.
 
+use std::borrow::Cow;
+
 use phalanx_kernels::{Candidate, Candidates, ChunkStatistics};
 use phalanx_proto::step::{SampledToken, SequenceId};
 
@@ -135,13 +137,31 @@ impl Row<'_> {
                 top_logprobs: Vec::new(),
             };
         }
+        let Some(others) = self.others(merged) else {
+            return Choice::NotFinite;
+        };
         let total = log_sum_exp(&merged.raw_statistics);
-        let best = merged.raw_best.iter();
+        let others = others.iter();
         Choice::Token {
             candidate: chosen,
             logprob: Some(log_softmax(&chosen, total)),
-            top_logprobs: best.map(|other| (other.id, log_softmax(other, total))).collect(),
+            top_logprobs: others
+                .map(|other| (other.id, log_softmax(other, total)))
+                .collect(),
         }
+    }
+
+    /// What is reported beside the chosen token: the best, or what the row lists. None: one of these has a logit that is
+    /// beyond all bounds.
+    fn others<'a>(&self, merged: &'a Candidates) -> Option<Cow<'a, [Candidate]>> {
+        if self.listed.is_empty() {
+            return Some(Cow::Borrowed(&merged.raw_best));
+        }
+        let found = self.listed.iter().map(|id| {
+            let at = self.found.binary_search_by_key(id, |candidate| candidate.id);
+            at.ok().map(|at| self.found[at])
+        });
+        found.collect()
     }
 }
 

@@ -8,6 +8,7 @@
 
 mod decision;
 mod exchange;
+mod listed;
 mod row;
 mod score;
 mod wire;
@@ -22,6 +23,7 @@ use phalanx_kernels::{Backend, CandidateRequest, Communicator, Threshold};
 use phalanx_proto::step::{RowSampling, SampledToken, SequenceId, TokenSet};
 
 use crate::error::RunError;
+use listed::Listed;
 use row::Row;
 
 /// One row of the logits, and how to draw from it.
@@ -64,14 +66,22 @@ pub fn sample<B: Backend, C: Communicator<B>>(
     let mut sampled: Vec<Option<SampledToken>> = vec![None; rows.len()];
     let mut reported = Vec::new();
     let mut open: Vec<usize> = (0..rows.len()).collect();
+    let lists = Listed::of(rows);
+    // Part of the first round only: what was found stays.
+    let mut listed: Vec<CandidateRequest<'_>> = lists.iter().map(|list| list.request(vocab.own())).collect();
     loop {
-        let requests: Vec<CandidateRequest<'_>> =
+        let mut requests: Vec<CandidateRequest<'_>> =
             open.iter().map(|&i| states[i].request(i, vocab.own())).collect();
+        requests.extend(std::mem::take(&mut listed));
         let local = backend.candidates(logits, &requests)?;
         // Without rows, too: this is what keeps a fast rank's next step off the buffers of a slow one's last.
         let merged = exchange::merge_all(comm, vocab, &requests, &local)?;
+        let (merged, found) = merged.split_at(open.len());
+        for (list, found) in lists.iter().zip(found) {
+            states[list.row].note_listed(&found.best);
+        }
         let mut undecided = Vec::new();
-        for (&row, candidates) in open.iter().zip(&merged) {
+        for (&row, candidates) in open.iter().zip(merged) {
             match states[row].decide(candidates) {
                 Some(choice) => {
                     let logit = choice.reported_logit();

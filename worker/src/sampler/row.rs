@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use phalanx_kernels::{CandidateRequest, LogitEdit, Noise};
+use phalanx_kernels::{Candidate, CandidateRequest, LogitEdit, Noise};
 use phalanx_proto::step::{RowSampling, TokenSet};
 
 use super::SamplingRow;
@@ -41,6 +41,10 @@ pub(super) struct Row<'a> {
     pub(super) noise: Noise,
     /// How many of the best tokens to report; none: no log-probabilities.
     pub(super) logprobs: Option<usize>,
+    /// Which tokens to report in place of the best.
+    pub(super) listed: &'a [u32],
+    /// Their candidates, by rising id.
+    pub(super) found: Vec<Candidate>,
     pub(super) vocab_size: usize,
     /// Best scaled logits asked for in this round.
     pub(super) top: usize,
@@ -66,6 +70,8 @@ impl<'a> Row<'a> {
                 position: row.position,
             },
             logprobs: sampling.logprobs.map(|n| n as usize),
+            listed: &sampling.logprob_token_ids,
+            found: Vec::new(),
             vocab_size,
             top,
             inverse_temperature: match strategy {
@@ -93,7 +99,7 @@ impl<'a> Row<'a> {
             inverse_temperature: self.inverse_temperature,
             noise: (self.strategy == Strategy::Unfiltered).then_some(self.noise),
             top: self.top,
-            raw_top: self.logprobs.unwrap_or(0),
+            raw_top: self.logprobs.filter(|_| self.listed.is_empty()).unwrap_or(0),
             // With top-k or min-p, top-p looks at the mass of what these leave, and all of that is candidates.
             scaled_statistics: matches!(
                 self.strategy,
@@ -105,6 +111,12 @@ impl<'a> Row<'a> {
             ),
             raw_statistics: self.logprobs.is_some(),
         }
+    }
+
+    /// Notes all ranks' candidates of the listed tokens.
+    pub(super) fn note_listed(&mut self, candidates: &[Candidate]) {
+        self.found = candidates.to_vec();
+        self.found.sort_unstable_by_key(|candidate| candidate.id);
     }
 
     /// Asks for more candidates in the next round.

@@ -6,12 +6,9 @@ use phalanx_proto::step::ScoredToken;
 use super::{
     Vocabulary,
     decision::{log_softmax, log_sum_exp},
-    exchange,
+    exchange, listed,
 };
 use crate::error::RunError;
-
-/// An edit that makes a token the best of all, so that its raw logit is reported: no model's logits come near it.
-const LIFT: f32 = 1e30;
 
 /// One row of the logits, and the token that is known to come next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,20 +26,13 @@ pub fn score<B: Backend, C: Communicator<B>>(
     vocab: Vocabulary<'_>,
     rows: &[KnownRow],
 ) -> Result<Vec<ScoredToken>, RunError> {
-    let lifts: Vec<LogitEdit> = rows.iter().map(lift).collect();
+    let lifts: Vec<LogitEdit> = rows.iter().map(|known| listed::lift(known.token)).collect();
     let requests: Vec<CandidateRequest<'_>> = (0..)
         .zip(rows.iter().zip(&lifts))
         .map(|(row, (known, lift))| CandidateRequest {
-            row,
-            vocab: vocab.own(),
-            edits: std::slice::from_ref(lift),
-            allowed: None,
-            inverse_temperature: 1.0,
-            noise: None,
-            top: 1,
             raw_top: known.top as usize,
-            scaled_statistics: false,
             raw_statistics: true,
+            ..listed::request(row, vocab.own(), std::slice::from_ref(lift))
         })
         .collect();
     let local = backend.candidates(logits, &requests)?;
@@ -59,14 +49,6 @@ pub fn score<B: Backend, C: Communicator<B>>(
     Ok(scored
         .map(|((known, merged), (candidate, rank))| scored_token(*known, &merged, candidate, rank))
         .collect())
-}
-
-fn lift(known: &KnownRow) -> LogitEdit {
-    LogitEdit {
-        id: known.token,
-        repetition: 1.0,
-        add: LIFT,
-    }
 }
 
 /// The known token's logit; none if the row's logits are not finite.

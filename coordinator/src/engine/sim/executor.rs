@@ -11,7 +11,7 @@ use phalanx_proto::step::{
     decode_masks, decode_plan, encode_masks, encode_plan,
 };
 
-use super::{Prng, VOCAB_SIZE, kv_entry, mix, sample, score};
+use super::{Prng, VOCAB_SIZE, kv_entry, logprob, logprobs_of, mix, sample, score};
 use crate::engine::{EngineConfig, Executor, ExecutorError};
 
 /// What goes wrong, and how often.
@@ -130,9 +130,9 @@ impl SimExecutor {
                     sequence: row.sequence,
                     token,
                     finite,
-                    logprob: None,
-                    rank: None,
-                    top_logprobs: Vec::new(),
+                    logprob: sampling.logprobs.map(|_| logprob(&context, token)),
+                    rank: sampling.logprobs.map(|_| 1),
+                    top_logprobs: logprobs_of(&context, &sampling.logprob_token_ids),
                 });
             }
         }
@@ -163,6 +163,7 @@ impl SimExecutor {
             (2, Some(again)) => output.sampled.push(again),
             (3, _) => output.step -= 1,
             (4, _) if output.prompt_logprobs.pop().is_some() => {}
+            (5, Some(first)) if first.finite && output.sampled[0].top_logprobs.pop().is_some() => {}
             _ => output.epoch += 1,
         }
         output

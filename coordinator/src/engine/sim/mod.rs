@@ -114,6 +114,28 @@ fn score(context: impl Iterator<Item = u64>, token: u32, top: u32) -> ScoredToke
     }
 }
 
+/// The log-probability of a token after `context`.
+fn logprob(context: &[u64], token: u32) -> f32 {
+    let hash = mix(context.iter().copied().fold(13, mix), token.into());
+    -((hash % 1000) as f32)
+}
+
+fn logprobs_of(context: &[u64], listed: &[u32]) -> Vec<(u32, f32)> {
+    listed.iter().map(|&id| (id, logprob(context, id))).collect()
+}
+
+/// What is reported of the listed tokens beside each of `tokens`, which follow the output that the request brings.
+pub(crate) fn listed_oracle(request: &EngineRequest, tokens: &[u32]) -> Vec<Vec<(u32, f32)>> {
+    let known = [request.prompt.as_slice(), &request.output].concat();
+    let mut context: Vec<u64> = known.iter().map(|&token| kv_entry(token, request.id)).collect();
+    let reported = tokens.iter().map(|&token| {
+        let reported = logprobs_of(&context, &request.sampling.logprob_token_ids);
+        context.push(kv_entry(token, request.id));
+        reported
+    });
+    reported.collect()
+}
+
 /// The scores of all prompt tokens but the first; none if none are asked for.
 pub(crate) fn prompt_oracle(request: &EngineRequest) -> Vec<ScoredToken> {
     let Some(top) = request.sampling.prompt_logprobs else {

@@ -9,7 +9,8 @@ use std::{
 use phalanx_proto::step::{ScoredToken, SequenceId};
 
 use super::{
-    End, Faults, Prng, SimExecutor, VOCAB_SIZE, grammar, indexer::Indexer, mix, oracle, prompt_oracle, salt,
+    End, Faults, Prng, SimExecutor, VOCAB_SIZE, grammar, indexer::Indexer, listed_oracle, mix, oracle,
+    prompt_oracle, salt,
 };
 use crate::engine::{
     Clock, Command, EngineConfig, EngineCore, EngineRequest, Event, FinishReason, Instant, NgramSpeculation,
@@ -54,6 +55,8 @@ struct Heard {
     started: bool,
     scored: Vec<ScoredToken>,
     tokens: Vec<u32>,
+    /// Beside each of them, those that the request lists.
+    listed: Vec<Vec<(u32, f32)>>,
     end: Option<Event>,
 }
 
@@ -165,6 +168,8 @@ impl Scenario {
         for (id, request) in &self.requests {
             let heard = &heard[id];
             let end = heard.end.as_ref().expect("every sequence has an end");
+            let listed = listed_oracle(request, &heard.tokens);
+            assert_eq!(heard.listed, listed, "{id:?} with exactly what it lists");
             let name = match end {
                 Event::Rejected { .. } => {
                     assert!(request.check(&self.config).is_err() && heard.tokens.is_empty());
@@ -253,6 +258,7 @@ fn hear(all: &mut BTreeMap<SequenceId, Heard>, event: Event) {
         Event::Token(sampled) => {
             assert!(heard.started && sampled.finite);
             heard.tokens.push(sampled.token);
+            heard.listed.push(sampled.top_logprobs);
         }
         Event::Preempted { .. } => assert!(heard.started),
         end => heard.end = Some(end),
@@ -333,6 +339,12 @@ fn request(id: SequenceId, shared: &[u32], config: &EngineConfig, prng: &mut Prn
     }
     if prng.one_in(3) {
         sampling.prompt_logprobs = Some(prng.range(0, 3));
+    }
+    if prng.one_in(3) {
+        sampling.logprobs = Some(prng.range(0, 3));
+        let count = prng.below(5);
+        let ids = (0..count).map(|_| prng.below(VOCAB_SIZE.into()) as u32);
+        sampling.logprob_token_ids = ids.collect();
     }
     // Now and then one that no configuration of this size can run.
     let oversized = if prng.one_in(40) { config.max_model_len } else { 0 };
