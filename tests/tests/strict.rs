@@ -38,7 +38,10 @@ fn pythonic_calls_behind_reasoning_follow_their_schemas() {
     assert_eq!(reply.status, 400, "{}", reply.text());
     let error = reply.json()["error"].clone();
     assert_eq!(error["param"], "tools[0].function.parameters", "{error}");
-    assert!(error["message"].as_str().expect("a text").contains("`anyOf`"), "{error}");
+    assert!(
+        error["message"].as_str().expect("a text").contains("`anyOf`"),
+        "{error}"
+    );
     server.wait_idle();
     assert!(server.stop().success());
 }
@@ -87,10 +90,17 @@ fn holds(parser: &str, answer: &str, flags: &[&str]) -> Server {
     };
     let strict = call(&weather());
     assert!(strict["city"] == "Lyon" || strict["city"] == "Nice", "{strict}");
-    assert!((1..=9).contains(&strict["days"].as_i64().expect("an integer")), "{strict}");
+    assert!(
+        (1..=9).contains(&strict["days"].as_i64().expect("an integer")),
+        "{strict}"
+    );
     let mut free = weather();
     free["function"]["strict"] = false.into();
-    assert_eq!(call(&free), json!({"city": "Paris", "days": 20}), "the model's own way");
+    assert_eq!(
+        call(&free),
+        json!({"city": "Paris", "days": 20}),
+        "the model's own way"
+    );
 
     let choice = ask(&weather(), "It is sunny in CITY.");
     assert_eq!(choice["finish_reason"], "stop", "{choice}");
