@@ -12,26 +12,26 @@ const CHAT: &str = "/v1/chat/completions";
 #[test]
 fn llama_calls_follow_their_schemas() {
     let answer = r#"{"name": "get_weather", "parameters": {"city": "CITY", "days": 20}}"#;
-    holds("llama3_json", answer, &[]);
+    stop(holds("llama3_json", "", answer));
 }
 
 #[test]
 fn mistral_calls_follow_their_schemas() {
     let answer = r#"[TOOL_CALLS] [{"name": "get_weather", "arguments": {"city": "CITY", "days": 20}}]"#;
-    holds("mistral", answer, &[]);
+    stop(holds("mistral", "", answer));
 }
 
 #[test]
 fn qwen_calls_follow_their_schemas() {
     let answer = "<tool_call>\n<function=get_weather>\n<parameter=city>\nCITY\n</parameter>\n<parameter=days>\n20\n\
                   </parameter>\n</function>\n</tool_call>";
-    holds("qwen3", answer, &[]);
+    stop(holds("qwen3", "", answer));
 }
 
 #[test]
 fn pythonic_calls_behind_reasoning_follow_their_schemas() {
-    let answer = r#"<think>They ask about CITY.</think>[get_weather(city="CITY", days=20)]"#;
-    let server = holds("pythonic", answer, &["--reasoning-parser", "qwen3"]);
+    let answer = r#"[get_weather(city="CITY", days=20)]"#;
+    let server = holds("pythonic", "<think>They ask about CITY.</think>", answer);
     let mut tool = weather();
     tool["function"]["parameters"]["anyOf"] = json!([{"required": ["city"]}, {"required": ["days"]}]);
     let reply = http::post(&server.address, CHAT, &request(&tool, answer)).expect("a reply");
@@ -42,6 +42,10 @@ fn pythonic_calls_behind_reasoning_follow_their_schemas() {
         error["message"].as_str().expect("a text").contains("`anyOf`"),
         "{error}"
     );
+    stop(server);
+}
+
+fn stop(server: Server) {
     server.wait_idle();
     assert!(server.stop().success());
 }
@@ -66,21 +70,29 @@ fn request(tool: &Value, answer: &str) -> Value {
 }
 
 /// Starts a server with `parser`; a strict function is called as its schema says, one that is not as the model likes, and
-/// an answer without a call stays what it is.
-fn holds(parser: &str, answer: &str, flags: &[&str]) -> Server {
+/// an answer without a call stays what it is. Each answer stands behind `thought`, if the model is to think.
+fn holds(parser: &str, thought: &str, call: &str) -> Server {
     let template = root().join("tests/templates/calls.jinja");
     let template = template.to_string_lossy();
     let mut arguments = vec!["--max-model-len", "2048", "--chat-template", &template];
     arguments.extend(["--enable-auto-tool-choice", "--tool-call-parser", parser]);
-    arguments.extend(flags);
+    if !thought.is_empty() {
+        arguments.extend(["--reasoning-parser", "qwen3"]);
+    }
     let server = Server::start(&arguments);
     let ask = |tool: &Value, answer: &str| {
-        let reply = http::post(&server.address, CHAT, &request(tool, answer)).expect("a reply");
+        let body = request(tool, &format!("{thought}{answer}"));
+        let reply = http::post(&server.address, CHAT, &body).expect("a reply");
         assert_eq!(reply.status, 200, "{}", reply.text());
-        reply.json()["choices"][0].clone()
+        let choice = reply.json()["choices"][0].clone();
+        let thinks = choice["message"]["reasoning"]
+            .as_str()
+            .is_some_and(|text| text.contains("Paris"));
+        assert_eq!(thinks, !thought.is_empty(), "{choice}");
+        choice
     };
-    let call = |tool: &Value| {
-        let choice = ask(tool, answer);
+    let arguments_of = |tool: &Value| {
+        let choice = ask(tool, call);
         assert_eq!(choice["finish_reason"], "tool_calls", "{choice}");
         let calls = choice["message"]["tool_calls"].as_array().expect("calls").clone();
         let [call] = &calls[..] else { panic!("{choice}") };
@@ -88,7 +100,7 @@ fn holds(parser: &str, answer: &str, flags: &[&str]) -> Server {
         let arguments = call["function"]["arguments"].as_str().expect("a text");
         serde_json::from_str::<Value>(arguments).expect(arguments)
     };
-    let strict = call(&weather());
+    let strict = arguments_of(&weather());
     assert!(strict["city"] == "Lyon" || strict["city"] == "Nice", "{strict}");
     assert!(
         (1..=9).contains(&strict["days"].as_i64().expect("an integer")),
@@ -97,7 +109,7 @@ fn holds(parser: &str, answer: &str, flags: &[&str]) -> Server {
     let mut free = weather();
     free["function"]["strict"] = false.into();
     assert_eq!(
-        call(&free),
+        arguments_of(&free),
         json!({"city": "Paris", "days": 20}),
         "the model's own way"
     );

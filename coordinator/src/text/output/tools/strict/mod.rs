@@ -97,7 +97,7 @@ impl Callee<'_> {
     /// `why` goes on where the path of the field ends.
     fn invalid(&self, field: &str, why: &str) -> RpcError {
         let param = format!("tools[{}].function.{field}", self.at);
-        let message = format!("{param} {why}");
+        let message = format!("{param} {why}.");
         RpcError::invalid(param, message)
     }
 }
