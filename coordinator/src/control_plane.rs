@@ -60,15 +60,16 @@ impl ControlPlane {
         };
         let text = Arc::new(text_processor(&checkpoint, limits)?);
         let tokens = text.tokenizer().encode(TEXT, false)?;
-        let blocks_per_sequence = config.max_model_len.div_ceil(16) + 1;
         let engine = EngineConfig {
             max_num_seqs: config.max_num_seqs,
             max_num_batched_tokens: config.max_num_seqs.max(8192),
-            ..EngineConfig::new(
-                blocks_per_sequence.saturating_mul(config.max_num_seqs),
-                config.max_model_len,
-                vocab_size,
-            )
+            ..EngineConfig::new(0, config.max_model_len, vocab_size)
+        };
+        // Nobody waits for blocks.
+        let blocks_per_sequence = config.max_model_len.div_ceil(engine.block_size) + 1;
+        let engine = EngineConfig {
+            num_blocks: blocks_per_sequence.saturating_mul(config.max_num_seqs),
+            ..engine
         };
         let thread = EngineThreadConfig {
             max_num_queued_reqs: 4 * config.max_num_seqs as usize,

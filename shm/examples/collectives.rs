@@ -2,10 +2,12 @@
 //!
 //! Prints a line per collective and size: its name, the bytes that every rank ends up with, and the median and 99th
 //! percentile of rank 0's times in µs. In each iteration the ranks write their values anew, meet at a barrier, and then
-//! time one call. `scripts/bench-collectives` sets these beside OpenMPI's, measured by the same method.
+//! time one call. `all_gather_in_place` is the one of a forward pass: values are in the arena, and a barrier and a pass that
+//! reads all of them are timed. `scripts/bench-collectives` sets these beside OpenMPI's, measured by the same method.
 #![allow(clippy::print_stdout, reason = "its output is what it is for")]
 
 use std::error::Error;
+use std::hint::black_box;
 use std::path::Path;
 use std::process::{Child, Command};
 use std::sync::Arc;
@@ -17,6 +19,7 @@ const LIMIT: Duration = Duration::from_secs(60);
 const WORLD_SIZE: usize = 2;
 /// A slice of a collective, as `phalanx serve` has it.
 const MESSAGE_BYTES: u64 = 128 << 10;
+const MOST_BYTES: usize = 4 << 20;
 
 fn main() -> Result<(), Box<dyn Error>> {
     match (std::env::var_os("SEGMENT"), std::env::var("RANK")) {
@@ -35,7 +38,7 @@ fn start() -> Result<(), Box<dyn Error>> {
         output_slots: 2,
         output_slot_bytes: 64,
         message_bytes: MESSAGE_BYTES,
-        arena_bytes: 0,
+        arena_bytes: 2 * MOST_BYTES as u64,
     };
     let segment = Segment::create("/dev/shm".as_ref(), "collectives", shape)?;
     let spawn = |rank: usize| {
@@ -60,7 +63,10 @@ fn start() -> Result<(), Box<dyn Error>> {
 fn run_rank(path: &Path, rank: u32) -> Result<(), ShmError> {
     let segment = Arc::new(Segment::open(path)?);
     let mut port = RankPort::join(segment, rank, Wait::calibrated(), LIMIT)?;
-    for bytes in (12..=22).map(|log2| 1 << log2) {
+    for bytes in (12..)
+        .map(|log2| 1 << log2)
+        .take_while(|&bytes| bytes <= MOST_BYTES)
+    {
         let values: Vec<f32> = (0..bytes / 4)
             .map(|i| 1e-3 * i as f32 * (rank + 1) as f32)
             .collect();
@@ -74,8 +80,33 @@ fn run_rank(path: &Path, rank: u32) -> Result<(), ShmError> {
             mine[..share.len()].copy_from_slice(share);
             timed.call(port, |port| port.all_gather(&mine[..share.len()], &mut all))
         })?;
+        let (arena, mut turn) = (port.arena(), 0);
+        time(&mut port, ("all_gather_in_place", bytes), |port, timed| {
+            turn = (turn + MOST_BYTES) % (2 * MOST_BYTES);
+            // SAFETY: a turn lies within the arena, which outlives both uses.
+            let start: *mut f32 = unsafe { arena.as_ptr().add(turn) }.as_ptr().cast();
+            // SAFETY: a rank writes its own share, and who read the turn before has passed the last turn's barrier.
+            let own = unsafe {
+                std::slice::from_raw_parts_mut(start.add(rank as usize * share.len()), share.len())
+            };
+            own.copy_from_slice(share);
+            timed.call(port, |port| {
+                port.barrier()?;
+                // SAFETY: all ranks have written their shares, and write this turn again after the next one's barrier.
+                black_box(sum(unsafe { std::slice::from_raw_parts(start, values.len()) }));
+                Ok(())
+            })
+        })?;
     }
     Ok(())
+}
+
+fn sum(values: &[f32]) -> [f32; 8] {
+    let mut sums = [0.0; 8];
+    for values in values.as_chunks::<8>().0 {
+        sums.iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
+    }
+    sums
 }
 
 /// Times of one collective.

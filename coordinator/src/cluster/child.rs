@@ -10,6 +10,7 @@ use std::{
 
 use rustix::{
     fd::{AsFd, OwnedFd},
+    io::Errno,
     process::{WaitId, WaitIdOptions, WaitIdStatus, waitid},
 };
 
@@ -33,7 +34,7 @@ pub(super) fn follow(child: &mut Child, pidfd: &OwnedFd, stopped: impl Fn(String
             return child.wait().map(describe);
         };
         // Looked at once, so that the next look waits for a change.
-        wait(pidfd, WaitIdOptions::STOPPED | WaitIdOptions::NOHANG)?;
+        take(pidfd, WaitIdOptions::STOPPED)?;
         if !goes_on(pidfd)? {
             stopped(format!(
                 "its process was stopped by signal {signal} and did not go on within {STOP_GRACE:?}"
@@ -46,7 +47,7 @@ pub(super) fn follow(child: &mut Child, pidfd: &OwnedFd, stopped: impl Fn(String
 fn goes_on(pidfd: &OwnedFd) -> io::Result<bool> {
     let deadline = Instant::now() + STOP_GRACE;
     while Instant::now() < deadline {
-        if wait(pidfd, WaitIdOptions::CONTINUED | WaitIdOptions::NOHANG)?.is_some() {
+        if take(pidfd, WaitIdOptions::CONTINUED)? {
             return Ok(true);
         }
         let ended = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
@@ -56,6 +57,15 @@ fn goes_on(pidfd: &OwnedFd) -> io::Result<bool> {
         thread::sleep(PAUSE);
     }
     Ok(false)
+}
+
+/// Takes note of a change that is not the end, if there was one. Of a child that has ended the kernel says `ECHILD` to
+/// this, as if there had never been one.
+fn take(pidfd: &OwnedFd, change: WaitIdOptions) -> io::Result<bool> {
+    match wait(pidfd, change | WaitIdOptions::NOHANG) {
+        Err(error) if error.raw_os_error() == Some(Errno::CHILD.raw_os_error()) => Ok(false),
+        found => Ok(found?.is_some()),
+    }
 }
 
 fn wait(pidfd: &OwnedFd, options: WaitIdOptions) -> io::Result<Option<WaitIdStatus>> {
@@ -107,6 +117,15 @@ mod tests {
             reports.into_inner(),
             ["its process was stopped by signal 19 and did not go on within 500ms"]
         );
+    }
+
+    #[test]
+    fn a_process_that_ends_while_it_is_stopped_has_ended() {
+        let (mut child, pidfd) = sleeper();
+        pidfd_send_signal(&pidfd, Signal::KILL).expect("killed");
+        wait(&pidfd, WaitIdOptions::EXITED | WaitIdOptions::NOWAIT).expect("its end");
+        assert!(goes_on(&pidfd).expect("the kernel tells"));
+        child.wait().expect("still there to be waited for");
     }
 
     #[test]
