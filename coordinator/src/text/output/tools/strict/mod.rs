@@ -10,6 +10,8 @@ mod pythonic;
 mod qwen;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod walks;
 
 use phalanx_proto::{RpcError, v1::structured_outputs::Constraint};
 

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::{
-    engine::GrammarStatus,
+    engine::{Grammar, GrammarStatus},
     text::{
         OutputPlan, Parsed, SpecialTokens, TokenEncoding,
         output::ToolPlan,
@@ -17,7 +17,7 @@ use crate::{
     },
 };
 
-const EOS: u32 = 128;
+pub(super) const EOS: u32 = 128;
 const MARKS: [&str; 8] = [
     "<end>",
     "[TOOL_CALLS]",
@@ -45,7 +45,7 @@ fn table(has_marks: bool) -> Arc<TokenTable> {
 }
 
 /// One parser's grammar for some tools.
-struct Language {
+pub(super) struct Language {
     parser: ToolParser,
     tools: Arc<ToolSet>,
     parallel: bool,
@@ -55,7 +55,7 @@ struct Language {
 }
 
 impl Language {
-    fn new(parser: ToolParser, tools: &Value, parallel: bool, has_marks: bool) -> Self {
+    pub(super) fn new(parser: ToolParser, tools: &Value, parallel: bool, has_marks: bool) -> Self {
         let table = table(has_marks);
         let special = SpecialTokens {
             eos: Some(EOS),
@@ -80,9 +80,13 @@ impl Language {
         }
     }
 
+    pub(super) fn begin(&self) -> Box<dyn Grammar> {
+        self.compiler.compile(&self.spec).expect("compiled before")
+    }
+
     /// Whether `text`, with its marks as the vocabulary has them, is a whole text of the language.
-    fn accepts(&self, text: &str) -> bool {
-        let mut grammar = self.compiler.compile(&self.spec).expect("compiled before");
+    pub(super) fn accepts(&self, text: &str) -> bool {
+        let mut grammar = self.begin();
         let pieces = lark::pieces(text, &self.table);
         let tokens = pieces.iter().flat_map(|piece| match piece {
             lark::Piece::Text(text) => text.bytes().map(u32::from).collect(),
@@ -98,7 +102,7 @@ impl Language {
         is_over || grammar.allowed().expect("simple").contains(EOS)
     }
 
-    fn parse(&self, text: &str) -> Parsed {
+    pub(super) fn parse(&self, text: &str) -> Parsed {
         let plan = OutputPlan {
             tools: Some(ToolPlan {
                 parser: Some(self.parser),
@@ -135,12 +139,12 @@ impl Language {
     }
 }
 
-fn function(name: &str, strict: bool, parameters: Value) -> Value {
+pub(super) fn function(name: &str, strict: bool, parameters: Value) -> Value {
     json!({"type": "function", "function": {"name": name, "strict": strict, "parameters": parameters}})
 }
 
 /// A strict function with all kinds of arguments, one without any, and one that is not strict.
-fn tools() -> Value {
+pub(super) fn tools() -> Value {
     let weather = json!({
         "type": "object",
         "properties": {
