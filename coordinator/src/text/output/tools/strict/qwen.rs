@@ -21,7 +21,6 @@ use crate::text::{
 const ENDS_VALUE: &str = r"(?s:.*)(<parameter=|<\/parameter>|<\/function>|<\/tool_call>)(?s:.*)";
 /// A text with a tag in it that ends a call, or begins one.
 const ENDS_CALL: &str = r"(?s:.*)(<tool_call>|<\/tool_call>|<function=|<\/function>)(?s:.*)";
-
 /// A text with a tag in it that begins a call without the tag around it.
 const BEGINS_CALL: &str = r"(?s:.*)<function=(?s:.*)";
 
