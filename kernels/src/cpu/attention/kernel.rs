@@ -7,7 +7,7 @@ use super::super::kv_cache::{Elements, KvElement, KvGroup};
 use super::super::simd::{Kernel, LANES, Simd};
 use super::state::State;
 use super::tile::{Queries, TILE, TILE_GROUPS, Tile};
-use super::{Attention, Output, Parts, SEGMENT, Task};
+use super::{Attention, Output, Parts, SEGMENT, Task, q_heads};
 
 thread_local! {
     /// Memory of the last task, for the next one.
@@ -43,9 +43,12 @@ impl Default for Scratch {
     }
 }
 
-/// Attention of one task's rows and heads.
+/// Attention of one task's rows.
+#[derive(Clone, Copy)]
 pub(super) struct TileRows<'a, E> {
     pub(super) task: &'a Task,
+    /// One of the task's, the first to begin with.
+    pub(super) kv_head: usize,
     pub(super) attention: Attention<'a>,
     pub(super) elements: Elements<'a, E>,
     pub(super) out: Output<'a>,
@@ -68,29 +71,8 @@ impl<E: KvElement> Kernel for TileRows<'_, E> {
     fn run<S: Simd>(self, simd: S) {
         // Taken out and put back, not borrowed by a closure, whose code would not be compiled for the instruction set.
         let mut scratch = SCRATCH.take();
-        self.start::<S>(&mut scratch);
-        let vectors = scratch.visible.len();
-        let (first, end) = (scratch.visible[0].start, scratch.visible[vectors - 1].end);
-        let segments = first / SEGMENT..end.div_ceil(SEGMENT);
-        for segment in self.task.segment.map_or(segments.clone(), |one| one..one + 1) {
-            scratch.state.reset(vectors, self.elements.layout.v_vectors());
-            let start = first.max(segment * SEGMENT) / TILE * TILE;
-            self.attend(simd, &mut scratch, start..end.min((segment + 1) * SEGMENT));
-            if segments.len() > 1 && self.task.segment.is_none() {
-                if segment == segments.start {
-                    std::mem::swap(&mut scratch.total, &mut scratch.state);
-                } else {
-                    scratch.total.merge(simd, &scratch.state);
-                }
-            }
-        }
-        match self.task.part {
-            Some(part) => self.parts.put(part, &mut scratch.state),
-            None => self.finish(if segments.len() > 1 {
-                &scratch.total
-            } else {
-                &scratch.state
-            }),
+        for kv_head in self.task.kv_heads.clone() {
+            Self { kv_head, ..self }.attend_head(simd, &mut scratch);
         }
         SCRATCH.set(scratch);
     }
@@ -119,15 +101,49 @@ impl<E: KvElement> Kernel for Join<'_, E> {
 }
 
 impl<'a, E: KvElement> TileRows<'a, E> {
+    /// The rows of one KV head's queries.
+    #[inline(always)]
+    fn attend_head<S: Simd>(&self, simd: S, scratch: &mut Scratch) {
+        self.start::<S>(scratch);
+        let vectors = scratch.visible.len();
+        let (first, end) = (scratch.visible[0].start, scratch.visible[vectors - 1].end);
+        let segments = first / SEGMENT..end.div_ceil(SEGMENT);
+        for segment in self.task.segment.map_or(segments.clone(), |one| one..one + 1) {
+            scratch.state.reset(vectors, self.elements.layout.v_vectors());
+            let start = first.max(segment * SEGMENT) / TILE * TILE;
+            self.attend(simd, scratch, start..end.min((segment + 1) * SEGMENT));
+            if segments.len() > 1 && self.task.segment.is_none() {
+                if segment == segments.start {
+                    std::mem::swap(&mut scratch.total, &mut scratch.state);
+                } else {
+                    scratch.total.merge(simd, &scratch.state);
+                }
+            }
+        }
+        match self.task.part {
+            Some(part) => self.parts.put(part, &mut scratch.state),
+            None => self.finish(if segments.len() > 1 {
+                &scratch.total
+            } else {
+                &scratch.state
+            }),
+        }
+    }
+
     /// Adds the tiles of `positions`, which begin where a tile does, to the state.
     #[inline(always)]
     fn attend<S: Simd>(&self, simd: S, scratch: &mut Scratch, positions: Range<usize>) {
         let Range { start, end } = positions;
         let mut next = Some(self.tile(start, end));
-        next.iter().for_each(|tile| tile.prefetch_keys(simd));
+        if self.kv_head == self.task.kv_heads.start {
+            next.iter().for_each(|tile| tile.prefetch_keys(simd));
+        }
         for tile_start in (start..end).step_by(TILE) {
             let Some(tile) = next else { break };
             next = (tile_start + TILE < end).then(|| self.tile(tile_start + TILE, end));
+            if next.is_none() {
+                self.prefetch_next_head(simd, start, end);
+            }
             // Blocks lie anywhere: without these, every one begins with a wait for memory. V is used after the first
             // block of vectors has its scores, the next tile after all of this.
             tile.prefetch_values(simd);
@@ -157,13 +173,27 @@ impl<'a, E: KvElement> TileRows<'a, E> {
         }
     }
 
+    /// Asks for the first K of the head that is attended to after this one.
+    #[inline(always)]
+    fn prefetch_next_head<S: Simd>(&self, simd: S, start: usize, end: usize) {
+        let kv_head = self.kv_head + 1;
+        if kv_head < self.task.kv_heads.end {
+            Self { kv_head, ..*self }.tile(start, end).prefetch_keys(simd);
+        }
+    }
+
+    /// The query heads that read the KV head.
+    fn q_heads(&self) -> Range<usize> {
+        q_heads(self.attention.heads, self.kv_head)
+    }
+
     /// Loads the queries.
     fn start<S: Simd>(&self, scratch: &mut Scratch) {
         let Attention {
             qkv, heads, batch, ..
         } = self.attention;
         let head_dim = heads.head_dim;
-        let group = self.task.q_heads.len();
+        let group = self.q_heads().len();
         let vectors = self.task.rows.len() * group;
         let scale = 1.0 / (head_dim as f32).sqrt();
 
@@ -174,7 +204,7 @@ impl<'a, E: KvElement> TileRows<'a, E> {
             let start = heads
                 .sliding_window
                 .map_or(0, |window| end.saturating_sub(window.max(1)));
-            for (j, head) in self.task.q_heads.clone().enumerate() {
+            for (j, head) in self.q_heads().enumerate() {
                 scratch.visible.push(start..end);
                 let vector = i * group + j;
                 let (first, block) = place::<S>(vector, vectors);
@@ -191,13 +221,16 @@ impl<'a, E: KvElement> TileRows<'a, E> {
     #[inline(always)]
     fn tile(&self, start: usize, end: usize) -> Tile<'a, E> {
         let table = self.attention.batch.checked().block_table(self.task.sequence);
-        let block_size = self.attention.kv.spec().block_size;
+        let groups_per_block = self.attention.kv.spec().block_size / LANES;
+        let first = start / LANES;
+        let (mut index, mut within) = (first / groups_per_block, first % groups_per_block);
         let mut groups = [KvGroup::EMPTY; TILE_GROUPS];
-        for (position, group) in (start..end).step_by(LANES).zip(&mut groups) {
-            let block = table[position / block_size] as usize;
-            *group = self
-                .elements
-                .group(block, self.task.kv_head, position % block_size / LANES);
+        for group in groups.iter_mut().take((end - start).div_ceil(LANES)) {
+            *group = self.elements.group(table[index] as usize, self.kv_head, within);
+            within += 1;
+            if within == groups_per_block {
+                (index, within) = (index + 1, 0);
+            }
         }
         Tile {
             start,
@@ -211,8 +244,8 @@ impl<'a, E: KvElement> TileRows<'a, E> {
     #[inline(always)]
     fn finish(&self, state: &State) {
         let head_dim = self.attention.heads.head_dim;
-        let first = self.out.start + self.task.q_heads.start * head_dim;
-        let width = self.task.q_heads.len() * head_dim;
+        let first = self.out.start + self.q_heads().start * head_dim;
+        let width = self.q_heads().len() * head_dim;
         let sums = state.sums.chunks_exact(self.elements.layout.v_vectors());
         let mut heads = sums.zip(&state.weight);
         for row in self.task.rows.clone() {

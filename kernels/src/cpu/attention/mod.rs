@@ -31,6 +31,8 @@ use crate::{E4m3, Heads, Result};
 const VECTORS_PER_TASK: usize = 48;
 /// Positions that are summed by themselves before they are added to those before them.
 const SEGMENT: usize = 512;
+/// With fewer pieces of sequences per thread, every KV head is a task of its own.
+const PIECES_PER_THREAD: usize = 8;
 /// With fewer tasks per thread, long contexts are cut.
 const TASKS_PER_THREAD: usize = 2;
 
@@ -43,13 +45,12 @@ pub(crate) struct Attention<'a> {
     pub(crate) batch: &'a CpuBatch,
 }
 
-/// Some rows of one sequence, and the query heads of one KV head.
+/// Some rows of one sequence, and the query heads of some KV heads.
 #[derive(Clone, Debug)]
 struct Task {
     sequence: usize,
     rows: Range<usize>,
-    kv_head: usize,
-    q_heads: Range<usize>,
+    kv_heads: Range<usize>,
     /// Only these positions, of the sequence's segments.
     segment: Option<usize>,
     /// Where the result goes if it is not the row's whole.
@@ -93,7 +94,7 @@ pub(crate) fn paged_attention(
         .checked()
         .check_blocks(OP, kv.spec().num_blocks, kv.spec().block_size)?;
     check_mapping(OP, heads)?;
-    let tasks = tasks(attention);
+    let tasks = tasks(exec, attention);
     let out = Output {
         rows: out.writer(),
         start,
@@ -124,6 +125,7 @@ fn run<E: KvElement>(exec: Exec<'_>, out: Output<'_>, attention: Attention<'_>, 
         .collect();
     let rows = |task| TileRows {
         task,
+        kv_head: task.kv_heads.start,
         attention,
         elements,
         out,
@@ -147,6 +149,7 @@ fn cut(exec: Exec<'_>, attention: Attention<'_>, whole: Vec<Task>) -> (Vec<Task>
     for task in whole {
         let visible = visible(attention, &task);
         let segments = visible.start / SEGMENT..visible.end.div_ceil(SEGMENT);
+        debug_assert!(!too_few || task.kv_heads.len() == 1, "a part is of one head");
         if !too_few || segments.len() < 2 {
             tasks.push(task);
             continue;
@@ -191,26 +194,37 @@ fn check_mapping(op: &'static str, heads: &Heads) -> Result<()> {
     })
 }
 
-fn tasks(attention: Attention<'_>) -> Vec<Task> {
+/// The query heads that read a KV head, of those of this rank.
+fn q_heads(heads: &Heads, kv_head: usize) -> Range<usize> {
+    let first = ((kv_head + heads.kv_start) * heads.group_size).max(heads.q_start);
+    let end = ((kv_head + heads.kv_start + 1) * heads.group_size).min(heads.q_start + heads.num_q);
+    first - heads.q_start..end.max(first) - heads.q_start
+}
+
+fn tasks(exec: Exec<'_>, attention: Attention<'_>) -> Vec<Task> {
     let heads = attention.heads;
+    if heads.num_q == 0 {
+        return Vec::new();
+    }
     let input = attention.batch.input();
-    let q_heads: Vec<Range<usize>> = (0..heads.num_kv)
-        .map(|kv_head| {
-            let readers = |q: &usize| heads.kv_of(*q) == kv_head;
-            let first = (0..heads.num_q).find(readers).unwrap_or(0);
-            first..first + (0..heads.num_q).filter(readers).count()
-        })
-        .collect();
-    let mut tasks = Vec::new();
-    for sequence in 0..input.num_sequences() {
-        let rows = input.cu_seqlens_q[sequence] as usize..input.cu_seqlens_q[sequence + 1] as usize;
-        for (kv_head, q_heads) in q_heads.iter().enumerate().filter(|(_, q)| !q.is_empty()) {
-            let per_task = (VECTORS_PER_TASK / q_heads.len()).max(1);
-            tasks.extend(rows.clone().step_by(per_task).map(|first| Task {
+    let per_task = (VECTORS_PER_TASK / heads.group_size).max(1);
+    let sequences = || {
+        (0..input.num_sequences()).map(|i| input.cu_seqlens_q[i] as usize..input.cu_seqlens_q[i + 1] as usize)
+    };
+    let pieces: usize = sequences().map(|rows| rows.len().div_ceil(per_task)).sum();
+    // In a block, K of all heads lies together, and V: one after the other they are a longer run of memory.
+    let heads_per_task = if pieces < exec.pool.threads() * PIECES_PER_THREAD {
+        1
+    } else {
+        heads.num_kv
+    };
+    let mut tasks = Vec::with_capacity(pieces * heads.num_kv / heads_per_task);
+    for (sequence, rows) in sequences().enumerate() {
+        for first in (0..heads.num_kv).step_by(heads_per_task) {
+            tasks.extend(rows.clone().step_by(per_task).map(|row| Task {
                 sequence,
-                rows: first..rows.end.min(first + per_task),
-                kv_head,
-                q_heads: q_heads.clone(),
+                rows: row..rows.end.min(row + per_task),
+                kv_heads: first..heads.num_kv.min(first + heads_per_task),
                 segment: None,
                 part: None,
             }));

@@ -298,15 +298,16 @@ impl<E: KvElement> Tile<'_, E> {
                 }
             }
             for group in positions.start / LANES..positions.end.div_ceil(LANES) {
-                let first = group * LANES;
-                let within = positions.start.max(first) - first..positions.end.min(first + LANES) - first;
-                let rows = self.groups[group].v.chunks_exact(n);
-                for (p, row) in rows.enumerate().take(within.end).skip(within.start) {
-                    let (row, position) = (&row[*column..][..2 * W], first + p);
+                let (v, first) = (self.groups[group].v, group * LANES);
+                // Counted by hand: the state of a chain of adapters would be kept in memory.
+                let mut at = (positions.start.max(first) - first) * n + *column;
+                for position in positions.start.max(first)..positions.end.min(first + LANES) {
+                    let row = &v[at..at + 2 * W];
+                    at += n;
                     for w in 0..W {
                         let v = E::load_pair(simd, &row[2 * w], &row[2 * w + 1]);
                         for m in 0..M {
-                            acc[m][w] = wide.fma(wide.splat(weights[m][position]), v, acc[m][w]);
+                            acc[m][w] = wide.fma(wide.splat(weights[m][position % TILE]), v, acc[m][w]);
                         }
                     }
                 }
