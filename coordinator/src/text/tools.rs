@@ -19,12 +19,12 @@ pub(crate) struct ToolSet {
     functions: Vec<Function>,
 }
 
+/// A function that the model may call.
 #[derive(Debug)]
-struct Function {
+pub(crate) struct Function {
     name: String,
     /// JSON schema of the arguments; none: an object without properties.
     parameters: Option<Json>,
-    /// Arguments follow the schema even where the model need not call.
     strict: bool,
 }
 
@@ -82,6 +82,10 @@ impl ToolSet {
 
     pub(crate) fn is_empty(&self) -> bool {
         self.functions.is_empty()
+    }
+
+    pub(crate) fn functions(&self) -> &[Function] {
+        &self.functions
     }
 
     /// As templates see them; `None` without tools, which templates test for.
@@ -166,37 +170,6 @@ impl ToolSet {
         }
     }
 
-    /// The structural tag of a text with calls as Hermes writes them, if a function is strict: the text is free, but what
-    /// begins as a call is one of a known function, and the arguments of strict ones follow their schemas.
-    pub(crate) fn strict_calls(&self, parallel: bool) -> Option<Json> {
-        if !self.functions.iter().any(|function| function.strict) {
-            return None;
-        }
-        let tags = self.functions.iter().map(|function| {
-            let schema = if function.strict {
-                function.schema()
-            } else {
-                object([("type", "object".into())])
-            };
-            let name = Json::from(function.name.as_str());
-            let begin = format!("<tool_call>\n{{\"name\": {name}, \"arguments\": ");
-            let content = object([("type", "json_schema".into()), ("json_schema", schema)]);
-            object([
-                ("type", "tag".into()),
-                ("begin", begin.as_str().into()),
-                ("content", content),
-                ("end", "}\n</tool_call>".into()),
-            ])
-        });
-        let format = object([
-            ("type", "triggered_tags".into()),
-            ("triggers", Json::Array(vec!["<tool_call>".into()])),
-            ("tags", Json::Array(tags.collect())),
-            ("stop_after_first", Json::Bool(!parallel)),
-        ]);
-        Some(object([("type", "structural_tag".into()), ("format", format)]))
-    }
-
     /// The `$defs` of all functions: references to them start at the root of the schema that joins the functions.
     fn definitions(&self) -> Result<Vec<(String, Json)>, RpcError> {
         let mut all: Vec<(String, Json)> = Vec::new();
@@ -264,7 +237,17 @@ impl Function {
         })
     }
 
-    fn schema(&self) -> Json {
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Arguments follow their schema even where the model need not call.
+    pub(crate) fn is_strict(&self) -> bool {
+        self.strict
+    }
+
+    /// The JSON schema of the arguments.
+    pub(crate) fn schema(&self) -> Json {
         let empty = || {
             object([
                 ("type", "object".into()),
@@ -279,7 +262,7 @@ impl Function {
 /// completions must look like; where the model may speak, that goes before.
 pub(crate) fn restrict(sampling: &mut v1::SamplingParams, constraint: Constraint) -> Result<(), RpcError> {
     if sampling.structured_outputs.is_some() {
-        if matches!(constraint, Constraint::StructuralTag(_)) {
+        if !matches!(constraint, Constraint::JsonSchema(_)) {
             return Ok(());
         }
         let message = "tool_choice cannot ask for a call where structured outputs are asked for.";
@@ -381,27 +364,6 @@ mod tests {
             let error = tools.choice(Some(&bad)).expect_err("refused");
             assert_eq!(error.param.as_deref(), Some("tool_choice"));
         }
-    }
-
-    #[test]
-    fn strict_functions_are_tags_in_free_text() {
-        let tools = |json: &str| ToolSet::parse(json).expect("valid");
-        assert!(tools(&format!("[{NOW}]")).strict_calls(true).is_none());
-        let strict = r#"{"type": "function", "function": {"name": "f\"", "strict": true, "parameters": {"type": "null"}}}"#;
-        let tag = tools(&format!("[{strict}, {NOW}]"))
-            .strict_calls(false)
-            .expect("a tag");
-        assert_eq!(
-            tag.to_string(),
-            concat!(
-                r#"{"type":"structural_tag","format":{"type":"triggered_tags","triggers":["<tool_call>"],"tags":["#,
-                r#"{"type":"tag","begin":"<tool_call>\n{\"name\": \"f\\\"\", \"arguments\": ","#,
-                r#""content":{"type":"json_schema","json_schema":{"type":"null"}},"end":"}\n</tool_call>"},"#,
-                r#"{"type":"tag","begin":"<tool_call>\n{\"name\": \"now\", \"arguments\": ","#,
-                r#""content":{"type":"json_schema","json_schema":{"type":"object"}},"end":"}\n</tool_call>"}],"#,
-                r#""stop_after_first":true}}"#,
-            )
-        );
     }
 
     #[test]

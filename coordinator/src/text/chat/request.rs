@@ -10,7 +10,7 @@ use phalanx_proto::{
 
 use super::{ChatTemplate, ContentFormat, Conversation, messages};
 use crate::text::{
-    OutputPlan, ReasoningParser, TextError, Tokenizer, ToolParser,
+    OutputPlan, ReasoningParser, TextError, TokenTable, Tokenizer, ToolParser,
     json::Json,
     output::{ReasoningPlan, ToolPlan},
     tokenizer::SpecialTokens,
@@ -61,6 +61,7 @@ pub(crate) struct ChatSide {
     default_kwargs: Vec<(String, Json)>,
     /// Ids of the parsers' tokens.
     markers: Arc<[u32]>,
+    table: Arc<TokenTable>,
 }
 
 /// A conversation ready to be tokenized.
@@ -105,6 +106,7 @@ impl ChatSide {
             options,
             default_kwargs,
             markers: markers.into(),
+            table: Arc::clone(tokenizer.table()),
         })
     }
 
@@ -193,8 +195,8 @@ impl ChatSide {
         }
     }
 
-    /// A schema for calls that must be made; for those of the model's own will a structural tag, if one may only be made
-    /// as its schema says and the model's way to write calls has room for it.
+    /// A schema for calls that must be made; for those of the model's own will a grammar of the texts that hold them, if one
+    /// may only be made as its schema says.
     fn constraint(
         &self,
         tools: &ToolSet,
@@ -202,9 +204,9 @@ impl ChatSide {
         parallel: bool,
     ) -> Result<Option<Constraint>, RpcError> {
         if *choice == ToolChoice::Auto {
-            let writes_json = self.options.tool_parser == Some(ToolParser::Hermes);
-            let tag = writes_json.then(|| tools.strict_calls(parallel)).flatten();
-            return Ok(tag.map(|tag| Constraint::StructuralTag(tag.to_string())));
+            let parser = self.options.tool_parser;
+            let strict = parser.map(|parser| parser.constraint(tools, parallel, &self.table));
+            return Ok(strict.transpose()?.flatten());
         }
         let schema = tools.constraint(choice, parallel)?;
         Ok(schema.map(|schema| Constraint::JsonSchema(schema.to_string())))

@@ -1,20 +1,25 @@
-//! Pieces of grammars in Lark's notation.
+//! Pieces of grammars in Lark's notation, and a grammar that is written rule by rule.
 
-use std::fmt;
+use std::fmt::{self, Write as _};
 
+use serde_json::Value;
+
+use super::json_schema::{self, JsonOptions};
 use crate::text::TokenTable;
 
 /// Deepest nesting of brackets in a grammar, and of objects and arrays in a schema.
 pub(super) const MAX_DEPTH: usize = 64;
+/// The terminal of any text, special tokens excepted.
+pub(crate) const TEXT: &str = "TEXT";
 
 /// A string literal.
-pub(super) fn quoted(text: &str) -> String {
-    serde_json::Value::from(text).to_string()
+pub(crate) fn quoted(text: &str) -> String {
+    Value::from(text).to_string()
 }
 
 /// A part of a text as the model spells it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Piece<'a> {
+pub(crate) enum Piece<'a> {
     Text(&'a str),
     /// A special token.
     Special(u32),
@@ -30,7 +35,7 @@ impl fmt::Display for Piece<'_> {
 }
 
 /// Text cut at the names of special tokens, which the model spells with one token and grammars not as text.
-pub(super) fn pieces<'a>(text: &'a str, table: &TokenTable) -> Vec<Piece<'a>> {
+pub(crate) fn pieces<'a>(text: &'a str, table: &TokenTable) -> Vec<Piece<'a>> {
     let mut rest = text;
     let mut out = Vec::new();
     while let Some((at, len, id)) = first_special(rest, table) {
@@ -50,6 +55,89 @@ pub(super) fn pieces<'a>(text: &'a str, table: &TokenTable) -> Vec<Piece<'a>> {
 pub(super) fn literals(text: &str, table: &TokenTable) -> String {
     let pieces: Vec<String> = pieces(text, table).iter().map(Piece::to_string).collect();
     pieces.join(" ")
+}
+
+/// A grammar as it is written.
+pub(crate) struct Rules<'a> {
+    pub(super) table: &'a TokenTable,
+    options: JsonOptions<'a>,
+    text: String,
+    count: usize,
+}
+
+impl<'a> Rules<'a> {
+    pub(crate) fn new(table: &'a TokenTable) -> Self {
+        Self::with_options(table, JsonOptions::default())
+    }
+
+    pub(super) fn with_options(table: &'a TokenTable, options: JsonOptions<'a>) -> Self {
+        Self {
+            table,
+            options,
+            text: String::new(),
+            count: 0,
+        }
+    }
+
+    /// The name of a new rule.
+    pub(crate) fn rule(&mut self, body: &str) -> String {
+        self.define(("r", ""), body)
+    }
+
+    /// The name of a new terminal, which is one regular language to the lexer.
+    pub(crate) fn terminal(&mut self, body: &str) -> String {
+        self.define(("T", ""), body)
+    }
+
+    fn define(&mut self, (prefix, attributes): (&str, &str), body: &str) -> String {
+        let name = format!("{prefix}{}", self.count);
+        self.count += 1;
+        let nothing = quoted("");
+        let body = if body.trim().is_empty() { &nothing } else { body };
+        // Writing to a string cannot fail.
+        let _ = writeln!(self.text, "{name}{attributes}: {body}");
+        name
+    }
+
+    pub(crate) fn literals(&self, text: &str) -> String {
+        literals(text, self.table)
+    }
+
+    /// The special token of this name, if the vocabulary has one.
+    pub(crate) fn special(&self, name: &str) -> Option<String> {
+        match &pieces(name, self.table)[..] {
+            [token @ Piece::Special(_)] => Some(token.to_string()),
+            _ => None,
+        }
+    }
+
+    /// A rule for the JSON of a schema. Errors: not a schema, too deep.
+    pub(crate) fn json(&mut self, schema: Value) -> Result<String, String> {
+        let schema = json_schema::prepare(schema, self.options)?;
+        Ok(self.rule(&format!("%json {schema}")))
+    }
+
+    /// A rule for what the terminal `text` matches, with the first `end` behind it. Errors: nothing of `end` is sure to end
+    /// the text.
+    pub(crate) fn text_up_to(&mut self, text: &str, end: &str) -> Result<String, String> {
+        let body = format!("{text} {}", self.literals(end));
+        match &pieces(end, self.table)[..] {
+            [Piece::Text(_)] => Ok(self.define(("r", "[lazy]"), &body)),
+            // Text holds no special tokens, so the first one ends it.
+            [Piece::Special(_), ..] => Ok(self.rule(&body)),
+            _ => {
+                let end = quoted(end);
+                Err(format!(
+                    "has {end} after free text, which must be text alone or begin with a special token"
+                ))
+            }
+        }
+    }
+
+    /// The grammar of the texts that `start` matches.
+    pub(crate) fn finish(self, start: &str) -> String {
+        format!("start: {start}\n{}{TEXT}: /(.|\\n)*/\n", self.text)
+    }
 }
 
 /// Place, length and id of the first special token in `text`; of several at one place the longest.

@@ -8,7 +8,7 @@ mod budget;
 mod cache;
 mod ebnf;
 mod json_schema;
-mod lark;
+pub(crate) mod lark;
 mod mark;
 mod source;
 mod state;

@@ -3,23 +3,19 @@
 //! Two notations say the same: `structures` with `triggers`, and `format` (XGrammar's, of which what needs a grammar within
 //! the grammar is not offered). Free text is lexed lazily up to a trigger, as in llguidance's own `StructTag`.
 
-use std::fmt::Write as _;
-
 use llguidance::regex_to_lark;
 use serde::Deserialize;
 use serde_json::Value;
 
 use super::{
-    json_schema::{self, JsonOptions},
-    lark::{self, Piece},
+    json_schema::JsonOptions,
+    lark::{self, Rules, TEXT},
     source::unanchored,
 };
 use crate::text::TokenTable;
 
 /// Most tags, which become rules.
 const MAX_TAGS: usize = 512;
-/// Any text, special tokens excepted.
-const TEXT: &str = "TEXT";
 
 type Result<T> = std::result::Result<T, String>;
 
@@ -88,14 +84,9 @@ pub(super) fn to_lark(text: &str, options: JsonOptions<'_>, table: &TokenTable) 
         (None, Some(structures), Some(triggers)) => of_structures(structures, triggers),
         _ => return Err("needs either format, or structures and triggers".into()),
     };
-    let mut rules = Rules {
-        options,
-        table,
-        text: String::new(),
-        count: 0,
-    };
+    let mut rules = Rules::with_options(table, options);
     let start = rules.expression(&format, true)?;
-    Ok(format!("start: {start}\n{}{TEXT}: /(.|\\n)*/\n", rules.text))
+    Ok(rules.finish(&start))
 }
 
 fn of_structures(structures: Vec<Structure>, triggers: Vec<String>) -> Format {
@@ -114,39 +105,17 @@ fn of_structures(structures: Vec<Structure>, triggers: Vec<String>) -> Format {
     }
 }
 
-/// The rules written so far.
-struct Rules<'a> {
-    options: JsonOptions<'a>,
-    table: &'a TokenTable,
-    text: String,
-    count: usize,
-}
-
 impl Rules<'_> {
-    /// A new rule's name. `attributes` follow the name in the rule.
-    fn rule(&mut self, attributes: &str, body: &str) -> String {
-        let name = format!("r{}", self.count);
-        self.count += 1;
-        let nothing = lark::quoted("");
-        let body = if body.trim().is_empty() { &nothing } else { body };
-        // Writing to a string cannot fail.
-        let _ = writeln!(self.text, "{name}{attributes}: {body}");
-        name
-    }
-
     /// An expression for `format`. `last`: nothing follows, so the text may be free to the end.
     fn expression(&mut self, format: &Format, last: bool) -> Result<String> {
         match format {
             Format::ConstString { value } if value.is_empty() => Ok(lark::quoted("")),
             Format::ConstString { value } => Ok(self.literals(value)),
-            Format::JsonSchema { json_schema } => {
-                let schema = json_schema::prepare(json_schema.clone(), self.options)?;
-                Ok(self.rule("", &format!("%json {schema}")))
-            }
+            Format::JsonSchema { json_schema } => self.json(json_schema.clone()),
             Format::Regex { pattern } if unanchored(pattern).is_empty() => Err("has an empty pattern".into()),
             Format::Regex { pattern } => {
                 let pattern = regex_to_lark(unanchored(pattern), "");
-                Ok(self.rule("", &format!("/{pattern}/")))
+                Ok(self.rule(&format!("/{pattern}/")))
             }
             Format::AnyText {} if last => Ok(TEXT.into()),
             Format::AnyText {} => Err("has any_text that is neither the content of a tag nor the end".into()),
@@ -196,15 +165,11 @@ impl Rules<'_> {
         }
     }
 
-    fn literals(&self, text: &str) -> String {
-        lark::literals(text, self.table)
-    }
-
     /// Any one of the tags.
     fn alternatives(&mut self, tags: &[Format]) -> Result<String> {
         let tags: Result<Vec<_>> = tags.iter().map(|tag| self.whole_tag(tag)).collect();
         let tags = some(tags?)?;
-        Ok(self.rule("", &tags.join(" | ")))
+        Ok(self.rule(&tags.join(" | ")))
     }
 
     fn whole_tag(&mut self, tag: &Format) -> Result<String> {
@@ -217,7 +182,7 @@ impl Rules<'_> {
     fn tag(&mut self, begin: &str, (content, end): (&Format, &str), last: bool) -> Result<String> {
         let rest = self.after_begin(content, end, last)?;
         let body = format!("{} {rest}", self.literals(begin));
-        Ok(self.rule("", &body))
+        Ok(self.rule(&body))
     }
 
     /// A tag's content and end.
@@ -225,27 +190,10 @@ impl Rules<'_> {
         if let Format::AnyText {} = content
             && !end.is_empty()
         {
-            return self.text_up_to(end);
+            return self.text_up_to(TEXT, end);
         }
         let content = self.expression(content, last && end.is_empty())?;
         Ok(format!("{content} {}", self.literals(end)))
-    }
-
-    /// Any text that ends with the first `end`.
-    fn text_up_to(&mut self, end: &str) -> Result<String> {
-        let table = self.table;
-        let pieces = lark::pieces(end, table);
-        match &pieces[..] {
-            [Piece::Text(_)] => Ok(self.rule("[lazy]", &format!("{TEXT} {}", self.literals(end)))),
-            // Text holds no special tokens, so the first one ends it.
-            [Piece::Special(_), ..] => Ok(self.rule("", &format!("{TEXT} {}", self.literals(end)))),
-            _ => {
-                let end = lark::quoted(end);
-                Err(format!(
-                    "has {end} after free text, which must be text alone or begin with a special token"
-                ))
-            }
-        }
     }
 
     /// Free text in which a trigger begins one of its tags.
@@ -277,10 +225,10 @@ impl Rules<'_> {
                 let begin = lark::quoted(begin);
                 return Err(format!("has a tag that begins with {begin}, as no trigger does"));
             };
-            let before = self.text_up_to(trigger)?;
+            let before = self.text_up_to(TEXT, trigger)?;
             let rest = self.after_begin(content, end, false)?;
             let rest = format!("{before} {} {rest}", self.literals(&begin[trigger.len()..]));
-            later.push(self.rule("", &rest));
+            later.push(self.rule(&rest));
         }
         let later = some(later)?.join(" | ");
         if stop_after_first {

@@ -6,8 +6,8 @@ use super::{
     call::CallList,
 };
 
-const OPEN: &str = "<tool_call>";
-const CLOSE: &str = "</tool_call>";
+pub(super) const OPEN: &str = "<tool_call>";
+pub(super) const CLOSE: &str = "</tool_call>";
 pub(super) const TAGS: &[&str] = &[OPEN, CLOSE];
 
 #[derive(Debug)]

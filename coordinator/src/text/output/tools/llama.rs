@@ -6,7 +6,7 @@ use super::{
     call::CallList,
 };
 
-const PYTHON_TAG: &str = "<|python_tag|>";
+pub(super) const PYTHON_TAG: &str = "<|python_tag|>";
 pub(super) const TAGS: &[&str] = &[PYTHON_TAG];
 
 #[derive(Debug)]

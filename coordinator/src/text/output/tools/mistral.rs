@@ -6,9 +6,9 @@ use super::{
     call::{CallList, End, JsonValue},
 };
 
-const CALLS: &str = "[TOOL_CALLS]";
-const CALL_ID: &str = "[CALL_ID]";
-const ARGS: &str = "[ARGS]";
+pub(super) const CALLS: &str = "[TOOL_CALLS]";
+pub(super) const CALL_ID: &str = "[CALL_ID]";
+pub(super) const ARGS: &str = "[ARGS]";
 pub(super) const TAGS: &[&str] = &[CALLS, CALL_ID, ARGS];
 
 #[derive(Debug)]
@@ -124,7 +124,7 @@ impl At {
         }
         if *in_id || char.is_whitespace() {
             // Whose id it is does not matter: the server makes its own.
-        } else if char.is_alphanumeric() || "_-.:/".contains(char) {
+        } else if is_name(char) {
             name.push(char);
         } else {
             self.end(sink);
@@ -161,4 +161,9 @@ impl At {
             Self::List(list) => sink.content(&list.into_raw()),
         }
     }
+}
+
+/// Whether `char` can stand in a function's name that is no JSON.
+pub(super) fn is_name(char: char) -> bool {
+    char.is_alphanumeric() || "_-.:/".contains(char)
 }

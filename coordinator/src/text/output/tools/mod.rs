@@ -8,6 +8,7 @@ mod mistral;
 mod python;
 mod pythonic;
 mod qwen;
+mod strict;
 
 use std::{fmt, str::FromStr};
 

@@ -278,6 +278,12 @@ fn is_bare(char: char) -> bool {
     char.is_alphanumeric() || matches!(char, '_' | '.' | '+' | '-')
 }
 
+/// Whether a text can name an argument.
+pub(super) fn is_argument_name(text: &str) -> bool {
+    let begins = text.starts_with(|first: char| is_bare(first) && !first.is_ascii_digit());
+    begins && text.len() <= MAX_WORD && text.chars().all(is_bare)
+}
+
 /// A Python number as JSON has it.
 fn number(word: &str) -> Option<String> {
     let plain = word.replace('_', "");
@@ -346,6 +352,8 @@ fn unescape(code: &str) -> Option<Option<Vec<char>>> {
                 'n' => one('\n'),
                 'r' => one('\r'),
                 't' => one('\t'),
+                'b' => one('\u{8}'),
+                'f' => one('\u{c}'),
                 '0' => one('\0'),
                 '\\' | '\'' | '"' => one(first),
                 // A line that goes on.
@@ -379,8 +387,8 @@ mod tests {
                 r#"{"a": true, "b": [null, false]}"#,
             ),
             (
-                r#"['it\'s', "a\"b", 'a"b', '\x41\u00e9\n\q']"#,
-                r#"["it's", "a\"b", "a\"b", "Aé\n\\q"]"#,
+                r#"['it\'s', "a\"b", 'a"b', '\x41\u00e9\n\b\f\q']"#,
+                r#"["it's", "a\"b", "a\"b", "Aé\n\u0008\u000c\\q"]"#,
             ),
             ("{1: [], 2.5: {}}", r#"{"1": [], "2.5": {}}"#),
             ("()", "[]"),

@@ -6,8 +6,8 @@ use super::{
     python::{Progress, Python},
 };
 
-const START: &str = "<|python_start|>";
-const END: &str = "<|python_end|>";
+pub(super) const START: &str = "<|python_start|>";
+pub(super) const END: &str = "<|python_end|>";
 pub(super) const TAGS: &[&str] = &[START, END];
 /// Longer names are no names.
 const MAX_NAME: usize = 256;
@@ -119,4 +119,10 @@ fn take(at: &mut At, raw: &mut String, char: char, sink: &mut Sink<'_>) -> bool 
 fn is_name(char: char, before: &str) -> bool {
     let begins = char.is_alphabetic() || char == '_';
     begins || (!before.is_empty() && (char.is_alphanumeric() || matches!(char, '.' | '-')))
+}
+
+/// Whether a text can name a function.
+pub(super) fn is_function_name(text: &str) -> bool {
+    let mut chars = text.char_indices();
+    (1..=MAX_NAME).contains(&text.len()) && chars.all(|(at, char)| is_name(char, &text[..at]))
 }

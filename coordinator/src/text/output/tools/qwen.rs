@@ -8,19 +8,23 @@ use super::{
         tag::{Piece, TagScanner},
     },
     Sink,
-    hermes::Tagged,
+    hermes::{CLOSE, OPEN, Tagged},
     python::{self, escape_into},
 };
 
-const OPEN: &str = "<tool_call>";
-const CLOSE: &str = "</tool_call>";
-const FUNCTION: &str = "<function=";
-const END_FUNCTION: &str = "</function>";
-const PARAMETER: &str = "<parameter=";
-const END_PARAMETER: &str = "</parameter>";
+pub(super) const FUNCTION: &str = "<function=";
+pub(super) const END_FUNCTION: &str = "</function>";
+pub(super) const PARAMETER: &str = "<parameter=";
+pub(super) const END_PARAMETER: &str = "</parameter>";
 pub(super) const TAGS: &[&str] = &[OPEN, CLOSE, FUNCTION, END_FUNCTION, PARAMETER, END_PARAMETER];
 /// Longer names are no names.
 const MAX_NAME: usize = 256;
+
+/// Whether a text can name a function or an argument.
+pub(super) fn is_name(text: &str) -> bool {
+    let bare = text.trim().trim_matches(['"', '\'']);
+    (1..=MAX_NAME).contains(&text.len()) && bare == text && !text.contains(['\n', '<', '>'])
+}
 
 #[derive(Debug)]
 pub(super) struct Qwen {
@@ -305,7 +309,7 @@ impl Value {
 }
 
 /// The types a schema allows, in lower case.
-fn types(schema: &Json) -> Vec<String> {
+pub(super) fn types(schema: &Json) -> Vec<String> {
     let names: Vec<&Json> = match schema.get("type") {
         Some(Json::Array(names)) => names.iter().collect(),
         Some(name) => vec![name],
@@ -320,7 +324,7 @@ fn types(schema: &Json) -> Vec<String> {
 }
 
 /// Whether values are texts whatever they look like: the schema says so, or nothing.
-fn is_text(schema: &Json) -> bool {
+pub(super) fn is_text(schema: &Json) -> bool {
     let is_bare = ["type", "anyOf", "oneOf", "$ref", "allOf"]
         .iter()
         .all(|key| schema.get(key).is_none());
