@@ -353,16 +353,17 @@ async fn abort_request_ends_every_choice_and_frees_the_id() {
 #[tokio::test]
 async fn a_request_that_does_not_fit_the_queue_leaves_nothing_there() {
     let server = Server::start(Setup {
+        max_num_seqs: 1,
         max_num_queued_reqs: 1,
         ..Setup::default()
     });
     let mut client = server.inference().await;
-    let two = request(1, |sampling| sampling.n = Some(2));
-    let full = client.generate(two).await.expect_err("one of two fits");
+    let three = request(1, |sampling| sampling.n = Some(3));
+    let full = client.generate(three).await.expect_err("two of three fit");
     let full = RpcError::from(&full);
     assert_eq!(full.kind, ErrorKind::QueueFull);
     assert!(full.kind.is_retryable());
-    // The place of the one that fitted is free as soon as the engine has heard of its end.
+    // The places of those that fitted are free as soon as the engine has heard of its end.
     let retry = async {
         loop {
             server.permit(Permit::Step);

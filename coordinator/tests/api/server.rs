@@ -46,6 +46,7 @@ pub(crate) static TEXT: LazyLock<Arc<TextProcessor>> =
 pub(crate) struct Setup {
     /// What a sequence says, by its seed.
     pub(crate) scripts: Vec<(u64, Vec<u32>)>,
+    pub(crate) max_num_seqs: u32,
     pub(crate) max_num_queued_reqs: usize,
     pub(crate) stream_capacity: usize,
     pub(crate) text: Arc<TextProcessor>,
@@ -55,6 +56,7 @@ impl Default for Setup {
     fn default() -> Self {
         Self {
             scripts: Vec::new(),
+            max_num_seqs: 256,
             max_num_queued_reqs: 100,
             stream_capacity: 4096,
             text: TEXT.clone(),
@@ -105,6 +107,7 @@ impl Server {
 
         let mut config = EngineConfig::new(4 * MAX_MODEL_LEN, MAX_MODEL_LEN, 49_152);
         config.block_size = 1;
+        config.max_num_seqs = setup.max_num_seqs;
         let mut config = EngineThreadConfig::new(config);
         config.max_num_queued_reqs = setup.max_num_queued_reqs;
         config.stream_capacity = setup.stream_capacity;
