@@ -24,7 +24,8 @@ fn no_request_of_the_document_is_answered_by_a_server_error() {
     let output = Command::new(tool)
         .args(["run", &format!("http://{}/openapi.json", server.address)])
         .args(["--checks", "not_a_server_error", "--phases", "coverage,fuzzing"])
-        .args(["--max-time", &budget, "--workers", "2", "--request-timeout", "30"])
+        // One worker: Hypothesis fails now and then where several threads generate.
+        .args(["--max-time", &budget, "--workers", "1", "--request-timeout", "30"])
         .args(["--generation-database", "none", "--warnings", "off", "--no-color"])
         .current_dir(env::temp_dir())
         .output()
