@@ -9,7 +9,7 @@ use std::{
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-/// Within this time after the first signal, another one is the same.
+/// Within this time after the first signal, SIGTERM is the same one.
 const ECHO: Duration = Duration::from_millis(500);
 
 pub(crate) struct Signals {
@@ -31,12 +31,13 @@ impl Signals {
         })
     }
 
-    /// The next one that is not the first one's echo: a supervisor that signals a process and then its group sends two.
+    /// The next one that is not the first one's echo: a supervisor that signals a process and then its group sends two
+    /// SIGTERM. Who presses Ctrl-C twice means it.
     pub(crate) async fn again(&mut self) -> &'static str {
         let echoes = Instant::now() + ECHO;
         loop {
             let name = self.next().await;
-            if Instant::now() >= echoes {
+            if name != "SIGTERM" || Instant::now() >= echoes {
                 return name;
             }
         }

@@ -59,6 +59,9 @@ fn sigterm_lets_streams_end_and_leaves_nothing() {
         }
         last
     });
+    // Some supervisors signal the process and then its group.
+    processes::kill(server.pid(), Signal::TERM);
+    server.wait_logged("letting running requests end");
     assert!(server.stop().success());
     assert_eq!(reader.join().expect("no panic"), "[DONE]");
     assert_eq!(processes::segments(), before);
