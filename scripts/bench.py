@@ -78,6 +78,7 @@ LARGE_LOADS = (
     Load("C=1, 128 in, 64 out", 1, 128, 64, 2, (DECODE,)),
     Load("C=1, 512 in, 2 out", 1, 512, 2, 2, (PREFILL,)),
     Load("C=16, 128 in, 64 out", 16, 128, 64, 16, (OUTPUT, TTFT)),
+    Load("C=64, 128 in, 32 out", 64, 128, 32, 64, (OUTPUT, TTFT)),
 )
 
 
