@@ -106,6 +106,10 @@ impl<'a, E: KvElement> TileRows<'a, E> {
     fn attend_head<S: Simd>(&self, simd: S, scratch: &mut Scratch) {
         self.start::<S>(scratch);
         let vectors = scratch.visible.len();
+        if vectors == 0 {
+            // Nobody on this rank reads it.
+            return;
+        }
         let (first, end) = (scratch.visible[0].start, scratch.visible[vectors - 1].end);
         let segments = first / SEGMENT..end.div_ceil(SEGMENT);
         for segment in self.task.segment.map_or(segments.clone(), |one| one..one + 1) {
