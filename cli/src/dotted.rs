@@ -27,7 +27,7 @@ pub(crate) fn join(
                 let value = match value {
                     Some(value) => value.to_owned(),
                     None => match arguments.next().map(OsString::into_string) {
-                        Some(Ok(value)) => value,
+                        Some(Ok(value)) if !value.starts_with("--") => value,
                         _ => bail!("{name} needs a value"),
                     },
                 };
@@ -130,6 +130,7 @@ mod tests {
     fn what_makes_no_sense_is_refused() {
         for (wrong, why) in [
             (&["--a.x"][..], "--a.x needs a value"),
+            (&["--a.x", "--b", "{}"], "--a.x needs a value"),
             (&["--a.x", "1", "--a.x.y", "2"], "--a.x.y: x is no object"),
             (&["--a", "3", "--a.x", "1"], "--a must be a JSON object"),
         ] {

@@ -86,11 +86,12 @@ impl<E: Executor> EngineThread<E> {
                 Some((epoch, cause)) => self.core.rank_lost(epoch, cause, &mut self.events),
                 None => self.core.step(self.commands.drain(..), &mut self.events),
             };
+            let now = self.core.snapshot();
             // Before those that have begun leave the queue.
-            self.shared.admission.set_free_seats(self.free_seats());
+            self.shared.admission.set_free_seats(self.free_seats(&now));
             self.route_events(began);
             self.publish_kv_events();
-            self.publish(&progress);
+            self.publish(&progress, now);
             self.waiters.answer();
             if let Progress::Fatal(failure) = progress {
                 ending.set(EngineState::Failed);
@@ -224,8 +225,7 @@ impl<E: Executor> EngineThread<E> {
     }
 
     /// Where somebody waits, it is not for a seat, or there is none.
-    fn free_seats(&self) -> usize {
-        let now = self.core.snapshot();
+    fn free_seats(&self, now: &Snapshot) -> usize {
         if now.num_waiting > 0 || now.paused {
             return 0;
         }
@@ -267,7 +267,7 @@ impl<E: Executor> EngineThread<E> {
         }
     }
 
-    fn publish(&mut self, progress: &Progress) {
+    fn publish(&mut self, progress: &Progress, now: Snapshot) {
         let metrics = &self.shared.metrics;
         match progress {
             Progress::Idle => {}
@@ -280,7 +280,7 @@ impl<E: Executor> EngineThread<E> {
             Progress::Fatal(EngineFailure::NotRebuilt { cause, .. }) => metrics.group_lost(cause),
             Progress::Fatal(EngineFailure::Closed(_)) => {}
         }
-        let before = std::mem::replace(&mut self.snapshot, self.core.snapshot());
+        let before = std::mem::replace(&mut self.snapshot, now);
         metrics.engine_turned(&before, &self.snapshot);
         let drained = self.draining && self.core.is_idle() && self.commands.is_empty();
         self.shared.status.send_modify(|status| {

@@ -7,7 +7,7 @@ use phalanx_proto::{
     v1::TokenIds,
 };
 
-use super::Tokenizer;
+use super::{Tokenizer, token_ids};
 
 /// The tokens that may be drawn; none: all. Errors: ids outside of the vocabulary, or more than any has.
 pub(super) fn allowed_token_ids(ids: &[u32], vocab_size: u32) -> Result<Option<TokenSet>, RpcError> {
@@ -15,15 +15,7 @@ pub(super) fn allowed_token_ids(ids: &[u32], vocab_size: u32) -> Result<Option<T
     if ids.is_empty() {
         return Ok(None);
     }
-    if ids.len() > MAX_ALLOWED_TOKEN_IDS {
-        let count = ids.len();
-        let message = format!("{PARAM} has {count} ids, at most {MAX_ALLOWED_TOKEN_IDS} are allowed.");
-        return Err(RpcError::invalid(PARAM, message));
-    }
-    if let Some(id) = ids.iter().find(|&&id| id >= vocab_size) {
-        let message = format!("{PARAM} holds {id}, but token ids are below {vocab_size}.");
-        return Err(RpcError::invalid(PARAM, message));
-    }
+    token_ids::check(PARAM, ids, MAX_ALLOWED_TOKEN_IDS, vocab_size)?;
     let mut set = TokenSet::empty(vocab_size);
     ids.iter().for_each(|&id| set.insert(id));
     Ok(Some(set))

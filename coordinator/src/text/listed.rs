@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use phalanx_proto::{RpcError, limits::MAX_LOGPROB_TOKEN_IDS, v1};
 
-use super::ModelLimits;
+use super::{ModelLimits, token_ids};
 
 const PARAM: &str = "logprob_token_ids";
 
@@ -16,21 +16,11 @@ pub(super) fn checked(
     limits: &ModelLimits,
 ) -> Result<Vec<u32>, RpcError> {
     let refused = |message: String| Err(RpcError::invalid(PARAM, message));
-    let (ids, vocab_size) = (&params.logprob_token_ids, limits.vocab_size);
-    let count = ids.len();
-    if count == 0 {
+    let ids = &params.logprob_token_ids;
+    if ids.is_empty() {
         return Ok(Vec::new());
     }
-    if count > MAX_LOGPROB_TOKEN_IDS {
-        return refused(format!(
-            "{PARAM} has {count} ids, at most {MAX_LOGPROB_TOKEN_IDS} are allowed."
-        ));
-    }
-    if let Some(id) = ids.iter().find(|&&id| id >= vocab_size) {
-        return refused(format!(
-            "{PARAM} holds {id}, but token ids are below {vocab_size}."
-        ));
-    }
+    token_ids::check(PARAM, ids, MAX_LOGPROB_TOKEN_IDS, limits.vocab_size)?;
     if output.logprobs.is_none() {
         return refused(format!("{PARAM} needs logprobs."));
     }

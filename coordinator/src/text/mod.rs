@@ -16,6 +16,7 @@ mod sampling;
 mod stop;
 mod structured;
 mod thinking;
+mod token_ids;
 mod tokenize;
 mod tokenizer;
 mod tools;

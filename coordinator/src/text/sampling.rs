@@ -9,7 +9,7 @@ use phalanx_proto::{
     v1,
 };
 
-use super::{GenerationDefaults, StopMatcher, listed, repetition, tokenizer::SpecialTokens};
+use super::{GenerationDefaults, StopMatcher, listed, repetition, token_ids, tokenizer::SpecialTokens};
 use crate::engine::{Constraint, RepetitionDetection, SamplingParams, StopRules};
 
 /// Smaller temperatures than this are raised to it, as in vLLM: dividing logits by less overflows.
@@ -309,17 +309,8 @@ fn logit_bias(params: &v1::SamplingParams, limits: &ModelLimits) -> Result<Vec<(
 /// The request's stop tokens, and the model's unless they are to be ignored.
 fn stop_token_ids(params: &v1::SamplingParams, rules: Rules<'_>) -> Result<Vec<u32>, RpcError> {
     const PARAM: &str = "stop_token_ids";
-    let count = params.stop_token_ids.len();
-    if count > MAX_STOP_TOKEN_IDS {
-        let message = format!("stop_token_ids has {count} ids, at most {MAX_STOP_TOKEN_IDS} are allowed.");
-        return Err(RpcError::invalid(PARAM, message));
-    }
-    let vocab_size = rules.limits.vocab_size;
-    if let Some(id) = params.stop_token_ids.iter().find(|&&id| id >= vocab_size) {
-        let message = format!("stop_token_ids holds {id}, but token ids are below {vocab_size}.");
-        return Err(RpcError::invalid(PARAM, message));
-    }
     let mut ids = params.stop_token_ids.clone();
+    token_ids::check(PARAM, &ids, MAX_STOP_TOKEN_IDS, rules.limits.vocab_size)?;
     if !params.ignore_eos {
         ids.extend(&rules.special.end_of_generation);
     }

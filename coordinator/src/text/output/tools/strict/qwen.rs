@@ -186,7 +186,7 @@ fn admits_any_text(schema: &Json) -> bool {
         let has_text = kinds.iter().any(|kind| kind.as_str() == Some("string"));
         return has_text && restricts_by(schema, &["type"]);
     }
-    let branches = schema.get("anyOf").or_else(|| schema.get("oneOf"));
-    let branches = branches.and_then(Json::as_array).unwrap_or_default();
-    branches.iter().any(admits_any_text) && restricts_by(schema, &["anyOf", "oneOf"])
+    // Not of `oneOf`: a text that two branches admit does not follow it.
+    let branches = schema.get("anyOf").and_then(Json::as_array).unwrap_or_default();
+    branches.iter().any(admits_any_text) && restricts_by(schema, &["anyOf"])
 }
