@@ -1,8 +1,8 @@
 //! Zeroed, aligned memory for weights, caches and activations.
 //!
 //! Matrices are carved from large mappings that ask for transparent huge pages, in the order they are packed: a forward
-//! pass reads memory almost sequentially, and matrices smaller than a huge page share one. Pages never written cost
-//! nothing.
+//! pass reads memory almost sequentially, and where one matrix ends within a huge page the next one begins. Pages never
+//! written cost nothing.
 
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -11,7 +11,7 @@ use crate::{KernelError, Result};
 
 /// Alignment of every region, in bytes: two cache lines, because the adjacent-line prefetcher fetches pairs.
 pub const ALIGN: usize = 128;
-/// Size of a transparent huge page, and the alignment of regions at least as large.
+/// Size of a transparent huge page, and the alignment of mappings.
 const HUGE_PAGE: usize = 2 << 20;
 /// Address space an [`Arena`] maps at a time.
 const SEGMENT: usize = 64 << 20;
@@ -171,8 +171,8 @@ pub struct Arena {
 
 struct Segment {
     mapping: Arc<Mapping>,
+    /// Bytes handed out, up to the next multiple of [`ALIGN`].
     used: usize,
-    bytes: usize,
 }
 
 impl Arena {
@@ -185,23 +185,21 @@ impl Arena {
     /// # Errors
     /// [`KernelError::OutOfMemory`] if the kernel refuses.
     pub fn alloc(&self, bytes: usize, what: &'static str) -> Result<Region> {
-        if bytes > SEGMENT / 4 || bytes == 0 {
+        if bytes > SEGMENT || bytes == 0 {
             return Region::zeroed(bytes, Pages::Huge, what);
         }
         // A panic elsewhere cannot leave a segment half updated.
         let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
-        let align = if bytes >= HUGE_PAGE { HUGE_PAGE } else { ALIGN };
         let segment = match current.take() {
-            Some(s) if s.used.next_multiple_of(align) + bytes <= s.bytes => s,
+            Some(segment) if segment.used + bytes <= SEGMENT => segment,
             _ => Segment {
                 mapping: Arc::new(Mapping::new(SEGMENT, Pages::Huge, what)?),
                 used: 0,
-                bytes: SEGMENT,
             },
         };
         let segment = current.insert(segment);
-        let at = segment.used.next_multiple_of(align);
-        segment.used = at + bytes;
+        let at = segment.used;
+        segment.used = (at + bytes).next_multiple_of(ALIGN);
         // SAFETY: `at + bytes` lies within the segment, whose aligned part is that long.
         let start = unsafe { segment.mapping.aligned().add(at) };
         Ok(Region {
@@ -224,9 +222,6 @@ mod tests {
         for (i, region) in regions.iter_mut().enumerate() {
             assert_eq!(region.as_slice().len(), sizes[i]);
             assert_eq!(region.as_slice().as_ptr().align_offset(ALIGN), 0);
-            if sizes[i] >= HUGE_PAGE {
-                assert_eq!(region.as_slice().as_ptr().align_offset(HUGE_PAGE), 0);
-            }
             assert!(
                 region.as_slice().iter().all(|&b| b == 0),
                 "region {i} is not zeroed"
