@@ -80,7 +80,9 @@ impl<E: KvElement> Tile<'_, E> {
         let queries = queries.as_chunks().0;
         match M {
             1 => self.scores::<S, M, 4>(simd, queries, groups.clone(), &mut scores),
-            2 | 3 => self.scores::<S, M, 2>(simd, queries, groups.clone(), &mut scores),
+            _ if M <= 3 || S::PAIRS >= 2 * M => {
+                self.scores::<S, M, 2>(simd, queries, groups.clone(), &mut scores)
+            }
             _ => self.scores::<S, M, 1>(simd, queries, groups.clone(), &mut scores),
         }
 
@@ -180,10 +182,14 @@ impl<E: KvElement> Tile<'_, E> {
             ];
         }
         for (d, query) in queries.iter().enumerate() {
+            let mut k = [wide.splat(0.0); W];
             for w in 0..W {
-                let k = E::load_pair(simd, &keys[w][0][d], &keys[w][1][d]);
-                for m in 0..M {
-                    sums[m][w] = wide.fma(wide.splat(query[m]), k, sums[m][w]);
+                k[w] = E::load_pair(simd, &keys[w][0][d], &keys[w][1][d]);
+            }
+            for m in 0..M {
+                let q = wide.splat(query[m]);
+                for w in 0..W {
+                    sums[m][w] = wide.fma(q, k[w], sums[m][w]);
                 }
             }
         }
@@ -261,7 +267,7 @@ impl<E: KvElement> Tile<'_, E> {
         let mut column = 0;
         match M {
             1 => self.accumulate_columns::<S, M, 4>(simd, sums, weights, (positions.clone(), &mut column)),
-            2 | 3 => {
+            _ if M <= 3 || S::PAIRS >= 2 * M => {
                 self.accumulate_columns::<S, M, 2>(simd, sums, weights, (positions.clone(), &mut column))
             }
             _ => {}
@@ -304,10 +310,14 @@ impl<E: KvElement> Tile<'_, E> {
                 for position in positions.start.max(first)..positions.end.min(first + LANES) {
                     let row = &v[at..at + 2 * W];
                     at += n;
+                    let mut values = [wide.splat(0.0); W];
                     for w in 0..W {
-                        let v = E::load_pair(simd, &row[2 * w], &row[2 * w + 1]);
-                        for m in 0..M {
-                            acc[m][w] = wide.fma(wide.splat(weights[m][position % TILE]), v, acc[m][w]);
+                        values[w] = E::load_pair(simd, &row[2 * w], &row[2 * w + 1]);
+                    }
+                    for m in 0..M {
+                        let weight = wide.splat(weights[m][position % TILE]);
+                        for w in 0..W {
+                            acc[m][w] = wide.fma(weight, values[w], acc[m][w]);
                         }
                     }
                 }

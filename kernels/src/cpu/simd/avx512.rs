@@ -43,7 +43,7 @@ impl Arithmetic for Avx512 {
 impl Simd for Avx512 {
     type Wide = Zmm;
     // Of 32 registers.
-    const PAIRS: usize = 12;
+    const PAIRS: usize = 24;
 
     #[inline(always)]
     fn vectorize<K: Kernel>(self, kernel: K) -> K::Output {
