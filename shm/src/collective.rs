@@ -3,7 +3,8 @@
 //! A collective is one or more rounds. In a round every rank writes its own message slot of the current turn, passes
 //! one barrier, and reads the others'. Turns alternate, so the next round's writes cannot meet this round's reads; see
 //! [`Barrier`](crate::protocol::Barrier). What does not fit a slot goes in slices, a round each: beyond a slot's worth
-//! slicing is also faster, since slots then stay in the cache.
+//! slicing is also faster, since slots then stay in the cache. What is much larger is gathered past the slots; see
+//! `direct`.
 //!
 //! The hot path of a model does not come here: it writes its activations straight into the [`Arena`](crate::Arena) and
 //! needs a barrier only.
@@ -43,12 +44,12 @@ mod sealed {
     unsafe impl Plain for f32 {}
 }
 
-fn bytes_of<T: Element>(values: &[T]) -> &[u8] {
+pub(crate) fn bytes_of<T: Element>(values: &[T]) -> &[u8] {
     // SAFETY: per `Plain` there is no padding; the length in bytes is that of the same memory.
     unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) }
 }
 
-fn bytes_of_mut<T: Element>(values: &mut [T]) -> &mut [u8] {
+pub(crate) fn bytes_of_mut<T: Element>(values: &mut [T]) -> &mut [u8] {
     // SAFETY: as above, and per `Plain` any bytes written are values.
     unsafe { std::slice::from_raw_parts_mut(values.as_mut_ptr().cast(), size_of_val(values)) }
 }
@@ -99,6 +100,9 @@ impl RankPort {
         let each = mine.len();
         if let Some(out) = &out {
             check_length(out.len(), each.saturating_mul(self.world_size as usize))?;
+        }
+        if self.gathers_directly(size_of_val(mine))? {
+            return self.gather_directly(kind, mine, out);
         }
         for slice in self.slices::<T>(each) {
             let stamp = self.round(kind, size_of_val(mine), bytes_of(&mine[slice.clone()]))?;
@@ -177,7 +181,7 @@ impl RankPort {
 
     /// Writes this rank's message and waits for everyone's. They can be read under the stamp returned until this rank
     /// enters another round.
-    fn round(&mut self, kind: u32, total: usize, message: &[u8]) -> Result<Stamp, ShmError> {
+    pub(crate) fn round(&mut self, kind: u32, total: usize, message: &[u8]) -> Result<Stamp, ShmError> {
         self.check_unfinished()?;
         let slots = self.segment.layout().messages;
         if message.len() > slots.capacity {
@@ -212,7 +216,7 @@ impl RankPort {
     }
 
     /// A rank's message of this round. It borrows the port, so it is gone before the next round.
-    fn message(&self, rank: u32, stamp: Stamp) -> Result<&[u8], ShmError> {
+    pub(crate) fn message(&self, rank: u32, stamp: Stamp) -> Result<&[u8], ShmError> {
         let slots = &self.segment.layout().messages;
         // SAFETY: `rank` has written it before its arrival at the barrier that `round` has passed, and writes it again
         // only after this rank's arrival at the next one, which takes `&mut self`.
@@ -223,7 +227,7 @@ impl RankPort {
         .map_err(|problem| self.out_of_step(Party::Rank(rank), problem))
     }
 
-    fn message_of_length(&self, rank: u32, stamp: Stamp, len: usize) -> Result<&[u8], ShmError> {
+    pub(crate) fn message_of_length(&self, rank: u32, stamp: Stamp, len: usize) -> Result<&[u8], ShmError> {
         let message = self.message(rank, stamp)?;
         if message.len() != len {
             let (found, expected) = (message.len() as u64, len as u64);

@@ -76,6 +76,8 @@ mod arena;
 #[cfg(not(loom))]
 mod collective;
 #[cfg(not(loom))]
+mod direct;
+#[cfg(not(loom))]
 mod engine_port;
 #[cfg(not(loom))]
 mod error;
@@ -99,6 +101,8 @@ mod segment;
 mod shape;
 #[cfg(not(loom))]
 mod slot;
+#[cfg(not(loom))]
+mod stream;
 #[cfg(not(loom))]
 mod wait;
 

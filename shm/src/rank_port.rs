@@ -32,6 +32,8 @@ pub struct RankPort {
     finished: bool,
     /// Message rounds so far; see `collective`.
     pub(crate) num_messages: u64,
+    /// Whether all ranks can read each other's memory, once that was asked; see `direct`.
+    pub(crate) peers_readable: Option<bool>,
 }
 
 impl RankPort {
@@ -57,6 +59,7 @@ impl RankPort {
             num_outputs: 0,
             finished: false,
             num_messages: 0,
+            peers_readable: None,
         })
     }
 

@@ -99,6 +99,7 @@ fn act() {
     match variable("ROLE").as_str() {
         "collectives" => act_collectives(port),
         "barriers" => act_barriers(port),
+        "gathers" => act_gathers(port, variable("REFUSE") == "1"),
         "idle" => act_idle(port),
         other => panic!("no role {other}"),
     }
@@ -139,6 +140,75 @@ fn act_barriers(mut port: RankPort) {
             };
             return report(verdict);
         }
+    }
+}
+
+/// Large gathers; reports the barriers that they took after the ranks have got to know each other.
+fn act_gathers(mut port: RankPort, refuse: bool) {
+    // Where Yama lets a process be read by its ancestors only (Ubuntu).
+    // SAFETY: touches no memory; fails where there is no Yama.
+    unsafe { libc::prctl(libc::PR_SET_PTRACER, libc::PR_SET_PTRACER_ANY, 0, 0, 0) };
+    if refuse {
+        refuse_direct_reads();
+    }
+    // More than half a mebibyte, and no whole number of anything.
+    const LEN: usize = (600 << 10) / size_of::<f32>() + 5;
+    let world_size = port.world_size();
+    let mut before = 0;
+    for step in 0..3 {
+        if step == 1 {
+            before = port.barrier_count();
+        }
+        let mine = values(step, port.rank(), LEN);
+        let expected = bits(&concatenated(step, world_size, LEN));
+        let mut all = vec![0.0; LEN * world_size as usize];
+        port.all_gather(&mine, &mut all).unwrap();
+        assert_eq!(bits(&all), expected);
+        let mut gathered = vec![0.0; if port.rank() == 1 { all.len() } else { 0 }];
+        port.gather(1, &mine, &mut gathered).unwrap();
+        assert!(port.rank() != 1 || bits(&gathered) == expected);
+    }
+    report(port.barrier_count() - before);
+}
+
+/// As a container's seccomp profile may: `process_vm_readv` fails with EPERM from here on.
+fn refuse_direct_reads() {
+    let instruction = |code: u32, jump_if_not: u8, k: u32| libc::sock_filter {
+        code: code as u16,
+        jt: 0,
+        jf: jump_if_not,
+        k,
+    };
+    // The system call's number is the first word of what the filter sees.
+    let mut filter = [
+        instruction(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0),
+        instruction(
+            libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K,
+            1,
+            libc::SYS_process_vm_readv as u32,
+        ),
+        instruction(
+            libc::BPF_RET | libc::BPF_K,
+            0,
+            libc::SECCOMP_RET_ERRNO | libc::EPERM as u32,
+        ),
+        instruction(libc::BPF_RET | libc::BPF_K, 0, libc::SECCOMP_RET_ALLOW),
+    ];
+    let program = libc::sock_fprog {
+        len: filter.len() as u16,
+        filter: filter.as_mut_ptr(),
+    };
+    // SAFETY: neither call writes memory; the kernel copies the program, which lives until the calls are done.
+    unsafe {
+        assert_eq!(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), 0);
+        assert_eq!(
+            libc::prctl(
+                libc::PR_SET_SECCOMP,
+                libc::SECCOMP_MODE_FILTER,
+                &raw const program
+            ),
+            0
+        );
     }
 }
 
@@ -313,6 +383,35 @@ fn random_steps_agree_with_the_reference_bit_by_bit() {
             "{counts:?}"
         );
     }
+}
+
+/// Barriers of four large gathers of three ranks, of which one may be refused to read the others' memory.
+fn barriers_of_gathers(refused: Option<u32>) -> Vec<u32> {
+    let directory = tempfile::tempdir_in(DEV_SHM).unwrap();
+    let segment = Arc::new(Segment::create(directory.path(), "gathers", shape(3)).unwrap());
+    let mut ranks: Vec<_> = (0..3)
+        .map(|rank| {
+            let refuse = if refused == Some(rank) { "1" } else { "0" };
+            let arguments = [
+                ("RANK", rank.to_string()),
+                ("LIMIT_MS", LONG.as_millis().to_string()),
+                ("REFUSE", refuse.to_owned()),
+            ];
+            Actor::spawn("gathers", segment.path(), &arguments)
+        })
+        .collect();
+    ranks
+        .iter_mut()
+        .map(|rank| rank.report().parse().unwrap())
+        .collect()
+}
+
+#[test]
+fn large_gathers_go_past_the_slots_where_the_kernel_lets_them() {
+    // One barrier when all may read, and one when all have read.
+    assert_eq!(barriers_of_gathers(None), [8; 3]);
+    // One rank that may not read its peers is enough for all to go through the slots, of 1024 bytes here.
+    assert_eq!(barriers_of_gathers(Some(2)), [4 * 601; 3]);
 }
 
 /// Three ranks in a loop of barriers, one of which has just got a signal.
