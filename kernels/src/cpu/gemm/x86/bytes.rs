@@ -6,7 +6,7 @@ use std::mem::offset_of;
 use phalanx_model::TensorFormat;
 
 use super::codes::Coded;
-use super::{Kernel, Sums, TILE_ROWS, Tile, broadcast, broadcast_f32, half8, keep_order, prefetch};
+use super::{Kernel, Sums, TILE_ROWS, Tile, broadcast, broadcast_f32, half8, keep_order};
 use crate::cpu::gemm::activations::WideBlock;
 use crate::cpu::pack::Layout;
 
@@ -74,9 +74,7 @@ unsafe fn tile<const R: usize, const G: usize, const PF: bool>(t: Tile) -> Sums<
                 a = a.add(size_of::<WideBlock>());
             }
             if PF {
-                for g in 0..G {
-                    prefetch(w.add(g * t.group_bytes), LAYOUT.bytes);
-                }
+                t.prefetch::<G>(w, LAYOUT.bytes);
             }
             w = w.add(LAYOUT.bytes);
         }

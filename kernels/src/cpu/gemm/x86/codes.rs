@@ -5,7 +5,7 @@ use std::mem::offset_of;
 
 use phalanx_model::TensorFormat;
 
-use super::{Kernel, Sums, Tile, broadcast, broadcast_f32, half8, keep_order, prefetch, unroll};
+use super::{Kernel, Sums, Tile, broadcast, broadcast_f32, half8, keep_order, unroll};
 use crate::cpu::gemm::activations::NarrowBlock;
 use crate::cpu::pack::headers::{BLOCK_SCALES, MINS, SUPER_MINS};
 use crate::cpu::pack::{Layout, bits, has_min, is_super, offset};
@@ -230,9 +230,7 @@ unsafe fn tile<F: Coded, const R: usize, const G: usize, const PF: bool>(t: Tile
                 a = a.add(size_of::<NarrowBlock>());
             }
             if PF {
-                for g in 0..G {
-                    prefetch(w.add(g * t.group_bytes), layout.bytes);
-                }
+                t.prefetch::<G>(w, layout.bytes);
             }
             w = w.add(layout.bytes);
         }

@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{Kernel, Sums, Tile, broadcast_f32, half8, prefetch};
+use super::{Kernel, Sums, Tile, broadcast_f32, half8};
 use crate::cpu::pack::GROUP;
 
 /// Reads the 8 numbers of one K.
@@ -75,9 +75,7 @@ unsafe fn tile<N: Numbers, const R: usize, const G: usize, const PF: bool>(t: Ti
                 }
             }
             if PF && (k * N::BYTES * GROUP).is_multiple_of(64) {
-                for g in 0..G {
-                    prefetch(w.add(g * t.group_bytes), 64);
-                }
+                t.prefetch::<G>(w, 64);
             }
             w = w.add(N::BYTES * GROUP);
         }

@@ -42,6 +42,26 @@ struct Tile {
     row_bytes: usize,
 }
 
+impl Tile {
+    /// Asks for what will be read [`PREFETCH`] bytes after the `bytes` at `w`, in the first of `G` groups, and for the
+    /// like in the others: of the same groups, and beyond their end of those that the next tile begins with.
+    ///
+    /// # Safety
+    /// SSE. Any address will do.
+    #[inline(always)]
+    unsafe fn prefetch<const G: usize>(&self, w: *const u8, bytes: usize) {
+        let at = w.addr() - self.weights.addr() + PREFETCH;
+        let passed = if at < self.group_bytes { 0 } else { G - 1 };
+        for g in 0..G {
+            let ahead = w.wrapping_add((passed + g) * self.group_bytes + PREFETCH);
+            for line in (0..bytes).step_by(64) {
+                // SAFETY: a prefetch of an unmapped address does nothing.
+                unsafe { _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(line).cast()) };
+            }
+        }
+    }
+}
+
 /// Sums of a tile: R activation rows x G groups.
 type Sums<const R: usize, const G: usize> = [[__m256; G]; R];
 
@@ -237,18 +257,6 @@ unsafe fn broadcast_f32(p: *const u8) -> __m256 {
 unsafe fn half8(p: *const u8) -> __m256 {
     // SAFETY: the caller's promise.
     unsafe { _mm256_cvtph_ps(_mm_loadu_si128(p.cast())) }
-}
-
-/// Asks for the chunk that will be read [`PREFETCH`] bytes from now.
-///
-/// # Safety
-/// SSE. Any address will do.
-#[inline(always)]
-unsafe fn prefetch(p: *const u8, bytes: usize) {
-    for line in (0..bytes).step_by(64) {
-        // SAFETY: a prefetch of an unmapped address does nothing.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.wrapping_add(PREFETCH + line).cast()) };
-    }
 }
 
 /// Keeps LLVM's reassociation pass from rewriting the chain of integer adds as one tree per row, which needs all

@@ -11,7 +11,7 @@ use std::mem::offset_of;
 
 use super::codes::{Coded, min, scale};
 use super::vnni::start_shift;
-use super::{Sums, Tile, prefetch};
+use super::{Sums, Tile};
 use crate::cpu::gemm::activations::NarrowBlock;
 use crate::cpu::pack::{bits, offset};
 
@@ -189,8 +189,7 @@ pub(super) unsafe fn tile<F: Coded, const R: usize, const PF: bool>(t: Tile) -> 
                 a = a.add(size_of::<NarrowBlock>());
             }
             if PF {
-                prefetch(w, layout.bytes);
-                prefetch(other, layout.bytes);
+                t.prefetch::<2>(w, layout.bytes);
             }
             w = w.add(layout.bytes);
         }

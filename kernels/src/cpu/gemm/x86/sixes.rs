@@ -5,7 +5,7 @@ use std::mem::offset_of;
 
 use phalanx_model::TensorFormat;
 
-use super::{Kernel, Sums, Tile, broadcast, broadcast_f32, half8, keep_order, prefetch, unroll};
+use super::{Kernel, Sums, Tile, broadcast, broadcast_f32, half8, keep_order, unroll};
 use crate::cpu::gemm::activations::NarrowBlock;
 use crate::cpu::pack::Layout;
 use crate::cpu::pack::headers::Q6_K_SCALES;
@@ -153,9 +153,7 @@ unsafe fn tile<const R: usize, const G: usize, const PF: bool>(t: Tile) -> Sums<
                 a = a.add(size_of::<NarrowBlock>());
             }
             if PF {
-                for g in 0..G {
-                    prefetch(w.add(g * t.group_bytes), LAYOUT.bytes);
-                }
+                t.prefetch::<G>(w, LAYOUT.bytes);
             }
             w = w.add(LAYOUT.bytes);
         }

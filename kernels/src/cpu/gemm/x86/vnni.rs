@@ -11,7 +11,7 @@ use phalanx_model::TensorFormat;
 
 use super::codes::{Coded, fifth_bits, min, scale};
 use super::sixes::{self, Q6K};
-use super::{Kernel, Sums, TILE_ROWS, Tile, broadcast, broadcast_f32, half8, pairs, prefetch, unroll};
+use super::{Kernel, Sums, TILE_ROWS, Tile, broadcast, broadcast_f32, half8, pairs, unroll};
 use crate::cpu::gemm::activations::NarrowBlock;
 use crate::cpu::pack::headers::Q6_K_SCALES;
 use crate::cpu::pack::{Layout, bits, offset};
@@ -153,9 +153,7 @@ unsafe fn tile<F: Coded, const R: usize, const G: usize, const PF: bool>(t: Tile
                 a = a.add(size_of::<NarrowBlock>());
             }
             if PF {
-                for g in 0..G {
-                    prefetch(w.add(g * t.group_bytes), layout.bytes);
-                }
+                t.prefetch::<G>(w, layout.bytes);
             }
             w = w.add(layout.bytes);
         }
@@ -238,9 +236,7 @@ unsafe fn tile_sixes<const R: usize, const G: usize, const PF: bool>(t: Tile) ->
                 a = a.add(size_of::<NarrowBlock>());
             }
             if PF {
-                for g in 0..G {
-                    prefetch(w.add(g * t.group_bytes), LAYOUT.bytes);
-                }
+                t.prefetch::<G>(w, LAYOUT.bytes);
             }
             w = w.add(LAYOUT.bytes);
         }
