@@ -115,6 +115,10 @@ pub(super) unsafe fn run(isa: Isa, job: &Job<'_>, groups: Range<usize>) {
 /// As [`run`], for the kernel of the job's format.
 unsafe fn run_format<K: Kernel>(job: &Job<'_>, groups: Range<usize>) {
     let wide = job.batch >= K::PAIRS_FROM;
+    // A single row gets through a group so fast that the hardware's prefetcher does as well.
+    if job.batch >= TILE_ROWS {
+        prefetch_start(job, groups.clone(), wide);
+    }
     for first in (0..job.batch).step_by(job.row_block()) {
         let rows = first..(first + job.row_block()).min(job.batch);
         let mut group = groups.start;
@@ -129,6 +133,18 @@ unsafe fn run_format<K: Kernel>(job: &Job<'_>, groups: Range<usize>) {
                 }
             }
             group += 1 + usize::from(pair);
+        }
+    }
+}
+
+/// Asks at once for what a task's first tile reads before its own prefetches are ahead of it.
+fn prefetch_start(job: &Job<'_>, groups: Range<usize>, wide: bool) {
+    let bytes = job.group_bytes();
+    for group in groups.take(1 + usize::from(wide)) {
+        let start = &job.panels[group * bytes..][..bytes.min(PREFETCH)];
+        for line in start.chunks(64) {
+            // SAFETY: a prefetch is a hint.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
         }
     }
 }
