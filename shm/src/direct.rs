@@ -18,52 +18,33 @@ use crate::stream;
 /// Kinds of messages, beside those of `collective`.
 const PROBE: u32 = 32;
 const VERDICT: u32 = 33;
+/// A pid, an address, and the number that lies there.
+const PROBE_BYTES: usize = 3 * size_of::<u64>();
 /// Set in the kind of a collective that is direct.
-pub(crate) const DIRECT: u32 = 1 << 7;
+const DIRECT: u32 = 1 << 7;
 
 /// From here on the second barrier and the system calls cost less than the copy that they save.
 const LEAST_BYTES: usize = 512 << 10;
 
-/// What a rank tells the others of memory that they may read.
-#[derive(Clone, Copy, Debug)]
-struct Offer {
-    pid: u32,
-    address: u64,
-    /// Of a probe: what is to be found there.
-    number: u64,
+/// What is known of reading the peers' memory.
+#[derive(Debug)]
+pub(crate) enum Peers {
+    NotAsked,
+    /// At least one rank cannot read another's.
+    OutOfReach,
+    /// All can. Their pids, by rank.
+    InReach(Vec<u32>),
 }
 
-impl Offer {
-    const BYTES: usize = 24;
+/// Memory of a process, from an address on.
+#[derive(Clone, Copy, Debug)]
+struct Remote {
+    pid: u32,
+    address: u64,
+}
 
-    /// Of memory of this process.
-    fn new<T>(of: *const T, number: u64) -> Self {
-        Self {
-            pid: std::process::id(),
-            address: of.addr() as u64,
-            number,
-        }
-    }
-
-    fn encode(self) -> [u8; Self::BYTES] {
-        let mut bytes = [0; Self::BYTES];
-        let words = [self.pid.into(), self.address, self.number];
-        for (to, word) in bytes.as_chunks_mut().0.iter_mut().zip(words) {
-            *to = u64::to_ne_bytes(word);
-        }
-        bytes
-    }
-
-    fn decode(bytes: &[u8; Self::BYTES]) -> Self {
-        let word = |i: usize| u64::from_ne_bytes(bytes.as_chunks().0[i]);
-        Self {
-            pid: word(0) as u32,
-            address: word(1),
-            number: word(2),
-        }
-    }
-
-    /// Fills `out` from the offered memory on.
+impl Remote {
+    /// Fills `out`.
     fn read(self, mut out: &mut [u8]) -> io::Result<()> {
         let mut address = self.address;
         while !out.is_empty() {
@@ -94,34 +75,41 @@ impl Offer {
 impl RankPort {
     /// Whether ranks that each give `bytes` gather them directly: the same on all of them.
     pub(crate) fn gathers_directly(&mut self, bytes: usize) -> Result<bool, ShmError> {
-        if bytes < LEAST_BYTES || self.segment.layout().messages.capacity < Offer::BYTES {
+        if bytes < LEAST_BYTES || self.segment.layout().messages.capacity < PROBE_BYTES {
             return Ok(false);
         }
-        if let Some(readable) = self.peers_readable {
-            return Ok(readable);
+        if matches!(self.peers, Peers::NotAsked) {
+            self.peers = self.probe_peers()?;
         }
-        let readable = self.probe_peers()?;
-        self.peers_readable = Some(readable);
-        Ok(readable)
+        Ok(matches!(self.peers, Peers::InReach(_)))
     }
 
-    /// Whether every rank can read every other's memory. Two rounds.
-    fn probe_peers(&mut self) -> Result<bool, ShmError> {
+    /// Two rounds: a number to be read, and what came of it.
+    fn probe_peers(&mut self) -> Result<Peers, ShmError> {
         // On the heap, so that it lies where values lie.
         let number = Box::new(RandomState::new().hash_one(self.rank));
-        let offer = Offer::new(&raw const *number, *number);
-        let stamp = self.round(PROBE, 0, &offer.encode())?;
-        let mut readable = true;
+        let address = (&raw const *number).addr() as u64;
+        let words = [std::process::id().into(), address, *number];
+        let stamp = self.round(PROBE, 0, words.map(u64::to_ne_bytes).as_flattened())?;
+        let (mut pids, mut readable) = (Vec::new(), true);
         for rank in 0..self.world_size {
-            let offer = self.offer(rank, stamp)?;
+            let [pid, address, number] = self.words(rank, stamp)?;
+            // No process has the last number, should a peer's not be one.
+            let pid = u32::try_from(pid).unwrap_or(u32::MAX);
             let mut found = [0; 8];
-            readable &= offer.read(&mut found).is_ok() && u64::from_ne_bytes(found) == offer.number;
+            let read = Remote { pid, address }.read(&mut found);
+            readable &= read.is_ok() && u64::from_ne_bytes(found) == number;
+            pids.push(pid);
         }
         let stamp = self.round(VERDICT, 0, &[readable.into()])?;
         for rank in 0..self.world_size {
             readable &= self.message(rank, stamp)? == [1];
         }
-        Ok(readable)
+        Ok(if readable {
+            Peers::InReach(pids)
+        } else {
+            Peers::OutOfReach
+        })
     }
 
     /// As [`RankPort::all_gather`] and [`RankPort::gather`], of values that lie in the ranks' own memory until all have
@@ -132,22 +120,29 @@ impl RankPort {
         mine: &[T],
         out: Option<&mut [T]>,
     ) -> Result<(), ShmError> {
-        let offer = Offer::new(mine.as_ptr(), 0);
-        let stamp = self.round(kind | DIRECT, size_of_val(mine), &offer.encode())?;
+        let address = mine.as_ptr().addr() as u64;
+        let stamp = self.round(kind | DIRECT, size_of_val(mine), &address.to_ne_bytes())?;
         if let Some(out) = out {
-            self.read_offers(stamp, mine, out)?;
+            self.read_peers(stamp, mine, out)?;
         }
         // Nobody reads `mine` any more.
         self.barrier()
     }
 
-    fn read_offers<T: Element>(&self, stamp: Stamp, mine: &[T], out: &mut [T]) -> Result<(), ShmError> {
+    fn read_peers<T: Element>(&self, stamp: Stamp, mine: &[T], out: &mut [T]) -> Result<(), ShmError> {
+        let Peers::InReach(pids) = &self.peers else {
+            unreachable!("asked before");
+        };
         let place = |rank: u32| rank as usize * mine.len()..(rank as usize + 1) * mine.len();
         // While it is in this core's cache, and while the peers do the same.
         stream::copy(bytes_of(mine), bytes_of_mut(&mut out[place(self.rank)]));
         for rank in (1..self.world_size).map(|i| (self.rank + i) % self.world_size) {
-            let offer = self.offer(rank, stamp)?;
-            if offer.read(bytes_of_mut(&mut out[place(rank)])).is_err() {
+            let [address] = self.words(rank, stamp)?;
+            let values = Remote {
+                pid: pids[rank as usize],
+                address,
+            };
+            if values.read(bytes_of_mut(&mut out[place(rank)])).is_err() {
                 // It could be read before.
                 self.segment.abort(AbortReason::Lost(Party::Rank(rank)));
                 return Err(self.segment.aborted());
@@ -156,11 +151,12 @@ impl RankPort {
         Ok(())
     }
 
-    fn offer(&self, rank: u32, stamp: Stamp) -> Result<Offer, ShmError> {
-        let message = self.message_of_length(rank, stamp, Offer::BYTES)?;
-        Ok(Offer::decode(
-            message.first_chunk().expect("the length was checked"),
-        ))
+    /// A rank's message of `N` numbers.
+    fn words<const N: usize>(&self, rank: u32, stamp: Stamp) -> Result<[u64; N], ShmError> {
+        let message = self.message_of_length(rank, stamp, N * size_of::<u64>())?;
+        Ok(std::array::from_fn(|i| {
+            u64::from_ne_bytes(message.as_chunks().0[i])
+        }))
     }
 }
 
@@ -171,29 +167,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_offer_is_read_or_refused() {
+    fn memory_is_read_or_refused() {
         let values: Vec<u8> = (0..100_000).map(|i| (i % 251) as u8).collect();
-        let offer = Offer::decode(&Offer::new(values.as_ptr(), 7).encode());
-        assert_eq!((offer.pid, offer.number), (std::process::id(), 7));
+        let here = Remote {
+            pid: std::process::id(),
+            address: values.as_ptr().addr() as u64,
+        };
         let mut found = vec![0; values.len()];
-        offer.read(&mut found).unwrap();
+        here.read(&mut found).unwrap();
         assert_eq!(found, values);
 
-        let nowhere = Offer { address: 8, ..offer };
-        assert_eq!(
-            nowhere.read(&mut found).unwrap_err().raw_os_error(),
-            Some(libc::EFAULT)
-        );
-
+        let mut error = |remote: Remote| remote.read(&mut found).unwrap_err().raw_os_error();
+        assert_eq!(error(Remote { address: 8, ..here }), Some(libc::EFAULT));
         let mut child = Command::new("true").spawn().unwrap();
         child.wait().unwrap();
-        let nobody = Offer {
-            pid: child.id(),
-            ..offer
-        };
-        assert_eq!(
-            nobody.read(&mut found).unwrap_err().raw_os_error(),
-            Some(libc::ESRCH)
-        );
+        for pid in [child.id(), u32::MAX] {
+            assert_eq!(error(Remote { pid, ..here }), Some(libc::ESRCH), "{pid}");
+        }
     }
 }

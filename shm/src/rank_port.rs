@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use crate::arena::Arena;
 use crate::deadline::{Deadline, SLICE};
+use crate::direct::Peers;
 use crate::error::{AbortReason, Awaited, Corruption, Party, ShmError};
 use crate::gate::{COUNT_MASK, Stop};
 use crate::protocol::{Barrier, RingReader, RingWriter};
@@ -32,8 +33,7 @@ pub struct RankPort {
     finished: bool,
     /// Message rounds so far; see `collective`.
     pub(crate) num_messages: u64,
-    /// Whether all ranks can read each other's memory, once that was asked; see `direct`.
-    pub(crate) peers_readable: Option<bool>,
+    pub(crate) peers: Peers,
 }
 
 impl RankPort {
@@ -59,7 +59,7 @@ impl RankPort {
             num_outputs: 0,
             finished: false,
             num_messages: 0,
-            peers_readable: None,
+            peers: Peers::NotAsked,
         })
     }
 

@@ -46,19 +46,12 @@ struct Tile {
 impl Tile {
     /// Asks for what will be read [`PREFETCH`] bytes after the `bytes` at `w`, in the first of `G` groups, and for the
     /// like in the others: of the same groups, and beyond their end of those that the next tile begins with.
-    ///
-    /// # Safety
-    /// SSE. Any address will do.
     #[inline(always)]
-    unsafe fn prefetch<const G: usize>(&self, w: *const u8, bytes: usize) {
+    fn prefetch<const G: usize>(&self, w: *const u8, bytes: usize) {
         let at = w.addr() - self.weights.addr() + PREFETCH;
         let passed = if at < self.group_bytes { 0 } else { G - 1 };
         for g in 0..G {
-            let ahead = w.wrapping_add((passed + g) * self.group_bytes + PREFETCH);
-            for line in (0..bytes).step_by(64) {
-                // SAFETY: a prefetch of an unmapped address does nothing.
-                unsafe { _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(line).cast()) };
-            }
+            prefetch(w.wrapping_add((passed + g) * self.group_bytes + PREFETCH), bytes);
         }
     }
 }
@@ -142,11 +135,7 @@ unsafe fn run_format<K: Kernel>(job: &Job<'_>, groups: Range<usize>) {
 fn prefetch_start(job: &Job<'_>, groups: Range<usize>, wide: bool) {
     let bytes = job.group_bytes();
     for group in groups.take(1 + usize::from(wide)) {
-        let start = &job.panels[group * bytes..][..bytes.min(PREFETCH)];
-        for line in start.chunks(64) {
-            // SAFETY: a prefetch is a hint.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
-        }
+        prefetch(job.panels[group * bytes..].as_ptr(), bytes.min(PREFETCH));
     }
 }
 
@@ -274,6 +263,15 @@ unsafe fn broadcast_f32(p: *const u8) -> __m256 {
 unsafe fn half8(p: *const u8) -> __m256 {
     // SAFETY: the caller's promise.
     unsafe { _mm256_cvtph_ps(_mm_loadu_si128(p.cast())) }
+}
+
+/// Asks for the cache lines of `bytes` from `start` on.
+#[inline(always)]
+fn prefetch(start: *const u8, bytes: usize) {
+    for line in (0..bytes).step_by(64) {
+        // SAFETY: a prefetch of an unmapped address does nothing, and SSE is part of x86-64.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(start.wrapping_add(line).cast()) };
+    }
 }
 
 /// Keeps LLVM's reassociation pass from rewriting the chain of integer adds as one tree per row, which needs all
