@@ -214,6 +214,31 @@ fn partial_sums_are_added_in_rank_order() {
     }
 }
 
+/// Rows of embeddings, as many as a prompt's chunk has: more than goes through the message slots.
+#[test]
+fn large_rows_reach_ranks_with_buffers_of_their_own() {
+    const ROWS: usize = 300;
+    const WIDTH: usize = 1024;
+    let writer = |row: usize| (row * row % 7 % 2) as u32;
+    let value = |row: usize, column: usize| (row * WIDTH + column) as f32;
+    let expected: Vec<f32> = (0..ROWS * WIDTH).map(|i| value(i / WIDTH, i % WIDTH)).collect();
+    let held = group(2, TensorParallelStyle::Reduce, |mut comm| {
+        let backend = CpuBackend::new(1).unwrap();
+        let mut rows = comm.buffer(&backend, ROWS, WIDTH).unwrap();
+        let own = |row| writer(row) == comm.rank() as u32;
+        let values = expected.iter().enumerate();
+        let mine: Vec<f32> = values
+            .map(|(i, &x)| if own(i / WIDTH) { x } else { -1.0 })
+            .collect();
+        backend.write(&mut rows, &mine).unwrap();
+        let writers: Vec<u32> = (0..ROWS).map(writer).collect();
+        comm.all_gather(&mut rows, ROWS, GatherLayout::Rows(&writers))
+            .unwrap();
+        backend.read(&rows, ROWS).unwrap()
+    });
+    assert!(held.iter().all(|held| *held == expected));
+}
+
 #[test]
 fn messages_reach_everyone_in_rank_order() {
     let heard = group(3, TensorParallelStyle::Gather, |mut comm| {
